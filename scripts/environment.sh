@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Creates or completes .venv from requirements.lock; called by make.   usage: scripts/environment.sh [PYTHON]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python="${1:-python3}"
+venv=.venv
+unfinished="$venv/.unfinished"
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+command -v "$python" >/dev/null || die "$python was not found: install Python 3.10 to 3.13, or name one: make PYTHON=python3.12 ..."
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || die "$python does not run."
+case "$version" in
+    3.10 | 3.11 | 3.12 | 3.13) ;;
+    *) die "$python is Python $version, this project needs 3.10 to 3.13: name another one: make PYTHON=python3.12 ..." ;;
+esac
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$python has no venv module: install it (on Debian and Ubuntu the package python$version-venv)."
+
+# An install that was cut short may have left packages that look complete: they are all laid down again.
+repair=()
+if [ -e "$venv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "Rebuilding $venv, which does not run."
+    rm -rf "$venv"
+elif [ -e "$unfinished" ]; then
+    echo "Completing $venv: its last install was interrupted."
+    repair=(--reinstall)
+fi
+if [ ! -e "$venv" ]; then
+    echo "Creating $venv with Python $version; the packages take about 3 GB to download and 7 GB on disk."
+    "$python" -m venv "$venv"
+fi
+touch "$unfinished"
+
+# uv is itself one of the locked packages, so its hash is checked too.
+locked_uv="$(mktemp)"
+trap 'rm -f "$locked_uv"' EXIT
+awk '/^uv==/ { found = 1 } found { print } found && !/\\$/ { exit }' requirements.lock >"$locked_uv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$locked_uv"
+
+# uv does not read pip's configuration: hand it the package index that pip would use.
+if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+    index="${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null || true)}"
+    [ -z "$index" ] || export UV_DEFAULT_INDEX="$index"
+fi
+
+uv=("$venv/bin/uv" pip install --python "$venv/bin/python")
+"${uv[@]}" "${repair[@]}" --require-hashes -r requirements.lock
+"${uv[@]}" --quiet --no-deps --no-build-isolation --editable .
+rm -f "$unfinished"
