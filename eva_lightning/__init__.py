@@ -1,0 +1,1 @@
+"""EVA initialisation for LoRA in PyTorch Lightning."""

@@ -1,0 +1,305 @@
+"""Exact streaming SVD: accumulate the covariance of the tokens, then take its top eigenvectors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eva_lightning.svd import distributed
+from eva_lightning.svd.inputs import flatten_tokens, full_precision, require_finite, token_mean, wide_dtype
+from eva_lightning.svd.result import SVDResult
+from eva_lightning.svd.subspace import canonical_sign, complete_rows, top_eigenpairs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+EIGH_MAX_DIM = 128
+_BLOCKED_MIN_DIM = 512
+_BLOCKS = 4
+_EPS = torch.finfo(torch.float32).eps
+
+
+class ExactSVD:
+    """Streaming SVD that loses nothing: the result does not depend on how the tokens were cut into batches.
+
+    The covariance is accumulated about a fixed shift ``c``, the mean of the first batch: with ``Y = X - c`` the state
+    is ``S = sum Y^T Y`` (fp32), ``s = sum Y`` (fp64) and the count n, and ``Xc^T Xc = S - s s^T / n``. Shifting before
+    anything is rounded is what keeps inputs with a large mean exact. The top k eigenvectors come from subspace
+    iteration warm-started at the previous result (``eigh`` up to 128 columns), to a captured variance of at least
+    1 - 1e-6 of the optimum.
+
+    Eigenvalues below the fp32 resolution of the covariance (1.2e-7 of the largest) are reported as 0. Inputs whose
+    standard deviation is below the fp32 rounding of their mean count as constant.
+
+    The state takes ``4 * dim**2`` bytes. On hardware where torch lowers the precision of fp32 products
+    (``torch.set_float32_matmul_precision``), the accumulation follows that setting; the small factorisations do not.
+
+    Args:
+        dim: Width of the inputs.
+        k: Components wanted, 1 <= k <= dim.
+        device: Where the state lives; None: where the first batch is.
+
+    Raises:
+        ValueError: k outside [1, dim].
+    """
+
+    def __init__(self, dim: int, k: int, device: torch.device | str | None = None) -> None:
+        if not 1 <= k <= dim:
+            raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
+        self.dim = dim
+        self.k = k
+        self.n_samples = 0
+        self._device = None if device is None else torch.device(device)
+        self._shift: Tensor | None = None  # (dim,) fp32
+        self._second: Tensor | None = None  # (dim, dim) fp32; below the block diagonal stale until mirrored
+        self._sum: Tensor | None = None  # (dim,) fp64
+        self._mirrored = True
+        self._warm: Tensor | None = None  # (dim, k) eigenvectors of the previous result
+        self._result: SVDResult | None = None
+
+    @staticmethod
+    def estimate_bytes(dim: int, k: int) -> int:
+        """Bytes of the state of one engine, before it is allocated."""
+        return 4 * dim * dim + 12 * dim + 8 * dim * k
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes the engine holds once it has seen tokens."""
+        return self.estimate_bytes(self.dim, self.k)
+
+    @full_precision
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            x: Tokens, shape ``(..., dim)``, any floating dtype and strides.
+            mask: True where a token counts, shape ``x.shape[:-1]``.
+
+        Raises:
+            FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was.
+            TypeError: `x` is not floating point, or `mask` is.
+            ValueError: Shapes that do not fit.
+        """
+        tokens, keep = flatten_tokens(x, mask, self.dim)
+        if keep is not None:
+            # Dropping masked tokens rather than zeroing them: what padding holds, NaN included, never matters.
+            tokens = tokens[keep]
+        if tokens.shape[0] == 0:
+            return
+        if self._device is not None:
+            tokens = tokens.to(self._device)
+        shift = token_mean(tokens).float() if self._shift is None else self._shift
+        centred = (tokens - shift).float()
+        total = torch.linalg.vector_norm(centred)
+        require_finite(float(total))
+        state, row_sum = self._allocate(shift)
+        _accumulate(state, centred)
+        row_sum += centred.sum(dim=0)
+        self.n_samples += tokens.shape[0]
+        self._mirrored = False
+        self._result = None
+
+    @full_precision
+    def merge(self, other: ExactSVD) -> Self:
+        """Add everything `other` has seen, in place; `other` is left as it is.
+
+        Associative and order-free up to rounding.
+
+        Raises:
+            ValueError: The two engines differ in `dim` or `k`.
+        """
+        if (other.dim, other.k) != (self.dim, self.k):
+            mine, theirs = f"({self.dim}, {self.k})", f"({other.dim}, {other.k})"
+            raise ValueError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
+        if other._shift is None or other._second is None or other._sum is None:
+            return self
+        if self._device is None:
+            self._device = other._shift.device
+        state, row_sum = self._allocate(other._shift.to(self._device) if self._shift is None else self._shift)
+        assert self._shift is not None
+        state += other._full().to(state.device)
+        offset = other._shift.to(self._device).to(row_sum.dtype) - self._shift
+        other_sum = other._sum.to(self._device)
+        _add_offset(state, other_sum, other.n_samples, offset)
+        row_sum += other_sum + other.n_samples * offset
+        self.n_samples += other.n_samples
+        self._mirrored = False
+        self._result = None
+        return self
+
+    @full_precision
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Self:
+        """Make every rank hold the union of what all ranks have seen; collective, in place.
+
+        Every rank re-centres to the shift of the first rank that has seen a token, then S, s and n are summed: the
+        message is the state (``4 * dim**2`` bytes), never activations, and the state is identical on all ranks. Call
+        it once per stream, or on a :meth:`clone`: a second call would count the union once per rank.
+        """
+        device = self._device or distributed.default_device(group)
+        counts = distributed.gather_counts(self.n_samples, device, group)
+        if sum(counts) == 0:
+            return self
+        if self._shift is None:
+            self._device = device
+        source = next(rank for rank, count in enumerate(counts) if count)
+        shift = torch.zeros(self.dim, device=device) if self._shift is None else self._shift.clone()
+        distributed.broadcast(shift, source, group)
+        union = ExactSVD(self.dim, self.k, device)
+        state, row_sum = union._allocate(shift)
+        union.merge(self)
+        union._mirror()
+        distributed.sum_(state, group)
+        distributed.sum_(row_sum, group)
+        self._shift, self._second, self._sum = shift, state, row_sum
+        self.n_samples = sum(counts)
+        self._mirrored, self._warm, self._result = True, None, None
+        return self
+
+    def clone(self) -> Self:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    @full_precision
+    def result(self) -> SVDResult:
+        """The top k components of everything seen so far.
+
+        Raises:
+            RuntimeError: No token seen yet.
+        """
+        if self._result is None:
+            self._result = self._solve()
+        return self._result
+
+    @full_precision
+    def captured(self, components: Tensor) -> float:
+        """Variance captured by orthonormal rows `components`, shape ``(m, dim)``, relative to the best k directions.
+
+        ``tr(V C V^T) / sum_{j<=k} lambda_j(C)``; 1 when nothing varies.
+
+        Raises:
+            RuntimeError: No token seen yet.
+        """
+        optimum = float(self.result().singular_values.double().square().sum())
+        if optimum == 0:
+            return 1.0
+        v = components.to(self._state()[0].device, torch.float32).T
+        return float((v.double() * self._product(v).double()).sum()) / optimum
+
+    @full_precision
+    def minor(self, k: int | None = None) -> SVDResult:
+        """The k least-variance components, ascending in variance, with their singular values.
+
+        The bottom of the spectrum has no gap that iteration could use: this runs a dense ``eigh`` (8 s at width 4096
+        on one core), which is acceptable only because it serves one ablation (paper Table 12).
+
+        Raises:
+            RuntimeError: No token seen yet.
+            ValueError: k outside [1, dim].
+        """
+        k = self.k if k is None else k
+        if not 1 <= k <= self.dim:
+            raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {self.dim}.")
+        values, vectors = torch.linalg.eigh(self._covariance(torch.float32))
+        total = self._total_variance()
+        return self._pack(values[:k].to(wide_dtype(values.device)).clamp_min(0), vectors[:, :k].T, total)
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._second is None or self._sum is None or self._shift is None:
+            raise RuntimeError("The SVD has seen no tokens yet: call update() first.")
+        return self._second, self._sum, self._shift
+
+    def _allocate(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        if self._second is None or self._sum is None:
+            self._device = shift.device
+            self._shift = shift
+            self._second = torch.zeros(self.dim, self.dim, device=shift.device)
+            self._sum = torch.zeros(self.dim, device=shift.device, dtype=wide_dtype(shift.device))
+        return self._second, self._sum
+
+    def _mirror(self) -> None:
+        if self._mirrored:
+            return
+        second, _, _ = self._state()
+        for start, stop in _block_bounds(self.dim):
+            second[stop:, start:stop] = second[start:stop, stop:].T
+        self._mirrored = True
+
+    def _full(self) -> Tensor:
+        self._mirror()
+        return self._state()[0]
+
+    def _product(self, q: Tensor) -> Tensor:
+        """``Xc^T Xc @ q`` without forming the centred matrix; q of shape ``(dim, p)``."""
+        second, row_sum, _ = self._state()
+        self._mirror()
+        rank_one = torch.outer(row_sum, row_sum @ q.to(row_sum.dtype)) / self.n_samples
+        return (second @ q).sub_(rank_one)
+
+    def _covariance(self, dtype: torch.dtype) -> Tensor:
+        second, row_sum, _ = self._state()
+        self._mirror()
+        return second.to(dtype) - (torch.outer(row_sum, row_sum) / self.n_samples).to(dtype)
+
+    def _total_variance(self) -> float:
+        second, row_sum, _ = self._state()
+        wide = row_sum.dtype
+        total = float(second.diagonal().to(wide).sum() - row_sum.square().sum() / self.n_samples)
+        rounding = _EPS**2 * float(self._mean().square().sum()) * self.n_samples
+        return total if total > rounding else 0.0
+
+    def _mean(self) -> Tensor:
+        _, row_sum, shift = self._state()
+        return shift.to(row_sum.dtype) + row_sum / self.n_samples
+
+    def _solve(self) -> SVDResult:
+        second, row_sum, _ = self._state()
+        total = self._total_variance()
+        if total == 0:
+            rows = complete_rows(second.new_zeros(0, self.dim), self.k)
+            return self._pack(row_sum.new_zeros(self.k), rows, total)
+        if self.dim <= EIGH_MAX_DIM:
+            values, vectors = torch.linalg.eigh(self._covariance(row_sum.dtype))
+            values, vectors = values.flip(0)[: self.k].clamp_min(0), vectors.flip(1)[:, : self.k].float()
+        else:
+            values, vectors = top_eigenpairs(self._product, self.dim, self.k, second.device, self._warm)
+        self._warm = vectors
+        values = torch.where(values > _EPS * values[0], values, 0)
+        # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
+        values[max(self.n_samples - 1, 0) :] = 0
+        return self._pack(values, vectors.T, total)
+
+    def _pack(self, values: Tensor, rows: Tensor, total: float) -> SVDResult:
+        ratio = (values / total).clamp_max(1.0) if total > 0 else torch.zeros_like(values)
+        return SVDResult(
+            components=canonical_sign(rows).contiguous(),
+            singular_values=values.sqrt().float(),
+            explained_variance_ratio=ratio.float(),
+            mean=self._mean().float(),
+            n_samples=self.n_samples,
+            total_variance=total,
+        )
+
+
+def _block_bounds(dim: int) -> list[tuple[int, int]]:
+    if dim < _BLOCKED_MIN_DIM:
+        return [(0, dim)]
+    edges = [round(i * dim / _BLOCKS) for i in range(_BLOCKS + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _accumulate(second: Tensor, centred: Tensor) -> None:
+    """Add ``Y^T Y`` to the blocks on and above the diagonal: 10 of 16 block products instead of all."""
+    for start, stop in _block_bounds(second.shape[0]):
+        second[start:stop, start:].addmm_(centred[:, start:stop].T, centred[:, start:])
+
+
+def _add_offset(second: Tensor, row_sum: Tensor, n: int, offset: Tensor) -> None:
+    """Turn ``sum y y^T`` into ``sum (y + o)(y + o)^T`` given ``sum y`` and n, as two rank-one updates."""
+    half = (row_sum + n * offset / 2).to(second.dtype)
+    o = offset.to(second.dtype)
+    second.addr_(half, o)
+    second.addr_(o, half)

@@ -1,0 +1,95 @@
+"""From whatever a layer was called with to a matrix of tokens, and the numerical context engines run in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """Run `function` without gradients, autocast and inference mode, whatever the caller is in.
+
+    Forward hooks run inside the trainer's autocast, which would turn the accumulation into bf16, and evaluation may
+    run in inference mode, whose tensors could not be updated in place later.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """fp64 for sums, means and small matrices; fp32 on Apple's GPUs, which have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Check one update's input and flatten it to tokens.
+
+    Args:
+        x: Shape ``(..., dim)``, any floating dtype and strides.
+        mask: Shape ``x.shape[:-1]``, boolean or integer, or None when every token counts.
+        dim: Width the engine was built for.
+
+    Returns:
+        Tokens of shape ``(n, dim)``, at least fp32, and the boolean mask of shape ``(n,)`` or None.
+
+    Raises:
+        TypeError: `x` is not floating point, or `mask` is.
+        ValueError: Shapes that do not fit.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"The SVD needs a floating-point tensor, got {kind}.")
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(f"The SVD expects inputs of shape (..., {dim}), got {tuple(x.shape)}.")
+    tokens = x.detach().reshape(-1, dim)
+    if tokens.dtype not in (torch.float32, torch.float64):
+        tokens = tokens.float()
+    if mask is None:
+        return tokens, None
+    if mask.is_floating_point():
+        raise TypeError(f"A token mask must be boolean (True: the token counts), got {mask.dtype}.")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"A token mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}.")
+    return tokens, mask.to(device=x.device, dtype=torch.bool).reshape(-1)
+
+
+def token_mean(tokens: Tensor) -> Tensor:
+    """Mean over the first axis that returns a repeated token exactly, so that constant inputs centre to zero.
+
+    Args:
+        tokens: Shape ``(n, dim)``, n >= 1.
+
+    Returns:
+        Shape ``(dim,)``, dtype of `tokens`.
+    """
+    first = tokens[0]
+    return first + (tokens - first).mean(dim=0)
+
+
+def require_finite(value: float) -> None:
+    """Raise when a reduction over a batch shows NaN or Inf in it.
+
+    Raises:
+        FloatingPointError: `value` is not finite.
+    """
+    if not -float("inf") < value < float("inf"):
+        raise FloatingPointError(
+            "The SVD met NaN or Inf (or values beyond 1e19) among the inputs; this batch was not counted."
+        )
