@@ -49,6 +49,8 @@ if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
 fi
 
 uv=("$venv/bin/uv" pip install --python "$venv/bin/python")
-"${uv[@]}" "${repair[@]}" --require-hashes -r requirements.lock
+# Byte code is compiled here, on all cores: otherwise the first import of torch and transformers pays for it, and
+# where PYTHONDONTWRITEBYTECODE is set every import does (ten seconds for each test process).
+"${uv[@]}" "${repair[@]}" --compile-bytecode --require-hashes -r requirements.lock
 "${uv[@]}" --quiet --no-deps --no-build-isolation --editable .
 rm -f "$unfinished"
