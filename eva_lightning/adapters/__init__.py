@@ -1,0 +1,23 @@
+"""LoRA layers in a module: find, inject, resize, remove, initialise, export and merge them.
+
+Only the files of this package know PEFT, and they import it inside their functions: ``import peft`` pulls in
+transformers and costs seconds that ``import eva_lightning`` should not.
+"""
+
+from __future__ import annotations
+
+from eva_lightning.adapters.export import merge_and_unload, save_pretrained
+from eva_lightning.adapters.injection import Injection, inject
+from eva_lightning.adapters.layers import AdapterLayer, find_adapters
+from eva_lightning.adapters.targets import find_head, find_targets
+
+__all__ = [
+    "AdapterLayer",
+    "Injection",
+    "find_adapters",
+    "find_head",
+    "find_targets",
+    "inject",
+    "merge_and_unload",
+    "save_pretrained",
+]

@@ -1,0 +1,181 @@
+"""Put LoRA layers into any module in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from eva_lightning.adapters.layers import (
+    CONFIG_ATTRIBUTE,
+    AdapterLayer,
+    find_adapters,
+    replace_everywhere,
+    sync_configs,
+)
+from eva_lightning.adapters.targets import find_targets
+from eva_lightning.isolation import isolated_rng
+
+Bias = Literal["none", "all", "lora_only"]
+
+
+@dataclass
+class Injection:
+    """What :func:`inject` did, and how to take it back.
+
+    Attributes:
+        targets: names of the adapted layers.
+        head: names of the output layers left as they were.
+        trainable_before, trainable_after: numbers of trainable parameters.
+    """
+
+    targets: list[str]
+    head: list[str]
+    trainable_before: int
+    trainable_after: int
+    _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False, default_factory=list)
+    _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
+    _had_config: bool = field(repr=False, default=False)
+
+    def undo(self, module: nn.Module) -> None:
+        """Put the base layers and every ``requires_grad`` flag back: the module is what it was before."""
+        for layer in find_adapters(module).values():
+            replace_everywhere(module, layer.module, layer.base)
+        if not self._had_config and "peft_config" in vars(module):
+            delattr(module, "peft_config")
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        for layer_module, name, value in self._fast_paths:
+            setattr(layer_module, name, value)
+
+
+def inject(
+    module: nn.Module,
+    r: int = 16,
+    alpha: float = 1.0,
+    target_modules: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    head: str | Sequence[str] | None = "auto",
+    bias: Bias = "none",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> Injection:
+    """Give ``module`` LoRA layers in place (A random, B = 0), freeze the rest, leave head and biases trainable.
+
+    The module keeps its class and its function. The random state is not touched beyond what A needs, and that is
+    isolated: the global generators are as before.
+
+    Args:
+        module: any module without adapters.
+        r: rank of every adapter; capped at the layer's input width.
+        alpha: LoRA's alpha; the paper uses 1 throughout (section 4.1).
+        target_modules: layers to adapt; ``None`` means every nn.Linear but the output head.
+        exclude: layers to leave alone; they are frozen like the rest.
+        head: the output layers, which keep their trainability; see :func:`eva_lightning.adapters.find_head`.
+        bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
+        use_dora: DoRA: a trainable magnitude per output.
+        use_rslora: scale by alpha/sqrt(r).
+        lora_dropout: dropout on the adapters' input.
+
+    Raises:
+        ValueError: the module has adapters already, a name matches nothing, or there is nothing to adapt.
+    """
+    if find_adapters(module):
+        raise ValueError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
+    targets, heads = find_targets(module, target_modules, exclude, head)
+    requires_grad = [(p, p.requires_grad) for p in module.parameters()]
+    injection = Injection(targets, heads, _count(module), 0, requires_grad, _had_config=hasattr(module, "peft_config"))
+    try:
+        _inject(module, targets, r, alpha, use_dora, use_rslora, lora_dropout)
+        layers = find_adapters(module)
+        _set_trainable(module, layers, heads, bias, dict(_named_flags(module, requires_grad)))
+        for layer in layers.values():
+            layer.config.bias = bias
+            if r > layer.in_features:
+                layer.resize(layer.in_features)
+        sync_configs(module)
+        injection._fast_paths = disable_fast_paths(module)
+    except BaseException:
+        injection.undo(module)
+        raise
+    injection.trainable_after = _count(module)
+    return injection
+
+
+def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Keep torch's fused encoder from bypassing adapters in eval mode; returns what to set back.
+
+    ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` directly when it runs without gradients, so an adapter
+    on it would train and then be ignored by validation without a word.
+    """
+    adapted = {id(layer.module) for layer in find_adapters(module).values()}
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for m in module.modules():
+        if not any(id(x) in adapted for x in m.modules()):
+            continue
+        if isinstance(m, nn.TransformerEncoderLayer):
+            changed.append((m, "activation_relu_or_gelu", m.activation_relu_or_gelu))
+            m.activation_relu_or_gelu = 0
+        elif isinstance(m, nn.TransformerEncoder) and hasattr(m, "use_nested_tensor"):
+            changed.append((m, "use_nested_tensor", m.use_nested_tensor))
+            m.use_nested_tensor = False
+    return changed
+
+
+class _Holder(nn.Module):
+    """A parent for the module, so that PEFT meets exact names and no attributes it might misread (``config``)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def _inject(
+    module: nn.Module, targets: list[str], r: int, alpha: float, use_dora: bool, use_rslora: bool, dropout: float
+) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a number and saved as JSON
+        target_modules=[f"module.{name}" for name in targets],
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        lora_dropout=dropout,
+    )
+    modes = {id(m): m.training for m in module.modules()}
+    with isolated_rng():
+        inject_adapter_in_model(config, _Holder(module))
+    for m in module.modules():
+        if id(m) not in modes:
+            m.training = module.training
+    for m in module.modules():
+        if hasattr(m, "lora_A"):
+            m.train(modes[id(m.get_base_layer())])
+            setattr(m, CONFIG_ATTRIBUTE, config)
+    module.peft_config = {"default": config}  # type: ignore[assignment]
+
+
+def _set_trainable(
+    module: nn.Module, layers: dict[str, AdapterLayer], heads: list[str], bias: Bias, before: dict[str, bool]
+) -> None:
+    adapted = {f"{layer.path}.base_layer.bias" for layer in layers.values()}
+    for name, parameter in module.named_parameters():
+        if name not in before:
+            continue
+        in_head = any(name.startswith(f"{h}.") for h in heads)
+        is_bias = name == "bias" or name.endswith(".bias")
+        trains = in_head or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
+        parameter.requires_grad_(trains and before[name])
+
+
+def _named_flags(module: nn.Module, flags: list[tuple[nn.Parameter, bool]]) -> Iterable[tuple[str, bool]]:
+    by_id = {id(p): flag for p, flag in flags}
+    return ((n, by_id[id(p)]) for n, p in module.named_parameters() if id(p) in by_id)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,193 @@
+"""Activations out of a forward pass: hooks on layers, inputs shared by several layers, token choice, masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_lightning.svd import StreamingSVD
+
+
+class SharingChanged(Exception):  # noqa: N818 - a signal to start over, not an error
+    """Layers that shared an input no longer do, after the shared decomposition has moved on: start over without."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+@dataclass
+class _Seen:
+    """The most recent distinct input of the forward pass under way. Holding the tensor keeps its address unique."""
+
+    layer: str
+    call: int
+    tensor: Tensor
+    version: int
+
+
+@dataclass
+class InputCapture:
+    """Feeds each layer's inputs to its streaming SVD while a model runs.
+
+    Layers that receive the same tensor (q, k and v; the halves of SwiGLU) are decomposed once: ``owner`` maps such a
+    layer to the one whose engine stands for both. Identity is checked in every minibatch; a layer that stops sharing
+    gets a copy of the engine if that is still exact, otherwise :class:`SharingChanged` asks for a fresh start.
+
+    Attributes:
+        layers: canonical name -> layer to watch.
+        engines: canonical name -> engine; those of sharing layers stay empty until they stop sharing.
+        tokens_per_sample: how many tokens of each sample to use, drawn anew for every minibatch; ``None`` for all.
+        seed: seeds that draw.
+        never_share: layers to decompose on their own.
+    """
+
+    layers: Mapping[str, nn.Module]
+    engines: dict[str, StreamingSVD]
+    tokens_per_sample: int | None = None
+    seed: int = 0
+    never_share: set[str] = field(default_factory=set)
+    mask: Tensor | None = None
+    owner: dict[str, str] = field(default_factory=dict)
+    n_batches: int = 0
+    _calls: dict[str, int] = field(default_factory=dict)
+    _last: _Seen | None = None
+    _started: set[str] = field(default_factory=set)
+    _chosen: dict[int, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self) -> Iterator[InputCapture]:
+        """Hooks on all layers for the duration of the body; none is left behind, whatever happens in it."""
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last = None
+
+    def begin(self, mask: Tensor | None = None) -> None:
+        """Start a minibatch. ``mask`` (bool) marks the tokens that count; see :meth:`_mask_for`."""
+        self.n_batches += 1
+        self.mask = mask
+        self._calls.clear()
+        self._chosen.clear()
+        self._last = None
+
+    def end(self) -> None:
+        """Finish a minibatch: layers that shared must have run as often as their owner."""
+        self._last = None
+        for name, owner in self.owner.items():
+            if self._calls.get(name, 0) != self._calls.get(owner, 0):
+                raise SharingChanged(name)
+        self._started.update(self._calls)
+
+    def engine_of(self, name: str) -> StreamingSVD:
+        """The engine that holds the decomposition of ``name``'s inputs."""
+        return self.engines[self.owner.get(name, name)]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._observe(name, layer_input(name, args, kwargs))
+
+        return observe
+
+    @torch.no_grad()
+    def _observe(self, name: str, x: Tensor) -> None:
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        last = self._last
+        shared = last is not None and last.layer != name and last.call == call and _same_input(last, x)
+        owner = self.owner.get(name)
+        if owner is not None:
+            if shared and last is not None and last.layer == owner:
+                return
+            self._split(name, owner, call)
+        elif shared and last is not None and call == 0 and self._may_share(name, last.layer):
+            self.owner[name] = last.layer
+            return
+        if not shared:
+            self._last = _Seen(name, call, x, x._version)
+        try:
+            self.engines[name].update(*self._tokens(x))
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"layer {name!r}: input of minibatch {self.n_batches} has NaN or infinite values ({error}); check the "
+                "data and the precision"
+            ) from None
+
+    def _may_share(self, name: str, owner: str) -> bool:
+        return not {name, owner} & self._started and name not in self.never_share
+
+    def _split(self, name: str, owner: str, call: int) -> None:
+        if self._calls.get(owner, 0) > call or self.n_batches < 1:
+            raise SharingChanged(name)
+        self.engines[name] = copy.deepcopy(self.engines[owner])
+        del self.owner[name]
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        mask = self._mask_for(x)
+        n = self.tokens_per_sample
+        if n is None or x.dim() < 3:
+            return x, mask
+        x = x.flatten(1, -2)
+        if x.shape[1] <= n:
+            return x, mask if mask is None else mask.flatten(1)
+        index = self._choice(x.shape[1], n, x.device)
+        return x.index_select(1, index), mask if mask is None else mask.flatten(1).index_select(1, index)
+
+    def _choice(self, tokens: int, n: int, device: torch.device) -> Tensor:
+        # one draw a minibatch for all layers with that many tokens: deterministic, and independent of layer order
+        if tokens not in self._chosen:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_batches)
+            self._chosen[tokens] = torch.randperm(tokens, generator=generator)[:n].sort().values
+        return self._chosen[tokens].to(device)
+
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask for this input: as given where its shape is the input's without features, flattened for flattened
+        tokens, none for inputs that are not per token (a pooled vector)."""
+        mask, shape = self.mask, x.shape[:-1]
+        if mask is None:
+            return None
+        mask = mask.to(x.device)
+        if mask.shape == shape:
+            return mask
+        if len(shape) == 1 and mask.numel() == shape[0]:
+            return mask.reshape(-1)
+        return None
+
+
+def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor a layer was called on: its first positional argument or, called by keyword, its only tensor.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0].detach()
+    for key in ("input", "x", "hidden_states"):
+        if isinstance(kwargs.get(key), Tensor):
+            return kwargs[key].detach()
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if len(tensors) != 1:
+        raise TypeError(f"layer {name!r} was called with {len(tensors)} tensors and none of them is named 'input'")
+    return tensors[0].detach()
+
+
+def _same_input(last: _Seen, x: Tensor) -> bool:
+    held = last.tensor
+    if held.shape != x.shape or held.dtype != x.dtype or held.device != x.device:
+        return False
+    if held.data_ptr() == x.data_ptr() and held.stride() == x.stride():
+        return x._version == last.version
+    # modules that copy their input per branch (autocast, .contiguous()) share values, not storage
+    step = max(1, x.shape[0] // 4)
+    return torch.equal(held[::step, ..., :4], x[::step, ..., :4]) and torch.equal(held, x)

@@ -1,0 +1,127 @@
+"""Which forward pass to run on a batch, so that a LightningModule needs no change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+MaskFn = Callable[[Any], "Tensor | None"]
+
+
+def run_forward(module: nn.Module, batch: Any) -> Any:
+    """Run ``module`` on the inputs in ``batch``.
+
+    A tensor goes in as it is; of a sequence (image, label) the first element, recursively; of a mapping the keys that
+    ``forward``'s signature names (all of them if it takes ``**kwargs`` and no others match), or if none does, the
+    only tensor among the values that are floating point. A LightningModule that defines no ``forward`` runs its
+    ``training_step``, with logging muted.
+
+    Raises:
+        TypeError: there is no way to tell; the message says what to pass as ``forward_fn``.
+    """
+    if _has_no_forward(module):
+        return _run_training_step(module, batch)
+    if isinstance(batch, Tensor):
+        return module(batch)
+    if isinstance(batch, Mapping):
+        return module(**_arguments(module, batch))
+    if isinstance(batch, (list, tuple)) and batch:
+        return run_forward(module, batch[0])
+    raise TypeError(_help(module, f"a batch of type {type(batch).__name__}"))
+
+
+def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    named = {k: batch[k] for k in parameters if k in batch}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if named:
+        if takes_any and len(parameters) == 1:
+            return dict(batch)
+        missing = [
+            k
+            for k, p in parameters.items()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in named
+        ]
+        if missing:
+            raise TypeError(_help(module, f"a batch with keys {list(batch)}, but forward also needs {missing}"))
+        return named
+    if takes_any:
+        return dict(batch)
+    required = [k for k, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    floats = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    if len(required) == 1 and len(floats) == 1:
+        return {required[0]: floats[0]}
+    raise TypeError(_help(module, f"a batch with keys {list(batch)}, none of which is an argument of forward"))
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) in _UNIMPLEMENTED and hasattr(module, "training_step")
+
+
+def _unimplemented() -> tuple[Any, ...]:
+    import lightning.pytorch as pl
+
+    return (nn.Module.forward, pl.LightningModule.forward)
+
+
+class _Lazy(tuple[Any, ...]):
+    """Lightning's base ``forward``, looked up when first asked for: this file must not need Lightning."""
+
+    def __contains__(self, item: object) -> bool:
+        return any(item is f for f in _unimplemented())
+
+
+_UNIMPLEMENTED = _Lazy()
+
+
+def _run_training_step(module: Any, batch: Any) -> Any:
+    if not module.automatic_optimization:
+        raise TypeError(_help(module, "manual optimisation and no forward method (its training_step would train)"))
+    with _muted(module):
+        arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
+        return module.training_step(*arguments)
+
+
+@contextmanager
+def _muted(module: nn.Module) -> Iterator[None]:
+    names = ("log", "log_dict")
+    kept = {n: vars(module)[n] for n in names if n in vars(module)}
+    for n in names:
+        object.__setattr__(module, n, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for n in names:
+            object.__delattr__(module, n)
+        vars(module).update(kept)
+
+
+def _help(module: nn.Module, what: str) -> str:
+    return (
+        f"EVA cannot tell how to run {type(module).__name__} on {what}; pass forward_fn=lambda module, batch: ... that "
+        "runs the forward pass"
+    )
+
+
+def attention_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """``mask_fn`` for tokenised text: True where ``attention_mask`` is set and, if there are labels of the same
+    shape, where the label is not -100 (the value losses ignore)."""
+    mask: Tensor | None = None
+    if isinstance(batch.get("attention_mask"), Tensor):
+        mask = batch["attention_mask"].bool()
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and mask is not None and labels.shape == mask.shape:
+        mask = mask & labels.ne(-100)
+    return mask
+
+
+def no_grad_forward(forward_fn: ForwardFn | None, module: nn.Module, batch: Any) -> None:
+    """Run the forward pass for its side effect on hooks: no gradients, no compiled graphs (those skip hooks)."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        (forward_fn or run_forward)(module, batch)

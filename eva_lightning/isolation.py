@@ -1,0 +1,116 @@
+"""Run something on a model and a data loader and leave no trace: RNG, modes, buffers, samplers."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch (CPU, CUDA) on exit, also after an exception.
+
+    Lightning's ``isolate_rng`` restores nothing when its body raises.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def observing(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a look at the model: flags per sub-module, buffers and metric states come back on exit.
+
+    Buffers are restored because a sub-module may keep its batch norm in train mode whatever ``eval()`` says.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
+    metrics = [(m, _metric_state(m)) for m in module.modules() if hasattr(m, "metric_state")]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in modes:
+            m.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for m, state in metrics:
+            vars(m).update(state)
+
+
+@contextmanager
+def restored_sources(root: object) -> Iterator[None]:
+    """Restore the random generators and counters that live in a data loader, its samplers and its data set.
+
+    Walks the attributes of ``root`` and what they hold. Generators of torch, NumPy and Python get their state back;
+    the samplers' and data sets' own attributes are set back to the objects they were.
+    """
+    generators: list[tuple[Any, Any]] = []
+    attributes: list[tuple[object, dict[str, Any]]] = []
+    for obj in _reachable(root):
+        if isinstance(obj, torch.Generator):
+            generators.append((obj.set_state, obj.get_state()))
+        elif isinstance(obj, np.random.Generator):
+            generators.append((_setter(obj.bit_generator, "state"), copy.deepcopy(obj.bit_generator.state)))
+        elif isinstance(obj, np.random.RandomState):
+            generators.append((obj.set_state, obj.get_state()))
+        elif isinstance(obj, random.Random):
+            generators.append((obj.setstate, obj.getstate()))
+        elif isinstance(obj, (torch.utils.data.Sampler, torch.utils.data.Dataset)):
+            attributes.append((obj, dict(vars(obj))))
+    try:
+        yield
+    finally:
+        for restore, state in generators:
+            restore(state)
+        for obj, values in attributes:
+            vars(obj).clear()
+            vars(obj).update(values)
+
+
+def _metric_state(metric: nn.Module) -> dict[str, Any]:
+    return {k: copy.deepcopy(v) for k, v in vars(metric).items() if k in metric._defaults or k in _METRIC_FLAGS}  # type: ignore[operator]
+
+
+_METRIC_FLAGS = ("_update_count", "_computed", "_forward_cache", "_update_called", "_is_synced")
+
+
+def _setter(obj: object, name: str) -> Any:
+    return lambda value: setattr(obj, name, value)
+
+
+def _reachable(root: object, depth: int = 6, width: int = 64) -> Iterator[object]:
+    """Objects reached from ``root`` through attributes and small containers; large containers hold data, not RNGs."""
+    seen: set[int] = set()
+    stack = [(root, depth)]
+    while stack:
+        obj, left = stack.pop()
+        if id(obj) in seen or isinstance(obj, (str, bytes, int, float, torch.Tensor, np.ndarray, type, nn.Module)):
+            continue
+        seen.add(id(obj))
+        yield obj
+        if left == 0:
+            continue
+        if isinstance(obj, dict):
+            children: list[object] = list(obj.values()) if len(obj) <= width else []
+        elif isinstance(obj, (list, tuple, set)):
+            children = list(obj) if len(obj) <= width else []
+        else:
+            children = list(vars(obj).values()) if hasattr(obj, "__dict__") else []
+        stack.extend((child, left - 1) for child in children)

@@ -1,0 +1,237 @@
+"""Drive minibatches through a model and its layers' streaming SVDs until they have converged."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from eva_lightning.capture import InputCapture, SharingChanged
+from eva_lightning.forward import ForwardFn, MaskFn, no_grad_forward
+from eva_lightning.isolation import observing
+from eva_lightning.state import EVAState
+from eva_lightning.svd import StreamingSVD, SVDResult, choose_engines, make_engine
+from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
+
+
+class Progress(Protocol):
+    """Told after every minibatch how many there were and what share of the layers has converged."""
+
+    def __call__(self, n_batches: int, share_converged: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class StreamingOptions:
+    """How to stream; see :class:`eva_lightning.EVAInitCallback` for the meaning of each.
+
+    ``k`` is the number of components per layer, capped at a layer's width.
+    """
+
+    k: int
+    tau: float = 0.99
+    delta: float = 1.0
+    max_batches: int = 64
+    tokens_per_sample: int | None = None
+    engine: str = "auto"
+    stopping: str = "auto"
+    seed: int = 0
+    memory_budget: int = 2**31
+
+
+def compute_eva_state(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    layers: Mapping[str, nn.Module],
+    options: StreamingOptions,
+    *,
+    forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: Progress | None = None,
+    minor: bool = False,
+) -> EVAState:
+    """Decompose the inputs of ``layers`` over the first minibatches (paper, Algorithm 1, lines 1 to 8).
+
+    The model runs in eval mode without gradients; its modes, buffers and metrics are as before afterwards. In a
+    ``torch.distributed`` job every rank streams its own minibatches and all return the same state, that of the union.
+
+    Args:
+        model: what ``forward_fn`` runs.
+        batches: gives the minibatches, from the start at each call (a second call is rare: inputs stopped being shared).
+        layers: canonical name -> the layer whose inputs to decompose, last dimension = features.
+        options: see :class:`StreamingOptions`.
+        forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.forward.run_forward`.
+        mask_fn: ``mask_fn(batch)`` -> bool tensor of the tokens that count, or ``None``.
+        context: entered around each forward pass (autocast).
+        progress: told after every minibatch.
+        minor: return the directions of least variance instead (EVA-minor, paper Table 12); exact engine only.
+
+    Returns:
+        A state with up to ``k`` components per layer and no ranks yet. Layers that never ran are left out.
+
+    Raises:
+        ValueError: no minibatch at all, or no layer ran.
+        FloatingPointError: NaN or infinite activations; names layer and minibatch.
+    """
+    never_share: set[str] = set()
+    started = time.perf_counter()
+    while True:
+        try:
+            return _stream(
+                model, batches(), layers, options, forward_fn, mask_fn, context, progress, minor, never_share, started
+            )
+        except SharingChanged as signal:
+            never_share.add(signal.layer)
+
+
+def _stream(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    options: StreamingOptions,
+    forward_fn: ForwardFn | None,
+    mask_fn: MaskFn | None,
+    context: Callable[[], AbstractContextManager[Any]],
+    progress: Progress | None,
+    minor: bool,
+    never_share: set[str],
+    started: float,
+) -> EVAState:
+    engines, kinds = _make_engines(layers, options, minor)
+    capture = InputCapture(layers, engines, options.tokens_per_sample, options.seed, never_share)
+    stopping = _stopping_rule(options, kinds)
+    converged: dict[str, bool] = {}
+    iterator, n, exhausted = iter(batches), 0, False
+    with capture.watching(), observing(model):
+        while n < options.max_batches:
+            batch = None if exhausted else next(iterator, _END)
+            exhausted = exhausted or batch is _END
+            if _all_ranks(exhausted):
+                break
+            n += 1
+            if not exhausted:
+                capture.begin(None if mask_fn is None else mask_fn(batch))
+                with context():
+                    no_grad_forward(forward_fn, model, batch)
+                capture.end()
+            if stopping.due(n):
+                converged = stopping.check(n, _live_engines(capture))
+            share = sum(converged.values()) / max(1, len(converged))
+            if progress is not None:
+                progress(n, share)
+            if converged and share >= options.delta:
+                break
+    if n == 0:
+        raise ValueError("the training data loader gave no minibatch; EVA needs at least one to look at")
+    return _collect(capture, stopping, converged, kinds, n, time.perf_counter() - started, minor, options)
+
+
+_END = object()
+
+
+def _make_engines(
+    layers: Mapping[str, nn.Module], options: StreamingOptions, minor: bool
+) -> tuple[dict[str, StreamingSVD], dict[str, str]]:
+    dims = {name: _in_features(layer) for name, layer in layers.items()}
+    kinds = choose_engines(dims, options.k, "exact" if minor else options.engine, options.memory_budget)
+    engines = {
+        name: make_engine(kinds[name], dims[name], min(options.k, dims[name]), _device(layer))
+        for name, layer in layers.items()
+    }
+    return engines, kinds
+
+
+def _stopping_rule(options: StreamingOptions, kinds: Mapping[str, str]) -> StoppingRule:
+    rule = options.stopping
+    if rule == "auto":
+        rule = "cosine" if options.engine == "incremental" else "captured"
+    return make_stopping_rule(rule, options.tau)
+
+
+def _live_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
+    """The engines that own a decomposition; in a distributed job, copies that hold the union over the ranks."""
+    own = {n: e for n, e in capture.engines.items() if n not in capture.owner}
+    if _world_size() == 1:
+        return {n: e for n, e in own.items() if e.n_samples > 0}
+    merged = {n: copy.deepcopy(e) for n, e in own.items()}
+    for engine in merged.values():
+        engine.all_reduce()  # type: ignore[attr-defined]
+    return {n: e for n, e in merged.items() if e.n_samples > 0}
+
+
+def _collect(
+    capture: InputCapture,
+    stopping: StoppingRule,
+    converged: Mapping[str, bool],
+    kinds: Mapping[str, str],
+    n_batches: int,
+    seconds: float,
+    minor: bool,
+    options: StreamingOptions,
+) -> EVAState:
+    engines = _live_engines(capture)
+    results: dict[str, SVDResult] = {
+        n: e.minor(e.k) if minor else e.result()  # type: ignore[attr-defined]  # only the exact engine has minor()
+        for n, e in engines.items()
+    }
+    names = [n for n in capture.layers if capture.owner.get(n, n) in results]
+    if not names:
+        raise ValueError("none of the layers to adapt ran in the forward pass; check forward_fn and target_modules")
+    of = {n: capture.owner.get(n, n) for n in names}
+    components = {n: results[n].components.cpu() for n in set(of.values())}
+    state = EVAState(
+        ranks={},
+        components={n: components[of[n]] for n in names},
+        singular_values={n: results[of[n]].singular_values.cpu() for n in names},
+        explained_variance_ratio={n: results[of[n]].explained_variance_ratio.cpu() for n in names},
+        total_variance={n: results[of[n]].total_variance for n in names},
+        n_samples={n: results[of[n]].n_samples for n in names},
+        converged={n: bool(converged.get(of[n], False)) for n in names},
+        n_batches=n_batches,
+        seconds=seconds,
+        shared_with={n: of[n] for n in names if of[n] != n},
+        convergence={n: list(curve) for n, curve in stopping.history.items()},
+        meta={"engine": "+".join(sorted(set(kinds.values()))), "tau": options.tau, "delta": options.delta},
+    )
+    return _same_on_all_ranks(state)
+
+
+def _in_features(layer: nn.Module) -> int:
+    features = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
+    if features is None:
+        raise TypeError(f"a layer of type {type(layer).__name__} has no in_features; EVA adapts linear layers")
+    return int(features)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    parameter = next(layer.parameters(), None)
+    return torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_ranks(flag: bool) -> bool:
+    if _world_size() == 1:
+        return flag
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    votes = torch.tensor(int(flag), device=device)
+    dist.all_reduce(votes)
+    return int(votes) == _world_size()
+
+
+def _same_on_all_ranks(state: EVAState) -> EVAState:
+    """Rank 0's state everywhere: equal sums can still differ in the last bit between unequal machines."""
+    if _world_size() == 1:
+        return state
+    box: list[Any] = [state]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,65 @@
+"""What the callback tells the user: a progress bar while it streams and one short table at the end."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from eva_lightning.adapters import Injection
+from eva_lightning.apply import Plan
+
+
+def print_summary(plan: Plan, before: int, after: int, injection: Injection | None) -> None:
+    """Print what was done: layers, ranks, trainable parameters, minibatches, seconds."""
+    state = plan.state
+    adapted = [rank for rank in state.ranks.values() if rank > 0]
+    table = Table(title="EVA initialisation", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("layers", f"{len(state.ranks)}, of which {len(state.ranks) - len(adapted)} removed (rank 0)")
+    median = statistics.median(adapted) if adapted else 0
+    table.add_row(
+        "ranks min/median/max",
+        f"{min(adapted, default=0)} / {median:g} / {max(adapted, default=0)}, sum {sum(adapted)}",
+    )
+    table.add_row("trainable parameters", f"{after:,} (with uniform ranks {before:,})")
+    if injection is not None:
+        table.add_row("adapters", f"injected; output head {', '.join(injection.head) or 'none'} trains in full")
+    share = sum(state.converged.values()) / max(1, len(state.converged))
+    table.add_row("minibatches", f"{state.n_batches}, {share:.0%} of the layers converged")
+    table.add_row("seconds", f"{state.seconds:.2f}")
+    if plan.capped:
+        table.add_row("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}")
+    if plan.untouched:
+        table.add_row("not run", f"{len(plan.untouched)} layers keep their random A, e.g. {plan.untouched[0]}")
+    Console().print(table)
+
+
+@contextmanager
+def streaming_progress(trainer: pl.Trainer, total: int) -> Iterator[ReportBatch]:
+    """A rich progress bar where the Trainer shows progress bars (rank 0 only); yields what to tell it."""
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not shown, transient=True) as progress:
+        task = progress.add_task("EVA: streaming minibatches", total=total)
+        yield ReportBatch(progress, task)
+
+
+class ReportBatch:
+    """Moves the bar by one minibatch."""
+
+    def __init__(self, progress: Progress, task: object) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, n_batches: int, share_converged: float) -> None:
+        self._progress.update(
+            self._task,  # type: ignore[arg-type]
+            completed=n_batches,
+            description=f"EVA: streaming minibatches, {share_converged:.0%} of the layers converged",
+        )
