@@ -17,8 +17,8 @@ from eva_lightning.svd.subspace import canonical_sign, complete_rows, top_eigenp
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EIGH_MAX_DIM = 128
-_BLOCKED_MIN_DIM = 512
+EIGH_MAX_DIM = 192
+_BLOCKED_MIN_DIM = 192
 _BLOCKS = 4
 _EPS = torch.finfo(torch.float32).eps
 
@@ -29,7 +29,7 @@ class ExactSVD:
     The covariance is accumulated about a fixed shift ``c``, the mean of the first batch: with ``Y = X - c`` the state
     is ``S = sum Y^T Y`` (fp32), ``s = sum Y`` (fp64) and the count n, and ``Xc^T Xc = S - s s^T / n``. Shifting before
     anything is rounded is what keeps inputs with a large mean exact. The top k eigenvectors come from subspace
-    iteration warm-started at the previous result (``eigh`` up to 128 columns), to a captured variance of at least
+    iteration warm-started at the previous result (``eigh`` up to width 192), to a captured variance of at least
     1 - 1e-6 of the optimum.
 
     Eigenvalues below the fp32 resolution of the covariance (1.2e-7 of the largest) are reported as 0. Inputs whose
