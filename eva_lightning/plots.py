@@ -1,0 +1,267 @@
+"""Figures of EVA runs: ranks, spectra, convergence of the streaming SVD, learning curves.
+
+Every function returns a :class:`matplotlib.figure.Figure` of its own. pyplot is not used, so no global state or backend
+of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _clean(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if title:
+        axes.set_title(title, fontsize="medium", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def split_layer_name(name: str) -> tuple[int | None, str]:
+    """Split a layer name at its last number: ``"model.blocks.3.attn.qkv"`` becomes ``(3, "attn.qkv")``.
+
+    A name without a number, or that ends in one, gives ``(None, name)``: such a layer belongs to no block.
+    """
+    match = re.match(r"^(?:.*\.)?(\d+)\.(\D+)$", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _require(values: Mapping[str, Any], what: str) -> None:
+    if not values:
+        raise ValueError(f"{what} must hold at least one entry, got none")
+
+
+def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
+    """Ranks as a table of colours, one column per block and one row per kind of layer.
+
+    Args:
+        ranks: layer name to rank; means over runs are welcome.
+        uniform_rank: rank without redistribution; it becomes the neutral colour. Default: the mean of ``ranks``.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``ranks`` is empty.
+    """
+    _require(ranks, "ranks")
+    places = {name: split_layer_name(name) for name in ranks}
+    blocks = sorted({block for block, _ in places.values() if block is not None})
+    columns: list[int | None] = [*blocks, *([None] if any(block is None for block, _ in places.values()) else [])]
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    grid = np.full((len(kinds), len(columns)), np.nan)
+    for name, (block, kind) in places.items():
+        grid[kinds.index(kind), columns.index(block)] = ranks[name]
+
+    figure, axes = _axes(1.6 + max(3.4, 0.62 * len(columns)), 1.3 + 0.45 * len(kinds))
+    center = float(np.nanmean(grid)) if uniform_rank is None else float(uniform_rank)
+    reach = max(float(np.nanmax(np.abs(grid - center))), 1e-6)
+    norm = TwoSlopeNorm(center, center - reach, center + reach)
+    image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            color = "white" if abs(value - center) > 0.65 * reach else "#20262b"
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, fontsize="small")
+    axes.set_xticks(range(len(columns)), [str(block) if block is not None else "other" for block in columns])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("block")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize="medium", loc="left")
+    bar = figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
+    bar.ax.set_ylim(float(np.nanmin(grid)) - 1e-6, float(np.nanmax(grid)) + 1e-6)
+    return figure
+
+
+def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
+    """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution.
+
+    Raises:
+        ValueError: ``ranks`` is empty.
+    """
+    _require(ranks, "ranks")
+    figure, axes = _axes(6.4, 1.0 + 0.23 * len(ranks))
+    names = list(ranks)
+    axes.barh(range(len(names)), [ranks[name] for name in names], color=PALETTE[2])
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if uniform_rank is not None:
+        axes.axvline(
+            uniform_rank, color=PALETTE[0], linestyle="--", linewidth=1, label=f"uniform rank {uniform_rank:g}"
+        )
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+    _clean(axes, "rank", "", title)
+    return figure
+
+
+def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> Figure:
+    """Explained-variance ratio of every kept component, one line per layer, coloured by kind of layer.
+
+    Args:
+        ratios: layer name to its explained-variance ratios (share of the variance of that layer's inputs), descending.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``ratios`` is empty.
+    """
+    _require(ratios, "ratios")
+    figure, axes = _axes(6.0, 3.8)
+    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in ratios))
+    labelled: set[str] = set()
+    for name, values in ratios.items():
+        kind = split_layer_name(name)[1]
+        shares = np.asarray(values, dtype=float)
+        shares = np.where(shares > 0, shares, np.nan)  # a logarithmic axis has no place for the surplus zeros
+        axes.plot(
+            np.arange(1, len(shares) + 1),
+            shares,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            alpha=0.75,
+            color=PALETTE[kinds.index(kind) % len(PALETTE)],
+            label=None if kind in labelled else kind,
+        )
+        labelled.add(kind)
+    if any(np.any(np.asarray(values, dtype=float) > 0) for values in ratios.values()):
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=None))
+    axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.legend(frameon=False, fontsize="small", title="inputs of", title_fontsize="small")
+    _clean(axes, "component", "share of the inputs' variance", title)
+    return figure
+
+
+def convergence(
+    curves: Mapping[str, Sequence[tuple[int, float]]], tau: float | None = None, title: str | None = None
+) -> Figure:
+    """How much of the best possible variance the previous components still capture, per layer, as minibatches come in.
+
+    Args:
+        curves: layer name to points ``(minibatches, value)``; 1 means that nothing was left to gain.
+        tau: the threshold of the stopping rule, drawn as a dashed line.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``curves`` is empty.
+    """
+    _require(curves, "curves")
+    figure, axes = _axes(6.0, 3.8)
+    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in curves))
+    labelled: set[str] = set()
+    ticks: set[int] = set()
+    for name, points in curves.items():
+        if not points:
+            continue
+        kind = split_layer_name(name)[1]
+        t, value = zip(*points, strict=True)
+        ticks.update(t)
+        axes.plot(
+            t,
+            value,
+            marker="o",
+            markersize=3.5,
+            linewidth=1,
+            alpha=0.75,
+            color=PALETTE[kinds.index(kind) % len(PALETTE)],
+            label=None if kind in labelled else kind,
+        )
+        labelled.add(kind)
+    if tau is not None:
+        axes.axhline(tau, color="#20262b", linestyle="--", linewidth=1, label=f"threshold τ = {tau:g}")
+    if 0 < len(ticks) <= 10:
+        axes.set_xticks(sorted(ticks))
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if labelled or tau is not None:
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+    _clean(axes, "minibatches seen", "captured variance ÷ optimum", title)
+    return figure
+
+
+def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the first axis (runs) and its standard error; the error of a single run is NaN."""
+    values = np.asarray(values, dtype=float)
+    n = values.shape[0]
+    mean = values.mean(axis=0)
+    error = values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
+    return mean, error
+
+
+def learning_curves(
+    curves: Mapping[str, np.ndarray],
+    ylabel: str,
+    xlabel: str = "epoch",
+    title: str | None = None,
+    percent: bool = False,
+) -> Figure:
+    """Mean over runs with a band of one standard error, one line per method.
+
+    Args:
+        curves: method to values of shape ``(runs, epochs)``; the first column is epoch 1.
+        ylabel, xlabel: what the axes show, with units.
+        title: text above the figure.
+        percent: values are shares, shown as percentages.
+
+    Raises:
+        ValueError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
+    """
+    _require(curves, "curves")
+    figure, axes = _axes(6.0, 3.8)
+    for i, (label, values) in enumerate(curves.items()):
+        values = np.asarray(values, dtype=float)
+        if values.ndim != 2:
+            raise ValueError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
+        mean, error = mean_and_standard_error(values)
+        x = np.arange(1, values.shape[1] + 1)
+        color = PALETTE[i % len(PALETTE)]
+        axes.plot(x, mean, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+        if not np.isnan(error).any():
+            axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.legend(frameon=False, fontsize="small")
+    _clean(axes, xlabel, ylabel, title)
+    return figure
+
+
+def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10, title: str | None = None) -> Figure:
+    """Grey images of shape ``(n, h, w)``, large values dark, each under its caption.
+
+    Raises:
+        ValueError: there are no images, or not one caption per image.
+    """
+    images = np.asarray(images, dtype=float)
+    if images.ndim != 3 or not len(images) or len(captions) != len(images):
+        raise ValueError(f"images must have shape (n, h, w) with one caption each, got {images.shape}, {len(captions)}")
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(0.72 * columns, 0.92 * rows + (0.3 if title else 0)), layout="constrained")
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.imshow(image, cmap="gray_r")
+        axes.set_title(caption, fontsize="small", pad=2)
+        axes.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure
