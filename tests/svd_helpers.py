@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from eva_lightning.svd import StreamingSVD
@@ -21,6 +20,8 @@ def decaying(n: int, dim: int, power: float = 1.0, mean: float = 3.0, seed: int 
 
 def digits() -> tuple[Tensor, Tensor]:
     """Scikit-learn's scanned digits: (1797, 64) fp32 and their labels."""
+    from sklearn.datasets import load_digits  # not at the top: spawned processes import this file and need none of it
+
     data = load_digits()
     return torch.from_numpy(data.data).float(), torch.from_numpy(data.target)
 

@@ -1,0 +1,119 @@
+"""Stopping rules: the doubling rule and the paper's cosine rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from svd_helpers import captured_variance, decaying, digits
+
+from eva_lightning.svd import CosineRule, DoublingRule, ExactSVD, IncrementalSVD, StreamingSVD, make_stopping_rule
+from eva_lightning.svd.convergence import smallest_cosine
+
+
+def test_doubling_rule_compares_with_half_the_minibatches() -> None:
+    x = decaying(1600, 64)
+    rule, engine = DoublingRule(0.99), ExactSVD(64, 8)
+    for t, batch in enumerate(x.split(100), 1):
+        engine.update(batch)
+        assert rule.due(t) == (t in (1, 2, 4, 8, 16))
+        if rule.due(t):
+            rule.check(t, {"layer": engine})
+    assert [t for t, _ in rule.history["layer"]] == [2, 4, 8, 16]
+    for t, value in rule.history["layer"]:
+        half = ExactSVD(64, 8)
+        half.update(x[: t * 50])
+        assert value == pytest.approx(captured_variance(x[: t * 100], half.result().components), abs=1e-5)
+
+
+def test_doubling_rule_converges_on_a_stationary_stream_and_not_on_a_moving_one() -> None:
+    steady, moving = ExactSVD(64, 4), ExactSVD(64, 4)
+    rule = DoublingRule(0.99)
+    x = decaying(1600, 64)
+    for t in range(1, 9):
+        steady.update(x[(t - 1) * 200 : t * 200])
+        shifted = torch.zeros(50, 64)
+        shifted[:, t * 4 : t * 4 + 4] = torch.randn(50, 4, generator=torch.Generator().manual_seed(t)) * 3.0**t
+        moving.update(shifted)
+        if rule.due(t):
+            converged = rule.check(t, {"steady": steady, "moving": moving})
+    assert converged == {"steady": True, "moving": False}
+
+
+def test_a_layer_without_variance_is_converged_and_one_without_tokens_is_not() -> None:
+    dead, silent = ExactSVD(16, 4), ExactSVD(16, 4)
+    engines: dict[str, StreamingSVD] = {"dead": dead, "silent": silent}
+    for rule in (DoublingRule(), CosineRule()):
+        for t in (1, 2):
+            dead.update(torch.zeros(10, 16))
+            converged = rule.check(t, engines)
+        assert converged == {"dead": True, "silent": False}
+        assert "silent" not in rule.history
+
+
+def test_a_layer_that_missed_the_first_minibatches_starts_when_it_comes() -> None:
+    x = decaying(400, 16)
+    for rule in (DoublingRule(0.5), CosineRule(0.5)):
+        late = ExactSVD(16, 2)
+        assert rule.check(1, {"late": late}) == {"late": False}
+        late.update(x[:200])
+        assert rule.check(2, {"late": late}) == {"late": False}
+        late.update(x[200:])
+        assert rule.check(4, {"late": late}) == {"late": True}
+
+
+class _Flipping(IncrementalSVD):
+    """The same decomposition with the opposite sign at every look."""
+
+    flipped = False
+
+    def result(self):  # type: ignore[no-untyped-def]
+        self.flipped = not self.flipped
+        found = super().result()
+        return type(found)(**{**vars(found), "components": found.components * (-1 if self.flipped else 1)})
+
+
+def test_cosine_rule_ignores_signs() -> None:
+    engine = _Flipping(64, 4)
+    engine.update(decaying(200, 64))
+    rule = CosineRule(0.99)
+    rule.check(1, {"layer": engine})
+    assert rule.check(2, {"layer": engine}) == {"layer": True}
+    assert rule.history["layer"] == [(2, pytest.approx(1.0, abs=1e-5))]
+
+
+def test_cosine_rule_asks_every_component_at_every_update() -> None:
+    x, _ = digits()
+    engine, rule, values = IncrementalSVD(64, 8), CosineRule(0.99), []
+    for t, batch in enumerate(x.split(60), 1):
+        before = engine.result().components if t > 1 else None
+        engine.update(batch)
+        assert rule.due(t)
+        converged = rule.check(t, {"layer": engine})
+        if before is not None:
+            cosines = (before * engine.result().components).sum(1).abs()
+            values.append(float(cosines.min()))
+            assert converged["layer"] == bool((cosines >= 0.99).all())
+    assert [value for _, value in rule.history["layer"]] == pytest.approx(values)
+
+
+def test_directions_without_variance_do_not_count() -> None:
+    engine = IncrementalSVD(32, 4)
+    engine.update(decaying(3, 32))
+    result = engine.result()
+    scrambled = result.components.clone()
+    scrambled[2:] = scrambled[2:].flip(0)
+    assert smallest_cosine(scrambled, result) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, 1.01, float("nan")])
+def test_tau_must_be_a_share(tau: float) -> None:
+    for name in ("captured", "cosine"):
+        with pytest.raises(ValueError, match=r"tau must be in \(0, 1\], got"):
+            make_stopping_rule(name, tau)
+
+
+def test_rules_by_name() -> None:
+    assert isinstance(make_stopping_rule("captured", 0.9), DoublingRule)
+    assert isinstance(make_stopping_rule("cosine", 0.9), CosineRule)
+    with pytest.raises(ValueError, match='"cosin"'):
+        make_stopping_rule("cosin", 0.9)
