@@ -1,0 +1,12 @@
+"""Image classification with EVA: timm backbones, VTAB-1K, a plain LightningModule.
+
+Import from the submodules; this package imports none of them, so that a mistyped folder or task is reported before
+timm is loaded.
+
+- ``eva_lightning.vision.tasks``: the 19 tasks as a table
+- ``eva_lightning.vision.splits``: reading and checking the folder
+- ``eva_lightning.vision.vtab``: :class:`VTAB1K`, the LightningDataModule
+- ``eva_lightning.vision.backbones``, ``weights``: timm models and where their weights come from
+- ``eva_lightning.vision.module``: :class:`ImageClassifier`, the LightningModule
+- ``eva_lightning.vision.methods``: linear, fft, lora, dora, eva and eva-dora
+"""

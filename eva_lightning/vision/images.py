@@ -1,0 +1,80 @@
+"""From an image file to resized uint8 pixels, for the image files that real data sets hold.
+
+Pixels follow the pipelines in use for VTAB-1K: RGB, the whole image squeezed to a square by bicubic interpolation with
+antialiasing (Pillow), no crop. Alpha is dropped and EXIF rotation ignored, as ``torchvision``'s default loader does.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+_JPEG_END = b"\xff\xd9"
+
+
+def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
+    """Decode one image and resize it to ``size x size``.
+
+    Handles greyscale, palette, alpha, CMYK and 16-bit images. A JPEG that breaks off early is decoded as far as it
+    goes, the rest is grey, and a warning is logged.
+
+    Args:
+        path: Image file.
+        size: Height and width wanted, in pixels.
+
+    Returns:
+        Pixels ``(3, size, size)``, RGB in 0..255.
+
+    Raises:
+        ValueError: The file cannot be decoded at all; the message names it.
+    """
+    data = Path(path).read_bytes()
+    try:
+        image = _decode(data)
+    except Exception as error:
+        # Pillow reports damaged files by OSError, SyntaxError, ValueError, EOFError or struct.error, by format
+        if not data.startswith(b"\xff\xd8"):
+            raise ValueError(f"image {path} cannot be decoded ({error}): copy it again") from None
+        try:
+            # an end marker makes libjpeg fill in what is missing; Pillow's own switch for this is global to the process
+            image = _decode(data + _JPEG_END)
+        except Exception:
+            raise ValueError(f"image {path} cannot be decoded ({error}): copy it again") from None
+        logger.warning("image %s is truncated: the missing part is filled in with grey", path)
+    resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _decode(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB version of an image of any Pillow mode.
+
+    ``convert("RGB")`` clips 16-bit and floating-point images at 255; here 16-bit values are scaled by 1/257, and
+    floating-point values by 255 where they lie in [0, 1].
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        scale = 257.0 if values.max() > 255 or image.mode != "I" else 1.0
+        return _grey(values / scale)
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        return _grey(values * 255.0 if values.max() <= 1.0 else values)
+    if image.mode in ("P", "PA", "LA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(values: npt.NDArray[np.float64]) -> Image.Image:
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
