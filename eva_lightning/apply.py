@@ -112,7 +112,7 @@ def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float)
         held, width = state.components[name].shape
         if width != layer.in_features:
             raise ValueError(
-                f"the EVA state is of another model: layer {name!r} has {layer.in_features} inputs, in the state {width}"
+                f"the EVA state is of another model: layer {name!r} has {layer.in_features} inputs, there {width}"
             )
         wanted = min(round(layer.rank * rho), layer.in_features)
         if wanted > held:

@@ -83,8 +83,8 @@ def _refuse_one_shot(loader: Any) -> None:
     if one_shot:
         what = loader if isinstance(loader, Iterator) else dataset
         raise ValueError(
-            f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches EVA looks at would be "
-            "lost to training; pass a loader that can be iterated again, or EVAInitCallback(state=...) with a "
+            f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches EVA looks at would "
+            "be lost to training; pass a loader that can be iterated again, or EVAInitCallback(state=...) with a "
             "precomputed state"
         )
 

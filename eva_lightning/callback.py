@@ -11,11 +11,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only  # type: ignore[attr-defined]
 from torch import nn
 
 from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, inject
+from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, has_adapters, inject
 from eva_lightning.adapters.layers import disabled
 from eva_lightning.adapters.targets import linear_layers, select
 from eva_lightning.apply import Plan, apply_plan, make_plan
@@ -53,7 +53,7 @@ class EVAInitCallback(pl.Callback):
         trainer.fit(module, datamodule)
 
     Args:
-        rho: how uneven ranks may get: a layer has at most ``round(r * rho)``. 1 means uniform ranks (paper section 3.5).
+        rho: how uneven ranks may get: a layer has at most ``round(r * rho)``; 1 means uniform (paper section 3.5).
         r: rank per layer on average, for modules without LoRA layers.
         alpha: LoRA's alpha for those modules; the paper uses 1.
         target_modules: layers to adapt (list of names or last name parts, or a regular expression); ``None``: all.
@@ -65,7 +65,8 @@ class EVAInitCallback(pl.Callback):
         delta: share of the layers that must have converged, in (0, 1].
         max_batches: most minibatches to stream.
         tokens_per_sample: tokens to use per sample; ``None`` uses all.
-        engine: "exact" (covariance), "incremental" (the paper's Algorithm 2), or "auto": exact within ``memory_budget``.
+        engine: "exact" (covariance), "incremental" (the paper's Algorithm 2) or "auto": exact while its state fits
+            ``memory_budget``.
         stopping: "captured" (captured variance over doubling intervals), "cosine" (the paper's rule) or "auto", which
             goes with the engine.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
@@ -77,7 +78,7 @@ class EVAInitCallback(pl.Callback):
         state: an :class:`EVAState` or the path of a saved one: no streaming.
         seed: for the random parts (token choice, "rotate", "permute", "redistribute").
         adapter_only_checkpoints: leave frozen weights out of Lightning checkpoints.
-        memory_budget: bytes the exact engine may take before "auto" turns to the incremental one for wide layers.
+        memory_budget: bytes the engines' state may take before "auto" makes the widest layers incremental.
         verbose: print what was done, once.
 
     Attributes:
@@ -138,12 +139,17 @@ class EVAInitCallback(pl.Callback):
             k=0, tau=tau, delta=delta, max_batches=max_batches, tokens_per_sample=tokens_per_sample, engine=engine,
             stopping=stopping, seed=seed, memory_budget=memory_budget,
         )  # fmt: skip
-        self._inject_options: dict[str, Any] = dict(
-            r=r, alpha=alpha, head=head if head is None or isinstance(head, str) else list(head), bias=bias,
-            use_dora=use_dora, use_rslora=use_rslora, lora_dropout=lora_dropout,
-        )  # fmt: skip
+        self._inject_options: dict[str, Any] = {
+            "r": r, "alpha": alpha, "head": head if head is None or isinstance(head, str) else list(head), "bias": bias,
+            "use_dora": use_dora, "use_rslora": use_rslora, "lora_dropout": lora_dropout,
+        }  # fmt: skip
         self._injection: Injection | None = None
         self._stop_watching: Callable[[], None] = _nothing
+
+    @property
+    def state_key(self) -> str:
+        # a subclass resumes from its parent's checkpoint and the other way round
+        return EVAInitCallback.__qualname__
 
     # --- Lightning hooks, in the order they run -------------------------------------------------------------------
 
@@ -152,12 +158,13 @@ class EVAInitCallback(pl.Callback):
         if stage != "fit" or ckpt.done(pl_module):
             return
         self._refuse_sharding(trainer)
-        if not find_adapters(pl_module) and (
-            linear_layers(pl_module) or not is_overridden("configure_model", pl_module)
-        ):
+        if not linear_layers(pl_module) and is_overridden("configure_model", pl_module):
+            return  # the layers are not there yet
+        if not has_adapters(pl_module):
             self._inject(pl_module)
-        if isinstance(trainer.strategy, _SHARDED):
-            # the ranks must be final before the strategy shards the parameters
+        # ranks must be final before a strategy shards the parameters; a given state can be used early everywhere,
+        # and then optimizers, summaries and weight averages see the final parameters from the start
+        if isinstance(trainer.strategy, _SHARDED) or self._given is not None:
             with self._undone_on_failure(pl_module):
                 self._initialise(trainer, pl_module, before_sharding=True)
 
@@ -166,12 +173,14 @@ class EVAInitCallback(pl.Callback):
         how = ckpt.done(pl_module)
         if how:
             if self.state is None and self.verbose:
-                rank_zero_warn(f"EVA: adapters of {type(pl_module).__name__} are already {how}; nothing is streamed")
+                rank_zero_info(
+                    f"EVA: the adapters of {type(pl_module).__name__} are {how} already; nothing is streamed"
+                )
             return
         if trainer.limit_train_batches == 0:
             return
         with self._undone_on_failure(pl_module):
-            if not find_adapters(pl_module):
+            if not has_adapters(pl_module):
                 self._inject(pl_module)
             changed = self._initialise(trainer, pl_module)
         if changed:
@@ -275,8 +284,8 @@ class EVAInitCallback(pl.Callback):
     def _refuse_sharding(self, trainer: pl.Trainer) -> None:
         if isinstance(trainer.strategy, _OPAQUE) and self._given is None:
             raise ValueError(
-                f"{type(trainer.strategy).__name__} shards the model before EVA can look at it; compute the state on one "
-                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
+                f"{type(trainer.strategy).__name__} shards the model before EVA can look at it; compute the state on "
+                "one device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"
             )
 

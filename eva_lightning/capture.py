@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eva_lightning.svd import StreamingSVD
 
 
-class SharingChanged(Exception):  # noqa: N818 - a signal to start over, not an error
+class SharingChanged(Exception):
     """Layers that shared an input no longer do, after the shared decomposition has moved on: start over without."""
 
     def __init__(self, layer: str) -> None:
@@ -117,7 +117,8 @@ class InputCapture:
         if not shared:
             self._last = _Seen(name, call, x, x._version)
         try:
-            self.engines[name].update(*self._tokens(x))
+            with _full_precision(x.device):
+                self.engines[name].update(*self._tokens(x))
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"layer {name!r}: input of minibatch {self.n_batches} has NaN or infinite values ({error}); check the "
@@ -163,6 +164,18 @@ class InputCapture:
         if len(shape) == 1 and mask.numel() == shape[0]:
             return mask.reshape(-1)
         return None
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Out of the trainer's autocast and default dtype, which hold in hooks too and would round the engine's sums."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

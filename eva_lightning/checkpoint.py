@@ -53,12 +53,13 @@ def describe(module: nn.Module, injection: Mapping[str, Any], adapter_only: bool
         "version": 1,
         "adapters": {layer.path: {"rank": layer.rank, "alpha": layer.alpha} for layer in layers},
         "injection": dict(injection),
+        "done": done(module),
         "base_fingerprint": base_fingerprint(module) if adapter_only else None,
     }
 
 
 def save_into(checkpoint: dict[str, Any], module: pl.LightningModule, description: dict[str, Any]) -> None:
-    """Add the description to a checkpoint about to be written, and name ourselves as the one who rebuilds the module."""
+    """Add the description to a checkpoint about to be written, and name our function as the one to rebuild with."""
     checkpoint[KEY] = description
     if description["base_fingerprint"] is not None:
         frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -118,10 +119,11 @@ def load_from_checkpoint(cls: type[ModuleT], checkpoint_path: str | os.PathLike[
         fit_to_checkpoint(self, checkpoint)
         cls.on_load_checkpoint(self, checkpoint)
 
-    reader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
-    module = reader.load_from_checkpoint(checkpoint_path, **kwargs)
+    namespace = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
+    reader: type[ModuleT] = type(cls.__name__, (cls,), namespace)
+    module = reader.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
     module.__class__ = cls
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def watch_loading(module: pl.LightningModule, injection: Mapping[str, Any] | None = None) -> Callable[[], None]:
@@ -173,8 +175,8 @@ def fit_to_checkpoint(
     unknown = [path for path in incoming if path not in known]
     if unknown:
         raise ValueError(
-            f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} does "
-            "not have: it is of another model"
+            f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} lacks: "
+            "it is of another model"
         )
     alphas = {path: entry["alpha"] for path, entry in description.get("adapters", {}).items()}
     if not present:
@@ -191,7 +193,9 @@ def fit_to_checkpoint(
         sync_configs(module)
     if description.get("base_fingerprint") is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])
-    mark_done(module, "restored")
+    # a checkpoint from before the initialisation (the learning rate finder makes them) has nothing to protect
+    if description.get("done") or any(bool(t.any()) for k, t in weights.items() if ".lora_B." in k):
+        mark_done(module, "restored")
     return True
 
 

@@ -17,7 +17,7 @@ from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.isolation import observing
 from eva_lightning.state import EVAState
-from eva_lightning.svd import StreamingSVD, SVDResult, choose_engines, make_engine
+from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine
 from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
 
 
@@ -64,7 +64,7 @@ def compute_eva_state(
 
     Args:
         model: what ``forward_fn`` runs.
-        batches: gives the minibatches, from the start at each call (a second call is rare: inputs stopped being shared).
+        batches: gives the minibatches, from the start at each call (rarely twice: when inputs stop being shared).
         layers: canonical name -> the layer whose inputs to decompose, last dimension = features.
         options: see :class:`StreamingOptions`.
         forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.forward.run_forward`.
@@ -162,7 +162,7 @@ def _live_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
         return {n: e for n, e in own.items() if e.n_samples > 0}
     merged = {n: copy.deepcopy(e) for n, e in own.items()}
     for engine in merged.values():
-        engine.all_reduce()  # type: ignore[attr-defined]
+        engine.all_reduce()
     return {n: e for n, e in merged.items() if e.n_samples > 0}
 
 
@@ -178,8 +178,7 @@ def _collect(
 ) -> EVAState:
     engines = _live_engines(capture)
     results: dict[str, SVDResult] = {
-        n: e.minor(e.k) if minor else e.result()  # type: ignore[attr-defined]  # only the exact engine has minor()
-        for n, e in engines.items()
+        n: e.minor(e.k) if minor and isinstance(e, ExactSVD) else e.result() for n, e in engines.items()
     }
     names = [n for n in capture.layers if capture.owner.get(n, n) in results]
     if not names:

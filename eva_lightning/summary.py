@@ -24,13 +24,13 @@ def print_summary(plan: Plan, before: int, after: int, injection: Injection | No
     table.add_column()
     table.add_row("layers", f"{len(state.ranks)}, of which {len(state.ranks) - len(adapted)} removed (rank 0)")
     median = statistics.median(adapted) if adapted else 0
-    table.add_row(
-        "ranks min/median/max",
-        f"{min(adapted, default=0)} / {median:g} / {max(adapted, default=0)}, sum {sum(adapted)}",
-    )
+    spread = f"{min(adapted, default=0)} / {median:g} / {max(adapted, default=0)}"
+    table.add_row("ranks min/median/max", f"{spread}, sum {sum(adapted)}")
     table.add_row("trainable parameters", f"{after:,} (with uniform ranks {before:,})")
-    if injection is not None:
-        table.add_row("adapters", f"injected; output head {', '.join(injection.head) or 'none'} trains in full")
+    if injection is None:
+        table.add_row("adapters", f"those of the module, r = {statistics.mean(plan.uniform.values()):g}")
+    else:
+        table.add_row("adapters", f"injected; head {', '.join(injection.head) or 'none'} trains in full")
     share = sum(state.converged.values()) / max(1, len(state.converged))
     table.add_row("minibatches", f"{state.n_batches}, {share:.0%} of the layers converged")
     table.add_row("seconds", f"{state.seconds:.2f}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from eva_lightning.adapters.export import merge_and_unload, save_pretrained
 from eva_lightning.adapters.injection import Injection, inject
-from eva_lightning.adapters.layers import AdapterLayer, find_adapters
+from eva_lightning.adapters.layers import AdapterLayer, find_adapters, has_adapters
 from eva_lightning.adapters.targets import find_head, find_targets
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "find_adapters",
     "find_head",
     "find_targets",
+    "has_adapters",
     "inject",
     "merge_and_unload",
     "save_pretrained",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
         ValueError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
     """
     for layer in find_adapters(module).values():
-        base = layer.base
+        base: Any = layer.base
         simple = layer.adapter not in layer.module.lora_variant and type(base) is nn.Linear
         with torch.no_grad():
             if simple and layer.module.lora_B[layer.adapter].bias is None:

@@ -154,7 +154,7 @@ def _inject(
             m.training = module.training
     for m in module.modules():
         if hasattr(m, "lora_A"):
-            m.train(modes[id(m.get_base_layer())])
+            m.train(modes[id(m.get_base_layer())])  # type: ignore[operator]
             setattr(m, CONFIG_ATTRIBUTE, config)
     module.peft_config = {"default": config}  # type: ignore[assignment]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 CONFIG_ATTRIBUTE = "_eva_lightning_config"
 """Where layers that we inject keep their LoraConfig, so that a part of the module (``module.net``) knows it too."""
 
@@ -123,7 +122,7 @@ def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[st
     Raises:
         ValueError: several adapters are active at once and ``adapter_name`` does not say which is meant.
     """
-    if not _may_hold_adapters(module):
+    if not has_adapters(module):
         return {}
     from peft.tuners.lora import LoraLayer
 
@@ -134,7 +133,7 @@ def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[st
         if not isinstance(layer, LoraLayer):
             continue
         adapter = adapter_name or _active_adapter(layer, canonical(path))
-        if adapter is None or not isinstance(layer.lora_A[adapter] if adapter in layer.lora_A else None, nn.Linear):
+        if adapter is None or not isinstance(dict(layer.lora_A.items()).get(adapter), nn.Linear):
             continue
         if isinstance(layer.get_base_layer(), (nn.Embedding, nn.MultiheadAttention)):
             continue
@@ -146,6 +145,11 @@ def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[st
             )
         found[canonical(path)] = AdapterLayer(canonical(path), path, layer, adapter, config)
     return found
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether there is any LoRA layer in ``module``, also of kinds that :func:`find_adapters` passes over."""
+    return any(hasattr(m, "lora_A") for m in module.modules())
 
 
 def canonical_names(module: nn.Module) -> Any:
@@ -258,10 +262,6 @@ def _anchored(name: str) -> str:
 def _relative(path: str, root: str) -> str:
     inner = path.removeprefix(f"{root}.") if root else path
     return ".".join(part for part in inner.split(".") if part != "_orig_mod")
-
-
-def _may_hold_adapters(module: nn.Module) -> bool:
-    return any(hasattr(m, "lora_A") for m in module.modules())
 
 
 def _active_adapter(layer: Any, name: str) -> str | None:
