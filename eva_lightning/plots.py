@@ -7,7 +7,6 @@ of the caller changes, and the functions work without a display. Save with ``fig
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,12 +33,15 @@ def _clean(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
 
 
 def split_layer_name(name: str) -> tuple[int | None, str]:
-    """Split a layer name at its last number: ``"model.blocks.3.attn.qkv"`` becomes ``(3, "attn.qkv")``.
+    """Split a layer name at its last number: ``"model.blocks.3.mlp.fc1"`` becomes ``(3, "mlp.fc1")``.
 
-    A name without a number, or that ends in one, gives ``(None, name)``: such a layer belongs to no block.
+    A name with no number before its last part gives ``(None, name)``: such a layer belongs to no block.
     """
-    match = re.match(r"^(?:.*\.)?(\d+)\.(\D+)$", name)
-    return (int(match[1]), match[2]) if match else (None, name)
+    parts = name.split(".")
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i].isdigit():
+            return int(parts[i]), ".".join(parts[i + 1 :])
+    return None, name
 
 
 def _require(values: Mapping[str, Any], what: str) -> None:

@@ -1,0 +1,99 @@
+"""Figures show the numbers they are given, and drawing them changes nothing outside."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from eva_lightning import plots
+
+RANKS = {f"model.blocks.{i}.{kind}": i + j for i in range(3) for j, kind in enumerate(("attn.qkv", "mlp.fc1"))}
+
+
+def test_layer_names_split_at_the_last_number() -> None:
+    assert plots.split_layer_name("model.blocks.11.attn.qkv") == (11, "attn.qkv")
+    assert plots.split_layer_name("encoder.2.layer.5.fc") == (5, "fc")
+    assert plots.split_layer_name("head") == (None, "head")
+    assert plots.split_layer_name("net.0") == (None, "net.0")
+
+
+def test_rank_heatmap_places_every_layer() -> None:
+    figure = plots.rank_heatmap({**RANKS, "embed": 7}, uniform_rank=2)
+    axes = figure.axes[0]
+    grid = np.ma.filled(axes.images[0].get_array(), np.nan)
+    expected = [[0, 1, 2, np.nan], [1, 2, 3, np.nan], [np.nan, np.nan, np.nan, 7]]
+    np.testing.assert_array_equal(grid, expected)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "other"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.qkv", "mlp.fc1", "embed"]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(map(str, [0, 1, 2, 1, 2, 3, 7]))
+
+
+def test_rank_heatmap_of_equal_ranks_is_drawn() -> None:
+    plots.rank_heatmap(dict.fromkeys(RANKS, 4)).canvas.draw()
+
+
+def test_rank_bars_have_the_ranks_as_lengths() -> None:
+    axes = plots.rank_bars(RANKS, uniform_rank=2).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == list(RANKS.values())
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(RANKS)
+
+
+def test_spectra_draw_one_line_per_layer_and_one_legend_entry_per_kind() -> None:
+    ratios = {name: [0.5, 0.25, 0.0] for name in RANKS}
+    figure = plots.spectra(ratios)
+    axes = figure.axes[0]
+    assert len(axes.lines) == len(RANKS)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["attn.qkv", "mlp.fc1"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0.5, 0.25, np.nan])
+    figure.canvas.draw()
+
+
+def test_convergence_shows_points_and_threshold() -> None:
+    axes = plots.convergence({"blocks.0.fc1": [(2, 0.9), (4, 0.99)], "blocks.1.fc1": []}, tau=0.99).axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 0.9], [4, 0.99]])
+    assert axes.lines[-1].get_ydata()[0] == 0.99
+    assert axes.get_xlabel() == "minibatches seen"
+
+
+def test_learning_curves_draw_mean_and_standard_error_band() -> None:
+    values = np.array([[1.0, 0.5], [3.0, 1.5]])
+    axes = plots.learning_curves({"LoRA": values}, "loss").axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 2.0], [2, 1.0]])
+    band = axes.collections[0].get_paths()[0].vertices
+    # Two runs one standard deviation of sqrt(2) apart: the standard error of epoch 1 is exactly 1.
+    assert band[band[:, 0] == 1][:, 1].min() == pytest.approx(1.0)
+    assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(3.0)
+
+
+def test_learning_curves_of_one_run_have_no_band() -> None:
+    assert not plots.learning_curves({"LoRA": np.ones((1, 3))}, "accuracy", percent=True).axes[0].collections
+
+
+def test_image_grid_draws_every_image() -> None:
+    images = np.arange(3 * 4).reshape(3, 2, 2)
+    figure = plots.image_grid(images, ["5", "6", "7"], columns=2, title="digits")
+    assert [axes.get_title() for axes in figure.axes] == ["5", "6", "7"]
+    np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), images[2])
+
+
+@pytest.mark.parametrize("draw", [plots.rank_heatmap, plots.rank_bars, plots.spectra, plots.convergence])
+def test_nothing_to_draw_is_refused(draw: object) -> None:
+    with pytest.raises(ValueError, match="at least one entry"):
+        draw({})  # type: ignore[operator]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have shape \(runs, epochs\), got \(3,\)"):
+        plots.learning_curves({"LoRA": np.ones(3)}, "loss")
+    with pytest.raises(ValueError, match="one caption each"):
+        plots.image_grid(np.ones((2, 8, 8)), ["5"])
+
+
+def test_pyplot_and_its_backend_are_left_alone() -> None:
+    settings, open_figures = dict(matplotlib.rcParams), plt.get_fignums()
+    plots.rank_bars(RANKS).canvas.draw()
+    plots.spectra({name: [0.5, 0.25] for name in RANKS}).canvas.draw()
+    assert dict(matplotlib.rcParams) == settings
+    assert plt.get_fignums() == open_figures
