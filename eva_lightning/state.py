@@ -86,7 +86,7 @@ class EVAState:
             raise ValueError(f"rho must be a finite number of at least 1, got {rho}.")
         budget, scores = 0, {}
         for layer, sigma in self.singular_values.items():
-            layer_r = r if isinstance(r, int) else r[layer]
+            layer_r = r[layer] if isinstance(r, Mapping) else r
             if layer_r < 1:
                 raise ValueError(f'r must be at least 1, got {layer_r} for layer "{layer}".')
             needed = min(round(layer_r * rho), self.widths.get(layer, round(layer_r * rho)))

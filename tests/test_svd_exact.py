@@ -235,6 +235,15 @@ def test_merge_equals_the_union_whoever_is_empty() -> None:
     assert torch.equal(right.result().components, untouched.components)
 
 
+def test_merge_stays_precise_when_one_side_is_a_lone_outlier() -> None:
+    x = decaying(4000, 64, mean=0)
+    outlier = torch.full((1, 64), 400.0)
+    sigma = reference(torch.cat([outlier, x]))[0][:8].float()
+    for first, second in ((outlier, x), (x, outlier)):
+        merged = feed(ExactSVD(64, 8), [first]).merge(feed(ExactSVD(64, 8), [second]))
+        assert torch.allclose(merged.result().singular_values, sigma, rtol=1e-4)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

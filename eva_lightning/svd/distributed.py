@@ -1,4 +1,6 @@
-"""The four collective operations engines need, with the process group left to the caller."""
+"""The collective operations engines need. Messages travel on the device the group's backend works on, wherever the
+engines keep their state.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +10,32 @@ from torch import Tensor
 
 
 def default_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device collective operations of this group work on, for ranks that hold no tensor yet."""
+    """The device collective operations of this group work on."""
     if "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def gather_counts(count: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
+def gather_counts(count: int, group: dist.ProcessGroup | None) -> list[int]:
     """`count` of every rank, in rank order."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([count], dtype=torch.int64, device=device), group=group)
+    own = torch.tensor([count], dtype=torch.int64, device=default_device(group))
+    counts = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own, group=group)
     return [int(c) for c in counts]
 
 
 def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup | None) -> None:
     """Overwrite `tensor` on every rank with that of the group's rank `source`."""
-    dist.broadcast(tensor, src=dist.get_global_rank(group, source) if group is not None else source, group=group)
+    work = tensor.to(default_device(group))
+    dist.broadcast(work, src=source if group is None else dist.get_global_rank(group, source), group=group)
+    tensor.copy_(work)
 
 
 def sum_(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     """Sum `tensor` over all ranks, in place."""
-    dist.all_reduce(tensor, group=group)
+    work = tensor.to(default_device(group))
+    dist.all_reduce(work, group=group)
+    tensor.copy_(work)
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -38,9 +45,8 @@ def gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None
         rows: Shape ``(counts[own rank], width)``.
         counts: Rows of every rank.
     """
-    most = max(counts)
-    padded = rows.new_zeros(most, rows.shape[1])
+    padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=default_device(group))
     padded[: rows.shape[0]] = rows
     gathered = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(gathered, padded, group=group)
-    return [matrix[:count] for matrix, count in zip(gathered, counts, strict=True)]
+    return [matrix[:count].to(rows.device) for matrix, count in zip(gathered, counts, strict=True)]

@@ -38,6 +38,13 @@ class ExactSVD:
     The state takes ``4 * dim**2`` bytes. On hardware where torch lowers the precision of fp32 products
     (``torch.set_float32_matmul_precision``), the accumulation follows that setting; the small factorisations do not.
 
+    Example::
+
+        engine = ExactSVD(dim=768, k=32)
+        for x in layer_inputs:  # (batch, tokens, 768)
+            engine.update(x)
+        a = engine.result().components  # (32, 768)
+
     Args:
         dim: Width of the inputs.
         k: Components wanted, 1 <= k <= dim.
@@ -119,11 +126,16 @@ class ExactSVD:
             return self
         if self._device is None:
             self._device = other._shift.device
-        state, row_sum = self._allocate(other._shift.to(self._device) if self._shift is None else self._shift)
-        assert self._shift is not None
-        state += other._full().to(state.device)
-        offset = other._shift.to(self._device).to(row_sum.dtype) - self._shift
+        other_shift = other._shift.to(self._device)
+        state, row_sum = self._allocate(other_shift)
+        _, _, shift = self._state()
+        # The shift of the larger side is nearer to the common mean, so less cancels when the mean is taken out.
+        common = other_shift if other.n_samples > self.n_samples else shift
+        _recentre(state, row_sum, self.n_samples, shift.to(row_sum.dtype) - common)
+        self._shift = common
+        offset = other_shift.to(row_sum.dtype) - common
         other_sum = other._sum.to(self._device)
+        state += other._full().to(state.device)
         _add_offset(state, other_sum, other.n_samples, offset)
         row_sum += other_sum + other.n_samples * offset
         self.n_samples += other.n_samples
@@ -135,30 +147,31 @@ class ExactSVD:
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Self:
         """Make every rank hold the union of what all ranks have seen; collective, in place.
 
-        Every rank re-centres to the shift of the first rank that has seen a token, then S, s and n are summed: the
-        message is the state (``4 * dim**2`` bytes), never activations, and the state is identical on all ranks. Call
-        it once per stream, or on a :meth:`clone`: a second call would count the union once per rank.
+        Every rank re-centres to the shift of the rank with most tokens, then S, s and n are summed: the message is the
+        state (``4 * dim**2`` bytes), never activations, and the state is identical on all ranks. Call it once per
+        stream, or on a :meth:`clone`: a second call would count the union once per rank.
         """
         device = self._device or distributed.default_device(group)
-        counts = distributed.gather_counts(self.n_samples, device, group)
+        counts = distributed.gather_counts(self.n_samples, group)
         if sum(counts) == 0:
             return self
-        if self._shift is None:
-            self._device = device
-        source = next(rank for rank, count in enumerate(counts) if count)
+        self._device = device
+        source = counts.index(max(counts))
         shift = torch.zeros(self.dim, device=device) if self._shift is None else self._shift.clone()
         distributed.broadcast(shift, source, group)
-        union = ExactSVD(self.dim, self.k, device)
-        state, row_sum = union._allocate(shift)
-        union.merge(self)
-        union._mirror()
+        if self._shift is None:
+            self._allocate(shift)
+        state, row_sum, own = self._state()
+        self._mirror()
+        _recentre(state, row_sum, self.n_samples, own.to(row_sum.dtype) - shift)
         distributed.sum_(state, group)
         distributed.sum_(row_sum, group)
-        self._shift, self._second, self._sum = shift, state, row_sum
-        self.n_samples = sum(counts)
-        self._mirrored, self._warm, self._result = True, None, None
+        self._shift, self.n_samples = shift, sum(counts)
+        # A warm start from local history would differ between ranks in its last bits.
+        self._warm, self._result = None, None
         return self
 
+    @full_precision
     def clone(self) -> Self:
         """An independent copy."""
         return copy.deepcopy(self)
@@ -183,11 +196,12 @@ class ExactSVD:
         Raises:
             RuntimeError: No token seen yet.
         """
-        optimum = float(self.result().singular_values.double().square().sum())
+        wide = wide_dtype(self._state()[0].device)
+        optimum = float(self.result().singular_values.to(wide).square().sum())
         if optimum == 0:
             return 1.0
         v = components.to(self._state()[0].device, torch.float32).T
-        return float((v.double() * self._product(v).double()).sum()) / optimum
+        return float((v.to(wide) * self._product(v).to(wide)).sum()) / optimum
 
     @full_precision
     def minor(self, k: int | None = None) -> SVDResult:
@@ -295,6 +309,13 @@ def _accumulate(second: Tensor, centred: Tensor) -> None:
     """Add ``Y^T Y`` to the blocks on and above the diagonal: 10 of 16 block products instead of all."""
     for start, stop in _block_bounds(second.shape[0]):
         second[start:stop, start:].addmm_(centred[:, start:stop].T, centred[:, start:])
+
+
+def _recentre(second: Tensor, row_sum: Tensor, n: int, offset: Tensor) -> None:
+    """Move the shift of a state by minus `offset`, in place."""
+    if n and bool(offset.any()):
+        _add_offset(second, row_sum, n, offset)
+        row_sum += n * offset
 
 
 def _add_offset(second: Tensor, row_sum: Tensor, n: int, offset: Tensor) -> None:

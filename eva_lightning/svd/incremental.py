@@ -37,8 +37,9 @@ class IncrementalSVD:
 
     Only the top k singular values and right-singular vectors, the running mean and the running total variance are
     kept. A batch X with mean x, arriving after n tokens of mean m, is added by a truncated SVD of the stacked rows
-    ``[diag(sigma) V; X - x; sqrt(n b / (n + b)) (m - x)]``; the last row corrects for the moving mean. The total
-    variance follows Chan et al. (1983) and is exact, so explained-variance ratios have the true denominator although
+    ``[diag(sigma) V; X - x; sqrt(n b / (n + b)) (m - x)]``; the last row corrects for the moving mean. (Its weight is
+    that of Ross et al. and of scikit-learn; the one printed in line 6 of Algorithm 2 does not reproduce the covariance
+    of the union.) The total variance follows Chan et al. (1983) and is exact, so explained-variance ratios have the true denominator although
     the tail of the spectrum is forgotten. What is truncated is lost: the result depends (slightly) on the order of the
     batches, and a direction that is weak at first may be underestimated.
 
@@ -144,8 +145,8 @@ class IncrementalSVD:
         """
         device = self._device or distributed.default_device(group)
         local = self._current()
-        counts = distributed.gather_counts(0 if local is None else local.n, device, group)
-        rows = distributed.gather_counts(0 if local is None else local.scaled.shape[0], device, group)
+        counts = distributed.gather_counts(0 if local is None else local.n, group)
+        rows = distributed.gather_counts(0 if local is None else local.scaled.shape[0], group)
         wide = wide_dtype(device)
         scaled = torch.zeros(0, self.dim, device=device) if local is None else local.scaled
         moments = torch.zeros(1, self.dim + 1, device=device, dtype=wide)
@@ -163,6 +164,7 @@ class IncrementalSVD:
         self._factor, self._waiting, self._result = union, [], None
         return self
 
+    @full_precision
     def clone(self) -> Self:
         """An independent copy."""
         return copy.deepcopy(self)
@@ -191,11 +193,13 @@ class IncrementalSVD:
             RuntimeError: No token seen yet.
         """
         result = self.result()
-        optimum = float(result.singular_values.double().square().sum())
+        wide = wide_dtype(result.components.device)
+        sigma = result.singular_values.to(wide)
+        optimum = float(sigma.square().sum())
         if optimum == 0:
             return 1.0
-        overlap = result.components.double() @ components.to(result.components.device, torch.float64).T
-        return float((result.singular_values.double()[:, None] * overlap).square().sum()) / optimum
+        overlap = result.components.to(wide) @ components.to(result.components.device, wide).T
+        return float((sigma[:, None] * overlap).square().sum()) / optimum
 
     def _current(self) -> _Factor | None:
         """The factorization with the waiting tokens in it, computed aside: looking must not change the stream."""
