@@ -23,18 +23,21 @@ esac
 
 # An install that was cut short may have left packages that look complete: they are all laid down again.
 repair=()
-if [ -e "$venv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    echo "Rebuilding $venv, which does not run."
-    rm -rf "$venv"
-elif [ -e "$unfinished" ]; then
+if [ -e "$unfinished" ]; then
     echo "Completing $venv: its last install was interrupted."
     repair=(--reinstall)
+fi
+usable='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))'
+if [ -e "$venv" ] && ! "$venv/bin/python" -c "$usable" 2>/dev/null; then
+    echo "Removing $venv: its Python does not run or is not 3.10 to 3.13."
+    rm -rf "$venv"
 fi
 if [ ! -e "$venv" ]; then
     echo "Creating $venv with Python $version; the packages take about 3 GB to download and 7 GB on disk."
     "$python" -m venv "$venv"
 fi
 touch "$unfinished"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
 
 # uv is itself one of the locked packages, so its hash is checked too.
 locked_uv="$(mktemp)"
