@@ -39,9 +39,9 @@ class IncrementalSVD:
     kept. A batch X with mean x, arriving after n tokens of mean m, is added by a truncated SVD of the stacked rows
     ``[diag(sigma) V; X - x; sqrt(n b / (n + b)) (m - x)]``; the last row corrects for the moving mean. (Its weight is
     that of Ross et al. and of scikit-learn; the one printed in line 6 of Algorithm 2 does not reproduce the covariance
-    of the union.) The total variance follows Chan et al. (1983) and is exact, so explained-variance ratios have the true denominator although
-    the tail of the spectrum is forgotten. What is truncated is lost: the result depends (slightly) on the order of the
-    batches, and a direction that is weak at first may be underestimated.
+    of the union.) The total variance follows Chan et al. (1983) and is exact, so explained-variance ratios have the
+    true denominator although the tail of the spectrum is forgotten. What is truncated is lost: the result depends
+    (slightly) on the order of the batches, and a direction that is weak at first may be underestimated.
 
     Tokens wait in a buffer until there are at least k of them; :meth:`result` counts those waiting too.
 
