@@ -1,8 +1,7 @@
 """Reading and checking a VTAB-1K folder: everything that can be wrong with it is said here, before a model exists.
 
 Layout: ``<root>/<task>/{train800,val200,train800val200,test}.txt``, each line ``relative_path int_label``, paths
-relative to the task folder. Only text files are read and files looked for: 20,000 images take
-about a second.
+relative to the task folder. Only text files are read and files looked for: 7,000 images take about 0.1 s.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""Where a backbone's weights come from: nowhere, a file, or the Hugging Face hub. Settled before a model is built."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt")
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Resolved weights: `file` on disk, or ``file=None`` for timm's own download (`pretrained`) or random weights.
+
+    A file named by the user is loaded strictly (`strict`); timm's own files may lack or exceed the backbone's keys.
+    """
+
+    pretrained: bool
+    file: Path | None = None
+    strict: bool = False
+
+
+def resolve_weights(model: str, weights: str) -> Weights:
+    """Turn ``"pretrained"``, ``"none"`` or a file path into weights that are known to be obtainable.
+
+    Args:
+        model: timm name, as :func:`~eva_lightning.vision.backbones.resolve_model` gives it.
+        weights: The user's choice.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: timm has no pre-trained weights of this model, or the path is no weight file.
+        ConnectionError: The weights are neither in the local hub cache nor does the hub answer within seconds.
+    """
+    if weights == "none":
+        return Weights(pretrained=False)
+    if weights != "pretrained":
+        return Weights(pretrained=True, file=_weight_file(weights), strict=True)
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(model)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no pre-trained weights of {model}: pass --weights FILE or --weights none")
+    cached = _cached(config.hf_hub_id, config.hf_hub_filename)
+    if cached is not None:
+        return Weights(pretrained=True, file=cached)
+    _require_hub(model, config.hf_hub_id)
+    return Weights(pretrained=True)
+
+
+def _weight_file(path: str) -> Path:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"--weights {path} is a folder: name the weight file in it ({', '.join(SUFFIXES)})")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"weight file {path} does not exist: download it (official DINOv2: "
+            "https://dl.fbaipublicfiles.com/dinov2/), or pass --weights pretrained or --weights none"
+        )
+    return file
+
+
+def _cached(repository: str | None, filename: str | None) -> Path | None:
+    if not repository:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (filename,) if filename else _HUB_FILES:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _require_hub(model: str, repository: str | None) -> None:
+    """Ask the hub for one small file: its client retries for minutes where there is no network."""
+    if not repository:
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_WAIT_SECONDS):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return  # it answers; whatever it objects to, its client will say better
+        reason: object = f"HTTP status {error.code}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+    raise ConnectionError(
+        f"the pre-trained weights of {model} are not on this machine and the Hugging Face hub does not answer "
+        f"({reason}): pass --weights FILE with a downloaded weight file, or --weights none for random weights"
+    )
