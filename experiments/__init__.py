@@ -1,0 +1,1 @@
+"""Command lines, each callable in-process: ``python -m experiments.<name>``."""

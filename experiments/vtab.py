@@ -1,0 +1,394 @@
+"""Fine-tune a timm model on one VTAB-1K task and test it: ``python -m experiments.vtab --root DIR --task caltech101``.
+
+The defaults are the protocol of the EVA paper (section D.2): 224x224 bicubic, ImageNet normalisation, no augmentation,
+AdamW with weight decay 0.05, 30 epochs, linear warm-up over 3 and cosine decay, batch 64, a linear head on [CLS];
+trained are head, LoRA matrices and biases; 1,000 training images, accuracy on the test set after the last epoch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from eva_lightning.vision._suggest import unknown
+from eva_lightning.vision.splits import PROTOCOLS, open_task
+from experiments.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import lightning as L
+    from matplotlib.figure import Figure
+
+    from eva_lightning.state import EVAState
+    from eva_lightning.vision.history import EpochHistory
+    from eva_lightning.vision.methods import AdapterOptions
+    from eva_lightning.vision.module import ImageClassifier
+    from eva_lightning.vision.vtab import VTAB1K
+
+METHODS = ("linear", "fft", "lora", "dora", "eva", "eva-dora")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+#: Settings that say where and how fast a run happens, not what comes out.
+INCIDENTAL = ("root", "output", "name", "overwrite", "workers", "accelerator", "devices", "cache", "progress")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one run is asked to do; also the layout of ``config.yaml``."""
+
+    root: str = _option(MISSING, "folder that holds the VTAB-1K task folders")
+    task: str = _option(MISSING, "task, such as caltech101")
+    model: str = _option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14")
+    weights: str = _option("pretrained", "pretrained (Hugging Face hub), none (random), or a weight file")
+    method: str = _option("eva", "linear, fft, lora, dora, eva or eva-dora")
+    rank: int = _option(16, "LoRA rank; EVA's mean rank per layer")
+    rho: float = _option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)")
+    alpha: float = _option(1.0, "LoRA's alpha; updates are scaled by alpha / rank")
+    bias: str = _option("all", "biases to train with adapters: all, lora_only or none")
+    init: str = _option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute")
+    metric: str = _option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance")
+    tau: float = _option(0.99, "EVA: convergence threshold, in (0, 1]")
+    delta: float = _option(1.0, "EVA: share of the layers that must have converged, in (0, 1]")
+    max_batches: int | None = _option(None, "EVA: most minibatches to stream")
+    epochs: int = _option(30, "training epochs")
+    warmup_epochs: float = _option(3.0, "epochs of linear warm-up")
+    lr: float = _option(1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)")
+    weight_decay: float = _option(0.05, "AdamW's weight decay")
+    dropout: float = _option(0.0, "dropout on the adapters' inputs")
+    batch_size: int = _option(64, "images per optimizer step")
+    accumulate: int = _option(1, "split a batch into this many passes, for small memories")
+    split: str = _option("train800val200", "train800val200 (tested on test) or train800 (on val200, for tuning)")
+    image_size: int = _option(224, "height and width of the images, in pixels")
+    normalization: str = _option("imagenet", "imagenet or none")
+    seed: int = _option(0, "seed of head, data order and EVA's random parts")
+    limit_train: int | None = _option(None, "use only the first so many training images; marked in the metrics")
+    limit_test: int | None = _option(None, "use only the first so many test images; marked in the metrics")
+    precision: str = _option("auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision")
+    accelerator: str = _option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...")
+    devices: int = _option(1, "number of devices")
+    workers: int = _option(0, "image decoding threads")
+    cache: str | None = _option(None, "folder for decoded images, or none; OUTPUT/cache if not given")
+    output: str = _option("runs", "folder that holds the runs")
+    name: str | None = _option(None, "name of the run's folder; made of task, model, method, lr and seed if not given")
+    overwrite: bool = _option(False, "delete a run of this name first; without it, runs are resumed or reprinted")
+    progress: bool = _option(True, "show progress bars")
+
+    def __post_init__(self) -> None:
+        for kind, value, choices in (
+            ("method", self.method, METHODS),
+            ("precision", self.precision, PRECISIONS),
+            ("training split", self.split, tuple(PROTOCOLS)),
+        ):
+            if value not in choices:
+                raise ValueError(unknown(kind, value, choices))
+        for name in ("epochs", "batch_size", "accumulate", "image_size", "devices", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("weight_decay", "warmup_epochs", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
+        if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
+            raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the method has adapters."""
+        return self.method not in ("linear", "fft")
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder."""
+        if self.name is not None:
+            return self.name
+        adapter = f"-r{self.rank}" if self.adapts else ""
+        adapter += f"-rho{self.rho:g}" if "eva" in self.method else ""
+        tuning = "-train800" if self.split == "train800" else ""
+        model = self.model.replace("/", "_").replace(":", "_")
+        return f"{self.task}-{model}-{self.method}{adapter}-lr{self.lr:g}-seed{self.seed}{tuning}"
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder for decoded images, or None to do without."""
+        if self.cache is None:
+            return Path(self.output) / "cache"
+        return None if self.cache == "none" else Path(self.cache)
+
+    def adapter_options(self) -> AdapterOptions:
+        """The settings that concern adapters."""
+        from eva_lightning.vision.methods import AdapterOptions
+
+        shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions)}
+        return AdapterOptions(**shared)
+
+
+def parse(args: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="python -m experiments.vtab", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    hints = get_type_hints(Settings)
+    for option in fields(Settings):
+        flag = "--" + option.name.replace("_", "-")
+        text = option.metadata["help"]
+        if hints[option.name] is bool:
+            parser.add_argument(flag, nargs="?", const=True, type=bool, default=option.default, help=text)
+        elif option.default is MISSING:
+            parser.add_argument(flag, type=hints[option.name], required=True, help=text)
+        else:
+            parser.add_argument(flag, type=hints[option.name], default=option.default, help=text)
+    values = parser.parse_args(None if args is None else list(args)).as_dict()
+    values.pop("config", None)
+    return Settings(**values)
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line `args` (``sys.argv`` for None) and return what ``metrics.json`` holds.
+
+    A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
+
+    Raises:
+        FileNotFoundError: Something of the data, or the weight file, is missing.
+        ValueError: A setting or the data is wrong, or the folder holds a run of other settings.
+        ConnectionError: Pre-trained weights are wanted and the hub does not answer.
+    """
+    settings = parse(args)
+    folder = RunFolder(Path(settings.output) / settings.run_name, asdict(settings), INCIDENTAL)
+    if not settings.overwrite:
+        result = folder.result()
+        if result is not None:
+            print(f"{folder.path} is finished already (--overwrite runs it again): {_headline(result)}")
+            return result
+    # looked at before timm is imported; the data module below looks again
+    open_task(settings.root, settings.task, settings.split, settings.limit_train, settings.limit_test)
+    return _run(settings, folder)
+
+
+def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
+    import logging
+
+    import lightning as L
+
+    from eva_lightning.vision.backbones import resolve_model
+    from eva_lightning.vision.methods import apply_method
+    from eva_lightning.vision.module import ImageClassifier
+    from eva_lightning.vision.vtab import VTAB1K
+    from eva_lightning.vision.weights import resolve_weights
+
+    logger = logging.getLogger("experiments.vtab")
+    options = settings.adapter_options()
+    weights = resolve_weights(resolve_model(settings.model), settings.weights)
+    data = VTAB1K(
+        settings.root,
+        settings.task,
+        split=settings.split,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size // settings.accumulate,
+        normalization=settings.normalization,
+        workers=settings.workers,
+        cache_dir=settings.cache_dir,
+        limit_train=settings.limit_train,
+        limit_test=settings.limit_test,
+        seed=settings.seed,
+        progress=settings.progress,
+    )
+    L.seed_everything(settings.seed, workers=True, verbose=False)
+    module = ImageClassifier(
+        settings.model,
+        data.num_classes,
+        settings.image_size,
+        weights,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        warmup_epochs=settings.warmup_epochs,
+    )
+    callbacks = apply_method(settings.method, module, options)
+    if settings.overwrite:
+        folder.clear()
+    folder.start()
+    with folder.logging():
+        logger.info(
+            "%s: %d training images, %d evaluation images (%s), %d classes",
+            settings.task,
+            len(data.data.train),
+            len(data.data.evaluation),
+            data.data.evaluation.name,
+            data.num_classes,
+        )
+        for sentence in data.data.warnings:
+            logger.warning(sentence)
+        metrics = _train_and_test(settings, folder, data, module, callbacks)
+        folder.finish(metrics)
+        logger.info("%s -> %s", _headline(metrics), folder.path)
+    return metrics
+
+
+def _train_and_test(
+    settings: Settings, folder: RunFolder, data: VTAB1K, module: ImageClassifier, callbacks: list[L.Callback]
+) -> dict[str, Any]:
+    import logging
+
+    import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from eva_lightning.vision.history import EpochHistory
+
+    history = EpochHistory(folder.path / "metrics.csv")
+    checkpoints = ModelCheckpoint(folder.checkpoints, filename="last", enable_version_counter=False)
+    trainer = L.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=_precision(settings),  # type: ignore[arg-type]
+        max_epochs=settings.epochs,
+        limit_val_batches=1.0 if data.validates else 0,
+        accumulate_grad_batches=settings.accumulate,
+        callbacks=[*callbacks, history, checkpoints],
+        logger=False,
+        enable_progress_bar=settings.progress and sys.stdout.isatty(),
+        enable_model_summary=False,
+    )
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is not None:
+        logging.getLogger("experiments.vtab").info("resuming from %s", checkpoint)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    started = time.perf_counter()
+    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    metrics = _metrics(settings, data, module, callbacks, history)
+    metrics["accuracy"] = tested["test_accuracy"]
+    metrics["loss"] = tested["test_loss"]
+    metrics["evaluation_seconds"] = time.perf_counter() - started
+    metrics["precision"] = trainer.precision
+    metrics["device"] = str(module.device)
+    _save_outputs(settings, folder, module, callbacks, history, metrics)
+    return metrics
+
+
+def _precision(settings: Settings) -> str:
+    import torch
+
+    if settings.precision != "auto":
+        return settings.precision
+    gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _metrics(
+    settings: Settings, data: VTAB1K, module: ImageClassifier, callbacks: list[L.Callback], history: EpochHistory
+) -> dict[str, Any]:
+    import torch
+
+    checked = data.data
+    parameters = list(module.parameters())
+    metrics: dict[str, Any] = {
+        "task": settings.task,
+        "group": checked.task.group,
+        "model": settings.model,
+        "weights": settings.weights,
+        "method": settings.method,
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "image_size": settings.image_size,
+        "train_split": checked.train.name,
+        "evaluation_split": checked.evaluation.name,
+        "train_images": len(checked.train),
+        "evaluation_images": len(checked.evaluation),
+        "limited": checked.limited,
+        "official_sizes": checked.comparable,
+        "warnings": list(checked.warnings),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "train_seconds": sum(row["seconds"] for row in history.rows),
+        "torch": torch.__version__,
+    }
+    state = _eva_state(callbacks)
+    if settings.adapts:
+        metrics["rank"] = settings.rank
+    if state is not None:
+        metrics["rho"] = settings.rho
+        metrics["init_seconds"] = state.seconds
+        metrics["init_batches"] = state.n_batches
+        metrics["ranks"] = dict(state.ranks)
+    return metrics
+
+
+def _eva_state(callbacks: list[L.Callback]) -> EVAState | None:
+    from eva_lightning.callback import EVAInitCallback
+
+    return next((callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)), None)
+
+
+def _save_outputs(
+    settings: Settings,
+    folder: RunFolder,
+    module: ImageClassifier,
+    callbacks: list[L.Callback],
+    history: EpochHistory,
+    metrics: dict[str, Any],
+) -> None:
+    state = _eva_state(callbacks)
+    if "rank" in metrics:
+        from eva_lightning.adapters import save_pretrained
+
+        save_pretrained(module.model, folder.path / "adapter")
+    if state is not None:
+        state.without_components().save(folder.path / "eva_state")
+    title = f"{settings.task}, {settings.model}, {settings.method}" + (" (limited data)" if metrics["limited"] else "")
+    folder.plots.mkdir(exist_ok=True)
+    for name, figure in _figures(history, state, settings, title).items():
+        figure.savefig(folder.plots / f"{name}.png", dpi=120)
+
+
+def _figures(history: EpochHistory, state: EVAState | None, settings: Settings, title: str) -> dict[str, Figure]:
+    import numpy as np
+
+    from eva_lightning import plots
+
+    figures = {}
+    for kind, label in (("loss", "cross-entropy (nats)"), ("accuracy", "accuracy")):
+        curves = {
+            stage: np.array([[row[f"{stage}_{kind}"] for row in history.rows]])
+            for stage in ("train", "val")
+            if history.rows and all(f"{stage}_{kind}" in row for row in history.rows)
+        }
+        figures[kind] = plots.learning_curves(curves, label, title=title, percent=kind == "accuracy")
+    if state is not None:
+        figures["ranks"] = plots.rank_heatmap(state.ranks, uniform_rank=settings.rank, title=f"ranks: {title}")
+        ratios = {layer: ratio.tolist() for layer, ratio in state.explained_variance_ratio.items()}
+        figures["spectra"] = plots.spectra(ratios, title=f"explained variance: {title}")
+        if any(state.convergence.values()):
+            figures["convergence"] = plots.convergence(state.convergence, tau=settings.tau, title=title)
+    return figures
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    return (
+        f"{metrics['task']} {metrics['evaluation_split']} accuracy {metrics['accuracy']:.2%} "
+        f"({metrics['evaluation_images']} images{', limited' if metrics['limited'] else ''}), "
+        f"{metrics['model']}, {metrics['method']}"
+    )
+
+
+def command_line(args: Sequence[str] | None = None) -> int:
+    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
+    try:
+        main(args)
+    except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
