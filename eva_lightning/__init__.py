@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from eva_lightning.callback import EVAInitCallback
-from eva_lightning.checkpoint import load_from_checkpoint
-from eva_lightning.forward import attention_mask
-from eva_lightning.state import EVAState
-from eva_lightning.streaming import StreamingOptions, compute_eva_state
+if TYPE_CHECKING:
+    from eva_lightning.callback import EVAInitCallback
+    from eva_lightning.checkpoint import load_from_checkpoint
+    from eva_lightning.forward import attention_mask
+    from eva_lightning.state import EVAState
+    from eva_lightning.streaming import StreamingOptions, compute_eva_state
 
 try:
     __version__ = version("eva-lightning")
@@ -23,3 +26,23 @@ __all__ = [
     "compute_eva_state",
     "load_from_checkpoint",
 ]
+
+# imported when first used: the engine alone must not cost the seconds that Lightning takes
+_HOMES = {
+    "EVAInitCallback": "callback",
+    "EVAState": "state",
+    "StreamingOptions": "streaming",
+    "attention_mask": "forward",
+    "compute_eva_state": "streaming",
+    "load_from_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -83,8 +83,15 @@ def make_plan(
     return Plan(a, state, {n: layer.rank for n, layer in layers.items()}, untouched, capped)
 
 
-def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan) -> bool:
-    """Resize, remove and fill the layers; all or nothing. Returns whether parameters were replaced by others."""
+def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan, injected: bool = False) -> bool:
+    """Resize, remove and fill the layers; all or nothing. Returns whether parameters were replaced by others.
+
+    Args:
+        module: holds the layers.
+        layers: canonical name -> layer.
+        plan: what each gets.
+        injected: the adapters are ours: DoRA's magnitudes are set so that the function is exactly the base model's.
+    """
     changed = False
     with isolated_rng(), restored_on_failure(module):
         for name, layer in layers.items():
@@ -99,6 +106,8 @@ def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan
                 layer.resize(rank)
                 changed = True
             layer.write(plan.a[name])
+            if injected:
+                layer.reset_magnitude()
         sync_configs(module)
     return changed
 

@@ -21,6 +21,7 @@ from eva_lightning.adapters.targets import linear_layers, select
 from eva_lightning.apply import Plan, apply_plan, make_plan
 from eva_lightning.batches import set_up_loader, training_batches
 from eva_lightning.forward import ForwardFn, MaskFn
+from eva_lightning.isolation import snapshot_rng
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import StreamingOptions, compute_eva_state
 from eva_lightning.summary import print_summary, streaming_progress
@@ -226,7 +227,7 @@ class EVAInitCallback(pl.Callback):
         else:
             state = self._stream(trainer, pl_module, layers, before_sharding)
         plan = make_plan(layers, state, self.rho, self.metric, self.init, self.seed, given=self._given is not None)
-        changed = apply_plan(pl_module, layers, plan)
+        changed = apply_plan(pl_module, layers, plan, injected=self._injection is not None)
         self.state = plan.state
         ckpt.mark_done(pl_module, "initialised")
         if self.verbose:
@@ -237,7 +238,7 @@ class EVAInitCallback(pl.Callback):
         layers = find_adapters(pl_module)
         if not layers:
             raise ValueError(
-                f"{type(pl_module).__name__} has no LoRA layer on a linear layer, so EVA has nothing to do"
+                f"{type(pl_module).__name__} has LoRA layers, but none on a linear layer: EVA has nothing to initialise"
             )
         names = list(layers)
         if self._injection is None:
@@ -291,10 +292,12 @@ class EVAInitCallback(pl.Callback):
 
     @contextmanager
     def _undone_on_failure(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        restore_rng = snapshot_rng()
         try:
             yield
         except BaseException:
             self._undo(pl_module)
+            restore_rng()
             raise
 
     def _undo(self, pl_module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,7 +130,7 @@ class InputCapture:
     def _split(self, name: str, owner: str, call: int) -> None:
         if self._calls.get(owner, 0) > call or self.n_batches < 1:
             raise SharingChanged(name)
-        self.engines[name] = copy.deepcopy(self.engines[owner])
+        self.engines[name] = self.engines[owner].clone()
         del self.owner[name]
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,17 +19,27 @@ def isolated_rng() -> Iterator[None]:
 
     Lightning's ``isolate_rng`` restores nothing when its body raises.
     """
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    restore = snapshot_rng()
     try:
         yield
     finally:
+        restore()
+
+
+def snapshot_rng() -> Callable[[], None]:
+    """Note the state of the global generators; returns a function that brings it back."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    return restore
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -160,7 +159,7 @@ def _live_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
     own = {n: e for n, e in capture.engines.items() if n not in capture.owner}
     if _world_size() == 1:
         return {n: e for n, e in own.items() if e.n_samples > 0}
-    merged = {n: copy.deepcopy(e) for n, e in own.items()}
+    merged = {n: e.clone() for n, e in own.items()}
     for engine in merged.values():
         engine.all_reduce()
     return {n: e for n, e in merged.items() if e.n_samples > 0}

@@ -156,7 +156,17 @@ def _inject(
         if hasattr(m, "lora_A"):
             m.train(modes[id(m.get_base_layer())])  # type: ignore[operator]
             setattr(m, CONFIG_ATTRIBUTE, config)
+            m.register_forward_pre_hook(_accept_keyword, with_kwargs=True)
     module.peft_config = {"default": config}  # type: ignore[assignment]
+
+
+def _accept_keyword(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Let callers of the layer keep saying ``layer(input=x)``: PEFT's forward calls that argument ``x``."""
+    if args or "input" not in kwargs:
+        return None
+    return (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
 
 
 def _set_trainable(

@@ -75,7 +75,7 @@ class AdapterLayer:
         return self.alpha * (math.sqrt(ratio) if self.module.use_rslora[self.adapter] else ratio)
 
     def resize(self, rank: int, alpha: float | None = None) -> None:
-        """Give the layer a new rank with fresh A and B = 0, keeping dtype, device, trainability and train/eval flags.
+        """Give the layer a new rank with B = 0 and an A to be written; all else stays: dtype, flags, DoRA's magnitude.
 
         Args:
             rank: the new rank, at least 1.
@@ -84,7 +84,7 @@ class AdapterLayer:
         alpha = self.alpha_for(rank) if alpha is None else alpha
         layer, adapter = self.module, self.adapter
         parts = {n: p for n, p in layer.named_parameters() if f".{adapter}" in n and not n.startswith("base_layer")}
-        kept = {n: (p.dtype, p.requires_grad) for n, p in parts.items()}
+        kept = {n: (p.dtype, p.requires_grad, p.data) for n, p in parts.items()}
         modes = {n: m.training for n, m in layer.named_modules()}
         config = copy.copy(self.config)
         # "eva" is PEFT's word for "B = 0 and leave A alone"; other values would run their own initialisation here
@@ -92,10 +92,22 @@ class AdapterLayer:
         layer.update_layer(adapter, rank, alpha, config=config)
         for n, p in layer.named_parameters():
             if n in kept:
-                p.data = p.data.to(kept[n][0])
-                p.requires_grad_(kept[n][1])
+                dtype, flag, data = kept[n]
+                p.data = data if n.startswith("lora_magnitude_vector") else p.data.to(dtype)
+                p.requires_grad_(flag)
         for n, m in layer.named_modules():
             m.training = modes.get(n, layer.training)
+
+    def reset_magnitude(self) -> None:
+        """Set DoRA's magnitude to the norm its forward pass computes, in that precision; nothing for other adapters.
+
+        A magnitude computed in fp32 and rounded to bf16 later is not the norm of the rounded weight: the adapter
+        would change the function before any training.
+        """
+        if self.adapter in self.module.lora_magnitude_vector:
+            dora = self.module.lora_magnitude_vector[self.adapter]
+            weight = self.base.weight.data
+            dora.weight.data = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0).to(dora.weight.dtype)
 
     def write(self, a: Tensor) -> None:
         """Set A to ``a`` (rank, in_features), rounded to the parameter's dtype, and B (and its bias) to zero."""
