@@ -116,6 +116,7 @@ class RunFolder:
             with warnings.catch_warnings():
                 # images come from memory: more loader processes would slow it down
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+                warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # resuming
                 warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
                 yield

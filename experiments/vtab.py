@@ -261,7 +261,16 @@ def _train_and_test(
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         logging.getLogger("experiments.vtab").info("resuming from %s", checkpoint)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:
+        # how Lightning ends on Ctrl-C
+        logging.getLogger("experiments.vtab").warning(
+            "interrupted after %d of %d epochs: the same command continues from there",
+            len(history.rows),
+            settings.epochs,
+        )
+        raise
     started = time.perf_counter()
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     metrics = _metrics(settings, data, module, callbacks, history)
@@ -269,7 +278,7 @@ def _train_and_test(
     metrics["loss"] = tested["test_loss"]
     metrics["evaluation_seconds"] = time.perf_counter() - started
     metrics["precision"] = trainer.precision
-    metrics["device"] = str(module.device)
+    metrics["device"] = str(trainer.strategy.root_device)
     _save_outputs(settings, folder, module, callbacks, history, metrics)
     return metrics
 
@@ -367,7 +376,7 @@ def _figures(history: EpochHistory, state: EVAState | None, settings: Settings, 
         figures["ranks"] = plots.rank_heatmap(state.ranks, uniform_rank=settings.rank, title=f"ranks: {title}")
         ratios = {layer: ratio.tolist() for layer, ratio in state.explained_variance_ratio.items()}
         figures["spectra"] = plots.spectra(ratios, title=f"explained variance: {title}")
-        if any(state.convergence.values()):
+        if any(len(curve) > 1 for curve in state.convergence.values()):
             figures["convergence"] = plots.convergence(state.convergence, tau=settings.tau, title=title)
     return figures
 

@@ -12,7 +12,8 @@ import lightning as L
 
 logger = logging.getLogger(__name__)
 
-#: Columns of a row; ``val_…`` stay empty where nothing is validated. Accuracies in [0, 1], times in seconds.
+#: Columns of a row; ``val_…`` stay empty where nothing is validated. Accuracies in [0, 1], times in
+#: seconds; ``lr`` is the rate after the last step of the epoch.
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,27 @@ def test_weight_file_and_accumulation(arguments: list[str], tmp_path: Path) -> N
     torch.save(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "w.pth")
     metrics = main([*arguments, "--weights", str(tmp_path / "w.pth"), "--accumulate", "2"])
     assert metrics["weights"].endswith("w.pth")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ctrl_c(self: Any, batch: Any, batch_idx: int) -> Any:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_module.ImageClassifier, "training_step", ctrl_c)
+        with pytest.raises(SystemExit):
+            main(arguments)
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores further interrupts of a process about to end
+    assert "interrupted after 0 of 2 epochs: the same command continues from there" in capsys.readouterr().out
+    assert main(arguments)["epochs"] == 2
+
+
+def test_published_config_is_the_papers_protocol() -> None:
+    file = Path(__file__).parents[2] / "configs/vtab/dinov2_g14_eva.yaml"
+    assert parse(["--config", str(file), "--root", "x", "--task", "caltech101"]) == Settings("x", "caltech101")
 
 
 def test_config_file(arguments: list[str], tmp_path: Path) -> None:
