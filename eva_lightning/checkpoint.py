@@ -175,8 +175,8 @@ def fit_to_checkpoint(
     unknown = [path for path in incoming if path not in known]
     if unknown:
         raise ValueError(
-            f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} lacks: "
-            "it is of another model"
+            f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} "
+            "lacks: it is of another model"
         )
     alphas = {path: entry["alpha"] for path, entry in description.get("adapters", {}).items()}
     if not present:

@@ -248,6 +248,41 @@ def learning_curves(
     return figure
 
 
+def rate_sensitivity(
+    scores: Mapping[str, Mapping[float, float]], ylabel: str, xlabel: str = "learning rate", title: str | None = None
+) -> Figure:
+    """A score against the learning rate, one line per method, both axes logarithmic; the lowest point is ringed.
+
+    Args:
+        scores: method to its score (lower is better, positive) at every learning rate.
+        ylabel, xlabel: what the axes show, with units.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``scores`` is empty.
+    """
+    _require(scores, "scores")
+    figure, axes = _axes(6.0, 3.8)
+    for i, (label, row) in enumerate(scores.items()):
+        rates = sorted(row)
+        color = PALETTE[i % len(PALETTE)]
+        axes.plot(rates, [row[r] for r in rates], marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+        best = min(rates, key=row.__getitem__)
+        axes.plot([best], [row[best]], marker="o", markersize=10, fillstyle="none", color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({rate for row in scores.values() for rate in row})
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], fontsize="small")
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.legend(frameon=False, fontsize="small")
+    _clean(axes, xlabel, ylabel, title)
+    return figure
+
+
 def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10, title: str | None = None) -> Figure:
     """Grey images of shape ``(n, h, w)``, large values dark, each under its caption.
 

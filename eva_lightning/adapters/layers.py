@@ -106,7 +106,7 @@ class AdapterLayer:
         """
         if self.adapter in self.module.lora_magnitude_vector:
             dora = self.module.lora_magnitude_vector[self.adapter]
-            weight = self.base.weight.data
+            weight: Any = self.base.weight.data
             dora.weight.data = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0).to(dora.weight.dtype)
 
     def write(self, a: Tensor) -> None:
