@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
 
@@ -30,6 +30,11 @@ def _clean(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
     if title:
         axes.set_title(title, fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_outside(axes: Axes, title: str) -> None:
+    style: dict[str, Any] = {"frameon": False, "fontsize": "small", "title_fontsize": "small"}
+    axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), **style)
 
 
 def split_layer_name(name: str) -> tuple[int | None, str]:
@@ -69,10 +74,10 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     for name, (block, kind) in places.items():
         grid[kinds.index(kind), columns.index(block)] = ranks[name]
 
-    figure, axes = _axes(1.6 + max(3.4, 0.62 * len(columns)), 1.3 + 0.45 * len(kinds))
+    figure, axes = _axes(1.6 + max(4.4, 0.62 * len(columns)), 1.3 + 0.55 * len(kinds))
     center = float(np.nanmean(grid)) if uniform_rank is None else float(uniform_rank)
-    reach = max(float(np.nanmax(np.abs(grid - center))), 1e-6)
-    norm = TwoSlopeNorm(center, center - reach, center + reach)
+    reach = max(float(np.nanmax(np.abs(grid - center))), 2.0)
+    norm = CenteredNorm(center, reach)
     image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         if not math.isnan(value):
@@ -85,8 +90,7 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     axes.spines[:].set_visible(False)
     if title:
         axes.set_title(title, fontsize="medium", loc="left")
-    bar = figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
-    bar.ax.set_ylim(float(np.nanmin(grid)) - 1e-6, float(np.nanmax(grid)) + 1e-6)
+    figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
     return figure
 
 
@@ -97,18 +101,16 @@ def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, tit
         ValueError: ``ranks`` is empty.
     """
     _require(ranks, "ranks")
-    figure, axes = _axes(6.4, 1.0 + 0.23 * len(ranks))
+    figure, axes = _axes(6.0, 1.0 + 0.2 * len(ranks))
     names = list(ranks)
     axes.barh(range(len(names)), [ranks[name] for name in names], color=PALETTE[2])
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if uniform_rank is not None:
-        axes.axvline(
-            uniform_rank, color=PALETTE[0], linestyle="--", linewidth=1, label=f"uniform rank {uniform_rank:g}"
-        )
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
-    _clean(axes, "rank", "", title)
+        axes.axvline(uniform_rank, color="#20262b", linestyle="--", linewidth=1)
+    note = "" if uniform_rank is None else f"  (dashed: {uniform_rank:g}, the rank without redistribution)"
+    _clean(axes, f"rank{note}", "", title)
     return figure
 
 
@@ -143,12 +145,12 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
         labelled.add(kind)
     if any(np.any(np.asarray(values, dtype=float) > 0) for values in ratios.values()):
         axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=None))
-    axes.tick_params(axis="y", which="minor", labelsize="x-small")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.2g}" if share < 1e-4 else f"{100 * share:.2g} %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="small", title="inputs of", title_fontsize="small")
+    _legend_outside(axes, "inputs of")
     _clean(axes, "component", "share of the inputs' variance", title)
     return figure
 
@@ -189,13 +191,13 @@ def convergence(
         )
         labelled.add(kind)
     if tau is not None:
-        axes.axhline(tau, color="#20262b", linestyle="--", linewidth=1, label=f"threshold τ = {tau:g}")
+        axes.axhline(tau, color="#20262b", linestyle="--", linewidth=1, label=f"τ = {tau:g}")
     if 0 < len(ticks) <= 10:
         axes.set_xticks(sorted(ticks))
     axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
     axes.ticklabel_format(axis="y", useOffset=False)
     if labelled or tau is not None:
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        _legend_outside(axes, "inputs of")
     _clean(axes, "minibatches seen", "captured variance ÷ optimum", title)
     return figure
 

@@ -1,0 +1,422 @@
+"""EVA against LoRA and full fine-tuning on real handwritten digits, in minutes and without a download.
+
+    python -m experiments.demo
+
+pre-trains a small Vision Transformer on the digits 0-4, fine-tunes it on 200 labelled images of the digits 5-9 with
+every method and ten seeds, prints a table and writes ``runs/demo/report.html``. Finished work is kept under
+``runs/demo``: after Ctrl-C the same command goes on where it stopped. ``--fresh`` computes everything anew.
+
+The learning rates come from ``configs/demo.yaml``. They were chosen, one per method and by the same rule, with
+
+    python -m experiments.demo --tune
+
+on images and seeds that the table does not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.demo_runs import (
+    METHODS,
+    Pretrained,
+    Pretraining,
+    Run,
+    RunResult,
+    finetune_to_file,
+    load_pretrained,
+    load_result,
+    pretrain,
+    result_path,
+    versions,
+)
+from experiments.demo_summary import (
+    EARLY,
+    MethodSummary,
+    PairedDifference,
+    by_method,
+    paired_differences,
+    summarise,
+    verdict_sentence,
+)
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+RATES = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+FIRST_TUNING_SEED = 1000
+
+
+def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command-line options; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, help="runs per method (default 10; 5 with --tune)")
+    parser.add_argument("--epochs", type=int, default=10, help="fine-tuning epochs (default 10)")
+    parser.add_argument("--labels", type=int, default=200, help="labelled images of the digits 5-9 (default 200)")
+    parser.add_argument("--pretrain-epochs", type=int, default=Pretraining.epochs, help="default %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes; 0: none (default 2)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="learning rates (default configs/demo.yaml)")
+    parser.add_argument("--fresh", action="store_true", help="ignore finished runs and the cached model")
+    parser.add_argument("--tune", action="store_true", help="choose the learning rates and write them to --config")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="the grid of --tune")
+    options = parser.parse_args(args)
+    if options.seeds is None:
+        options.seeds = 5 if options.tune else 10
+    for name, least in (("seeds", 1), ("epochs", 1), ("pretrain_epochs", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    return options
+
+
+def read_learning_rates(path: Path) -> dict[str, float]:
+    """Learning rate per method out of the configuration file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file lacks a method or gives a rate that is not a positive number.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no configuration at {_shown(path)}: choose learning rates with --tune, or pass --config"
+        )
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = content.get("learning_rates") if isinstance(content, dict) else None
+    rates: dict[str, Any] = found if isinstance(found, dict) else {}
+    for method in METHODS:
+        rate = rates.get(method)
+        if not isinstance(rate, int | float) or not rate > 0:
+            raise ValueError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
+    return {method: float(rates[method]) for method in METHODS}
+
+
+def _start_worker() -> None:
+    # One thread each: two single-threaded runs side by side finish well before two two-threaded ones in a row.
+    torch.set_num_threads(1)
+    # Imported while the parent still pre-trains, so that no run's timing contains it.
+    importlib.import_module("peft")
+
+
+def _nothing() -> None:
+    """A task that makes the pool start its processes."""
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    # Processes started meanwhile inherit the setting: Ctrl-C then reaches the parent alone, which lets them finish.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def worker_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
+    """``n`` spawned processes, or None for ``n=0``. On the way out, runs under way are finished and others dropped."""
+    if n == 0:
+        yield None
+        return
+    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        with _interrupts_ignored():
+            for _ in range(n):
+                pool.submit(_nothing)
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def execute(
+    runs: Sequence[tuple[Run, Path]],
+    weights: Path,
+    pool: ProcessPoolExecutor | None,
+    on_done: Callable[[RunResult], None],
+) -> None:
+    """Fine-tune every run into its file, in ``pool`` or here, and report each as it is done.
+
+    Raises:
+        RuntimeError: a run failed; names the run, with the error as its cause.
+    """
+    if pool is None:
+        for run, path in runs:
+            on_done(finetune_to_file(run, weights, path))
+        return
+    futures = {pool.submit(finetune_to_file, run, weights, path): run for run, path in runs}
+    for future in as_completed(futures):
+        try:
+            result = future.result()
+        except Exception as error:
+            run = futures[future]
+            for other in futures:
+                other.cancel()
+            raise RuntimeError(f"the run of {METHODS[run.method]} with seed {run.seed} failed: {error}") from error
+        on_done(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """All results, and what was computed now or found."""
+
+    results: list[RunResult]
+    pretrained: Pretrained
+    pretrained_was_cached: bool
+    n_cached: int
+    seconds: float
+
+
+def compute(runs: Sequence[Run], recipe: Pretraining, options: argparse.Namespace, console: Console) -> Outcome:
+    """Pre-train and fine-tune whatever is not there yet, with progress bars."""
+    cache, folder = options.out / "cache", options.out / "runs"
+    found = {} if options.fresh else {run: load_result(result_path(run, recipe, folder)) for run in runs}
+    done = {run: result for run, result in found.items() if result is not None}
+    missing = [(run, result_path(run, recipe, folder)) for run in runs if run not in done]
+    pretrained = None if options.fresh else load_pretrained(recipe, cache)
+    was_cached = pretrained is not None
+
+    columns = (
+        TextColumn("{task.description:<46}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    n_cached, start = len(done), time.perf_counter()
+    with worker_pool(min(options.workers, len(missing))) as pool, Progress(*columns, console=console) as progress:
+        if pretrained is None:
+            task = progress.add_task("Pre-training on digits 0-4", total=recipe.epochs)
+
+            def on_epoch(epoch: int, accuracy: float) -> None:
+                text = f"Pre-training on digits 0-4: {accuracy:.1%} held out"
+                progress.update(task, completed=epoch, description=text)
+
+            pretrained = pretrain(recipe, cache, on_epoch)
+        bar = progress.add_task(
+            f"Fine-tuning on digits {_listed(runs[0].classes)}", total=len(runs), completed=len(done)
+        )
+
+        def on_done(result: RunResult) -> None:
+            done[result.run] = result
+            text = f"{METHODS[result.run.method]}, seed {result.run.seed}: {result.accuracy[-1]:.1%} held out"
+            progress.update(bar, advance=1, description=text)
+
+        execute(missing, pretrained.path, pool, on_done)
+        progress.update(bar, description=f"Fine-tuning on digits {_listed(runs[0].classes)}")
+    return Outcome([done[run] for run in runs], pretrained, was_cached, n_cached, time.perf_counter() - start)
+
+
+def _shown(path: Path) -> Path:
+    """``path`` relative to the working folder where it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _listed(classes: Sequence[int]) -> str:
+    return f"{classes[0]}-{classes[-1]}"
+
+
+def main_table(rows: Sequence[MethodSummary]) -> Table:
+    """Held-out loss (upper line) and accuracy in percent (lower line) of every method."""
+    table = Table()
+    for column in ("Method", "Learning rate", "Trained", "Set-up"):
+        table.add_column(column, justify="left" if column == "Method" else "right", no_wrap=column != "Learning rate")
+    for epoch in rows[0].loss:
+        table.add_column(f"Epoch {epoch}", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.learning_rate:g}",
+            f"{row.trainable_parameters.mean:,.0f}",
+            f"{row.setup_seconds:.2f} s",
+            *(f"{row.loss[epoch].text(3)}\n{row.accuracy[epoch].text(1, 100)}" for epoch in row.loss),
+            end_section=True,
+        )
+    return table
+
+
+def paired_table(rows: Sequence[PairedDifference]) -> Table:
+    """Paired differences to LoRA: loss, accuracy in points, seeds on which the loss is lower."""
+    table = Table()
+    table.add_column("Difference", no_wrap=True)
+    for epoch in rows[0].loss:
+        table.add_column(f"Epoch {epoch}", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            *(
+                f"{row.loss[epoch].text(3, sign=True)}\n{row.accuracy[epoch].text(1, 100, sign=True)}"
+                f"\n{row.wins[epoch]} of {row.n_pairs}"
+                for epoch in row.loss
+            ),
+            end_section=True,
+        )
+    return table
+
+
+def run_demo(options: argparse.Namespace, console: Console) -> None:
+    """The main job: all methods on paired seeds, table, report."""
+    rates = read_learning_rates(options.config)
+    recipe = Pretraining(epochs=options.pretrain_epochs)
+    runs = [
+        Run(method, rates[method], seed, n_labels=options.labels, epochs=options.epochs)
+        for seed in range(options.seeds)
+        for method in METHODS
+    ]
+    console.print(
+        f"[bold]EVA demo.[/bold] A small ViT learns the digits 0-4, then {options.labels} labels of the digits "
+        f"{_listed(runs[0].classes)}: {len(METHODS)} methods x {options.seeds} seeds."
+    )
+    outcome = compute(runs, recipe, options, console)
+
+    pretrained = outcome.pretrained
+    origin = "taken from the cache, where it took" if outcome.pretrained_was_cached else "trained in"
+    console.print(f"Pre-trained model: {pretrained.accuracy:.1%} held out, {origin} {pretrained.seconds:.0f} s.")
+    if outcome.n_cached:
+        console.print(
+            f"Of {len(runs)} fine-tuning runs, {outcome.n_cached} were finished before; --fresh repeats them."
+        )
+    rows, differences = summarise(outcome.results), paired_differences(outcome.results)
+    console.print("\n[bold]Held-out loss, and below it accuracy in %[/bold]: mean ± standard error over seeds")
+    console.print(main_table(rows))
+    console.print("\n[bold]EVA minus LoRA on the same seeds[/bold]: loss, accuracy in points, seeds with lower loss")
+    console.print(paired_table(differences))
+    for difference in differences:
+        console.print(verdict_sentence(difference), highlight=False)
+    console.print(
+        'A difference counts as clear above two standard errors. "Set-up": seconds to the first step (median).'
+    )
+
+    from experiments.report import Facts, write_report
+
+    facts = Facts.collect(
+        command=_command(options),
+        versions=versions(),
+        seeds=[run.seed for run in runs if run.method == "lora"],
+        pretraining=recipe,
+        pretrained=pretrained,
+        pretrained_was_cached=outcome.pretrained_was_cached,
+        n_cached=outcome.n_cached,
+        seconds=outcome.seconds,
+        config=options.config,
+    )
+    results = [dataclasses.asdict(result) for result in outcome.results]
+    (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    report = write_report(options.out / "report.html", outcome.results, facts)
+    console.print(f"[bold]Report:[/bold] {report}   (all numbers: {options.out / 'results.json'})", soft_wrap=True)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that repeats this run, with the options that differ from their defaults."""
+    default = parse_args([])
+    parts = ["python -m experiments.demo"]
+    for name in ("seeds", "epochs", "labels", "pretrain_epochs"):
+        if getattr(options, name) != getattr(default, name):
+            parts.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
+    return " ".join(parts)
+
+
+def choose_rates(results: Sequence[RunResult]) -> tuple[dict[str, float], dict[str, dict[float, dict[str, float]]]]:
+    """Per method, the rate with the highest mean accuracy after the last epoch; ties go to the lower mean loss."""
+    chosen, table = {}, {}
+    for method, group in by_method(results).items():
+        scores = {}
+        for rate in sorted({result.run.learning_rate for result in group}):
+            at_rate = [result for result in group if result.run.learning_rate == rate]
+            accuracy = sum(result.accuracy[-1] for result in at_rate) / len(at_rate)
+            loss = sum(result.loss[-1] for result in at_rate) / len(at_rate)
+            early = sum(result.loss[min(EARLY[-1], len(result.loss)) - 1] for result in at_rate) / len(at_rate)
+            scores[rate] = {"accuracy": round(accuracy, 4), "loss": round(loss, 4), "early_loss": round(early, 4)}
+        chosen[method] = max(scores, key=lambda rate, s=scores: (s[rate]["accuracy"], -s[rate]["loss"]))  # type: ignore[misc]
+        table[method] = scores
+    return chosen, table
+
+
+def run_tuning(options: argparse.Namespace, console: Console) -> None:
+    """Choose one learning rate per method and write the configuration file."""
+    recipe = Pretraining(epochs=options.pretrain_epochs)
+    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.seeds)
+    runs = [
+        Run(method, rate, seed, n_labels=options.labels, epochs=options.epochs, evaluate_on="tune")
+        for seed in seeds
+        for rate in options.rates
+        for method in METHODS
+    ]
+    console.print(f"Tuning: {len(METHODS)} methods x {len(options.rates)} rates x {options.seeds} seeds.")
+    outcome = compute(runs, recipe, options, console)
+    chosen, scores = choose_rates(outcome.results)
+
+    console.print("\n[bold]Tuning part, last epoch[/bold]: mean accuracy and loss; * marks the chosen rate")
+    table = Table()
+    table.add_column("Method")
+    for rate in sorted(options.rates):
+        table.add_column(f"{rate:g}", justify="right")
+    for method, row in scores.items():
+        cells = (
+            (f"{score['accuracy']:.1%}\n{score['loss']:.3f}" + (" *" if rate == chosen[method] else ""))
+            for rate, score in row.items()
+        )
+        table.add_row(METHODS[method], *cells, end_section=True)
+    console.print(table)
+
+    content: dict[str, Any] = {
+        "learning_rates": chosen,
+        "tuning": {
+            "rule": "highest mean accuracy after the last epoch on the tuning part, ties to the lower mean loss",
+            "seeds": list(seeds),
+            "labels": options.labels,
+            "epochs": options.epochs,
+            "early_epoch": min(EARLY[-1], options.epochs),
+            "scores": scores,
+        },
+    }
+    header = "# Learning rates of the demo. Written by: python -m experiments.demo --tune\n"
+    options.config.parent.mkdir(parents=True, exist_ok=True)
+    options.config.write_text(header + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    console.print(f"Learning rates written to {_shown(options.config)}.", soft_wrap=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line in ``args`` and return its exit code."""
+    options = parse_args(args)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 112))
+    try:
+        if options.tune:
+            run_tuning(options, console)
+        else:
+            run_demo(options, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Finished runs are kept; the same command goes on from there.")
+        return 130
+    except (FileNotFoundError, ValueError) as error:
+        console.print(f"[bold red]Error:[/bold red] {error}", soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
