@@ -176,7 +176,7 @@ def test_best_checkpoint_after_fit(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="val")
     run = trainer(EVAInitCallback(rho=2, r=4), keep, enable_checkpointing=True, max_epochs=2)
     run.fit(module, loader(), loader())
-    a = run.validate(module, loader(), ckpt_path="best", weights_only=True)
+    a = run.validate(module, loader(), ckpt_path="best")
     assert a[0]["val"] == pytest.approx(float(keep.best_model_score or 0), rel=1e-5)
 
 
