@@ -1,4 +1,4 @@
-"""Activations out of a forward pass: hooks on layers, inputs shared by several layers, token choice, masks."""
+"""Activations out of a forward pass: hooks on layers, inputs shared by several layers, the choice of tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.svd import StreamingSVD
+from eva_lightning.tokens import LayerInputs
 
 
 class SharingChanged(Exception):
@@ -29,6 +30,7 @@ class _Seen:
     call: int
     tensor: Tensor
     version: int
+    inputs: LayerInputs
 
 
 @dataclass
@@ -40,14 +42,14 @@ class InputCapture:
     gets a copy of the engine if that is still exact, otherwise :class:`SharingChanged` asks for a fresh start.
 
     Attributes:
-        layers: canonical name -> layer to watch.
+        layers: canonical name -> the inputs to watch.
         engines: canonical name -> engine; those of sharing layers stay empty until they stop sharing.
         tokens_per_sample: how many tokens of each sample to use, drawn anew for every minibatch; ``None`` for all.
         seed: seeds that draw.
         never_share: layers to decompose on their own.
     """
 
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, LayerInputs]
     engines: dict[str, StreamingSVD]
     tokens_per_sample: int | None = None
     seed: int = 0
@@ -65,8 +67,8 @@ class InputCapture:
         """Hooks on all layers for the duration of the body; none is left behind, whatever happens in it."""
         handles = []
         try:
-            for name, layer in self.layers.items():
-                handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            for name, inputs in self.layers.items():
+                handles.append(inputs.module.register_forward_pre_hook(self._hook(name, inputs), with_kwargs=True))
             yield self
         finally:
             for handle in handles:
@@ -74,7 +76,7 @@ class InputCapture:
             self._last = None
 
     def begin(self, mask: Tensor | None = None) -> None:
-        """Start a minibatch. ``mask`` (bool) marks the tokens that count; see :meth:`_mask_for`."""
+        """Start a minibatch. ``mask`` (bool) marks the tokens that count, for inputs of its shape."""
         self.n_batches += 1
         self.mask = mask
         self._calls.clear()
@@ -93,18 +95,18 @@ class InputCapture:
         """The engine that holds the decomposition of ``name``'s inputs."""
         return self.engines[self.owner.get(name, name)]
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str, inputs: LayerInputs) -> Callable[..., None]:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._observe(name, layer_input(name, args, kwargs))
+            self._observe(name, inputs, *inputs.read(name, args, kwargs, self.mask))
 
         return observe
 
     @torch.no_grad()
-    def _observe(self, name: str, x: Tensor) -> None:
+    def _observe(self, name: str, inputs: LayerInputs, x: Tensor, mask: Tensor | None) -> None:
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
         last = self._last
-        shared = last is not None and last.layer != name and last.call == call and _same_input(last, x)
+        shared = last is not None and last.layer != name and last.call == call and _same_input(last, inputs, x)
         owner = self.owner.get(name)
         if owner is not None:
             if shared and last is not None and last.layer == owner:
@@ -114,10 +116,11 @@ class InputCapture:
             self.owner[name] = last.layer
             return
         if not shared:
-            self._last = _Seen(name, call, x, x._version)
+            self._last = _Seen(name, call, x, x._version, inputs)
         try:
             with _full_precision(x.device):
-                self.engines[name].update(*self._tokens(x))
+                for tokens in inputs.tokens(x, mask, self._choose):
+                    self.engines[name].update(*tokens)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"layer {name!r}: input of minibatch {self.n_batches} has NaN or infinite values ({error}); check the "
@@ -133,36 +136,15 @@ class InputCapture:
         self.engines[name] = self.engines[owner].clone()
         del self.owner[name]
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        mask = self._mask_for(x)
+    def _choose(self, tokens: int) -> Tensor | None:
         n = self.tokens_per_sample
-        if n is None or x.dim() < 3:
-            return x, mask
-        x = x.flatten(1, -2)
-        if x.shape[1] <= n:
-            return x, mask if mask is None else mask.flatten(1)
-        index = self._choice(x.shape[1], n, x.device)
-        return x.index_select(1, index), mask if mask is None else mask.flatten(1).index_select(1, index)
-
-    def _choice(self, tokens: int, n: int, device: torch.device) -> Tensor:
+        if n is None or tokens <= n:
+            return None
         # one draw a minibatch for all layers with that many tokens: deterministic, and independent of layer order
         if tokens not in self._chosen:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_batches)
             self._chosen[tokens] = torch.randperm(tokens, generator=generator)[:n].sort().values
-        return self._chosen[tokens].to(device)
-
-    def _mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask for this input: as given where its shape is the input's without features, flattened for flattened
-        tokens, none for inputs that are not per token (a pooled vector)."""
-        mask, shape = self.mask, x.shape[:-1]
-        if mask is None:
-            return None
-        mask = mask.to(x.device)
-        if mask.shape == shape:
-            return mask
-        if len(shape) == 1 and mask.numel() == shape[0]:
-            return mask.reshape(-1)
-        return None
+        return self._chosen[tokens]
 
 
 @contextmanager
@@ -177,25 +159,10 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor a layer was called on: its first positional argument or, called by keyword, its only tensor.
-
-    Raises:
-        TypeError: there is none.
-    """
-    if args and isinstance(args[0], Tensor):
-        return args[0].detach()
-    for key in ("input", "x", "hidden_states"):
-        if isinstance(kwargs.get(key), Tensor):
-            return kwargs[key].detach()
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if len(tensors) != 1:
-        raise TypeError(f"layer {name!r} was called with {len(tensors)} tensors and none of them is named 'input'")
-    return tensors[0].detach()
-
-
-def _same_input(last: _Seen, x: Tensor) -> bool:
+def _same_input(last: _Seen, inputs: LayerInputs, x: Tensor) -> bool:
     held = last.tensor
+    if last.inputs.kind != inputs.kind:
+        return False
     if held.shape != x.shape or held.dtype != x.dtype or held.device != x.device:
         return False
     if held.data_ptr() == x.data_ptr() and held.stride() == x.stride():

@@ -18,6 +18,7 @@ from eva_lightning.isolation import observing
 from eva_lightning.state import EVAState
 from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine
 from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
+from eva_lightning.tokens import LayerInputs, inputs_of
 
 
 class Progress(Protocol):
@@ -47,7 +48,7 @@ class StreamingOptions:
 def compute_eva_state(
     model: nn.Module,
     batches: Callable[[], Iterable[Any]],
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module | LayerInputs],
     options: StreamingOptions,
     *,
     forward_fn: ForwardFn | None = None,
@@ -64,7 +65,8 @@ def compute_eva_state(
     Args:
         model: what ``forward_fn`` runs.
         batches: gives the minibatches, from the start at each call (rarely twice: when inputs stop being shared).
-        layers: canonical name -> the layer whose inputs to decompose, last dimension = features.
+        layers: canonical name -> the layer whose inputs to decompose, or how to read them
+            (:mod:`eva_lightning.tokens`).
         options: see :class:`StreamingOptions`.
         forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.forward.run_forward`.
         mask_fn: ``mask_fn(batch)`` -> bool tensor of the tokens that count, or ``None``.
@@ -79,12 +81,13 @@ def compute_eva_state(
         ValueError: no minibatch at all, or no layer ran.
         FloatingPointError: NaN or infinite activations; names layer and minibatch.
     """
+    inputs = {n: x if isinstance(x, LayerInputs) else inputs_of(x) for n, x in layers.items()}
     never_share: set[str] = set()
     started = time.perf_counter()
     while True:
         try:
             return _stream(
-                model, batches(), layers, options, forward_fn, mask_fn, context, progress, minor, never_share, started
+                model, batches(), inputs, options, forward_fn, mask_fn, context, progress, minor, never_share, started
             )
         except SharingChanged as signal:
             never_share.add(signal.layer)
@@ -93,7 +96,7 @@ def compute_eva_state(
 def _stream(
     model: nn.Module,
     batches: Iterable[Any],
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerInputs],
     options: StreamingOptions,
     forward_fn: ForwardFn | None,
     mask_fn: MaskFn | None,
@@ -136,13 +139,13 @@ _END = object()
 
 
 def _make_engines(
-    layers: Mapping[str, nn.Module], options: StreamingOptions, minor: bool
+    layers: Mapping[str, LayerInputs], options: StreamingOptions, minor: bool
 ) -> tuple[dict[str, StreamingSVD], dict[str, str]]:
-    dims = {name: _in_features(layer) for name, layer in layers.items()}
+    dims = {name: inputs.width for name, inputs in layers.items()}
     kinds = choose_engines(dims, options.k, "exact" if minor else options.engine, options.memory_budget)
     engines = {
-        name: make_engine(kinds[name], dims[name], min(options.k, dims[name]), _device(layer))
-        for name, layer in layers.items()
+        name: make_engine(kinds[name], dims[name], min(options.k, dims[name]), _device(inputs.module))
+        for name, inputs in layers.items()
     }
     return engines, kinds
 
@@ -199,13 +202,6 @@ def _collect(
         meta={"engine": "+".join(sorted(set(kinds.values()))), "tau": options.tau, "delta": options.delta},
     )
     return _same_on_all_ranks(state)
-
-
-def _in_features(layer: nn.Module) -> int:
-    features = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
-    if features is None:
-        raise TypeError(f"a layer of type {type(layer).__name__} has no in_features; EVA adapts linear layers")
-    return int(features)
 
 
 def _device(layer: nn.Module) -> torch.device:
