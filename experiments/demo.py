@@ -47,6 +47,7 @@ from experiments.demo_runs import (
     load_pretrained,
     load_result,
     pretrain,
+    quiet,
     result_path,
     versions,
 )
@@ -56,12 +57,13 @@ from experiments.demo_summary import (
     PairedDifference,
     by_method,
     paired_differences,
+    same_rate_sentences,
     summarise,
     verdict_sentence,
 )
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
-RATES = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_TUNING_SEED = 1000
 
 
@@ -110,11 +112,18 @@ def read_learning_rates(path: Path) -> dict[str, float]:
     return {method: float(rates[method]) for method in METHODS}
 
 
+def read_tuning(path: Path) -> dict[str, Any]:
+    """How the learning rates of a valid configuration were chosen; empty where it does not say."""
+    tuning: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")).get("tuning") or {}
+    return tuning
+
+
 def _start_worker() -> None:
     # One thread each: two single-threaded runs side by side finish well before two two-threaded ones in a row.
     torch.set_num_threads(1)
     # Imported while the parent still pre-trains, so that no run's timing contains it.
-    importlib.import_module("peft")
+    with quiet():
+        importlib.import_module("peft")
 
 
 def _nothing() -> None:
@@ -136,18 +145,27 @@ def _interrupts_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def worker_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
-    """``n`` spawned processes, or None for ``n=0``. On the way out, runs under way are finished and others dropped."""
+    """``n`` spawned processes, or None for ``n=0``.
+
+    On an error or Ctrl-C they are ended at once: results are written by atomic replacement, so nothing half-made stays.
+    """
     if n == 0:
         yield None
         return
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         with _interrupts_ignored():
             for _ in range(n):
                 pool.submit(_nothing)
         yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True)
 
 
 def execute(
@@ -171,8 +189,6 @@ def execute(
             result = future.result()
         except Exception as error:
             run = futures[future]
-            for other in futures:
-                other.cancel()
             raise RuntimeError(f"the run of {METHODS[run.method]} with seed {run.seed} failed: {error}") from error
         on_done(result)
 
@@ -305,6 +321,8 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     console.print(paired_table(differences))
     for difference in differences:
         console.print(verdict_sentence(difference), highlight=False)
+    for sentence in same_rate_sentences(read_tuning(options.config)):
+        console.print(sentence, highlight=False)
     console.print(
         'A difference counts as clear above two standard errors. "Set-up": seconds to the first step (median).'
     )
@@ -320,7 +338,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
         pretrained_was_cached=outcome.pretrained_was_cached,
         n_cached=outcome.n_cached,
         seconds=outcome.seconds,
-        config=options.config,
+        tuning=read_tuning(options.config),
     )
     results = [dataclasses.asdict(result) for result in outcome.results]
     (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

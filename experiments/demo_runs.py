@@ -82,9 +82,13 @@ class RunResult:
 
 
 @contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's start-up messages and advice about workers and loggers out of the demo's output."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+def quiet() -> Iterator[None]:
+    """Keep what the demo's reader cannot act on out of its output.
+
+    That is Lightning's start-up messages and advice about workers and loggers, and what bitsandbytes, which PEFT
+    imports where it is installed, says about kernels that nothing here uses.
+    """
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -228,7 +232,7 @@ def pretrain(recipe: Pretraining, cache: Path, on_epoch: Callable[[int, float], 
     )
     module = DigitsClassifier(small_vit(len(recipe.classes)), recipe.learning_rate)
     recorder = _Recorder(on_epoch)
-    with quiet_lightning():
+    with quiet():
         _fit(_trainer(recipe.epochs, [recorder]), module, data)
     seconds = time.perf_counter() - start
     path = pretrained_path(recipe, cache)
@@ -262,16 +266,16 @@ def finetune(run: Run, weights: Path, n_pretraining_classes: int = 5) -> RunResu
     callbacks: list[L.Callback] = [recorder]
     eva = None
     setup_start = time.perf_counter()
-    if run.method == "lora":
-        from eva_lightning.adapters import inject
+    with quiet():
+        if run.method == "lora":
+            from eva_lightning.adapters import inject
 
-        inject(module, r=run.rank, alpha=1.0, bias="all")
-    elif run.method in _RHO:
-        from eva_lightning.callback import EVAInitCallback
+            inject(module, r=run.rank, alpha=1.0, bias="all")
+        elif run.method in _RHO:
+            from eva_lightning.callback import EVAInitCallback
 
-        eva = EVAInitCallback(rho=_RHO[run.method], r=run.rank, alpha=1.0, bias="all", seed=run.seed, verbose=False)
-        callbacks.append(eva)
-    with quiet_lightning():
+            eva = EVAInitCallback(rho=_RHO[run.method], r=run.rank, alpha=1.0, bias="all", seed=run.seed, verbose=False)
+            callbacks.append(eva)
         _fit(_trainer(run.epochs, callbacks), module, data)
     return RunResult(
         run=run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -149,3 +150,22 @@ def verdict_sentence(difference: PairedDifference) -> str:
     listing = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     against = f"{METHODS[difference.method]} against {METHODS[difference.baseline]}"
     return f"{against}, held-out loss over {difference.n_pairs} paired seeds: {listing}."
+
+
+def same_rate_sentences(tuning: Mapping[str, Any], baseline: str = "lora") -> list[str]:
+    """At how many learning rates of the tuning grid an EVA method's mean loss is below that of ``baseline``."""
+    scores = tuning.get("scores") or {}
+    sentences = []
+    for method, row in scores.items():
+        if not method.startswith("eva") or baseline not in scores:
+            continue
+        rates = sorted(row.keys() & scores[baseline].keys())
+        early, late = (
+            sum(row[rate][key] < scores[baseline][rate][key] for rate in rates) for key in ("early_loss", "loss")
+        )
+        sentences.append(
+            f"At equal learning rates, over the grid of the tuning: {METHODS[method]} has a lower mean loss than "
+            f"{METHODS[baseline]} at {early} of {len(rates)} rates after epoch {tuning['early_epoch']} and at "
+            f"{late} of {len(rates)} after epoch {tuning['epochs']}."
+        )
+    return sentences

@@ -17,7 +17,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 
 from eva_lightning import plots
@@ -29,6 +28,7 @@ from experiments.demo_summary import (
     by_method,
     curves,
     paired_differences,
+    same_rate_sentences,
     summarise,
     verdict_sentence,
 )
@@ -87,13 +87,12 @@ class Facts:
     tuning: dict[str, Any]
 
     @classmethod
-    def collect(cls, *, config: Path, **known: Any) -> Facts:
-        """Add the machine and, from the configuration file, how the learning rates were chosen."""
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    def collect(cls, **known: Any) -> Facts:
+        """``known`` and the machine this runs on."""
         machine = (
             f"{_processor()}, {os.cpu_count()} logical cores, {platform.system()}, Python {platform.python_version()}"
         )
-        return cls(machine=machine, tuning=content.get("tuning") or {}, **known)
+        return cls(machine=machine, **known)
 
 
 def _processor() -> str:
@@ -197,6 +196,7 @@ def _tuning_section(tuning: dict[str, Any], rows: Sequence[MethodSummary]) -> st
         for key, epoch in (("early_loss", tuning["early_epoch"]), ("loss", tuning["epochs"]))
     ]
     table = _table(["Method", *(f"{rate:g}" for rate in rates)], body)
+    text += "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in same_rate_sentences(tuning)) + "</ul>"
     return f'{text}{table}<div class="figures" style="margin-top:1.2rem">{"".join(figures)}</div>'
 
 
@@ -223,7 +223,9 @@ def _decomposition_figures(runs: Sequence[RunResult]) -> str:
             f"Without redistribution every layer has rank {first.run.rank}. Red: more, blue: fewer.",
         ),
         embed(
-            plots.rank_bars({short[n]: r for n, r in first.eva["ranks"].items()}, first.run.rank, "Ranks of EVA ρ=2, first seed"),
+            plots.rank_bars(
+                {short[n]: r for n, r in first.eva["ranks"].items()}, first.run.rank, "Ranks of EVA ρ=2, first seed"
+            ),
             "Bar chart of the rank of every layer",
             "Names: block, then layer. The sum is the same budget that LoRA has.",
         ),

@@ -26,7 +26,7 @@ from eva_lightning.vision.digits import (
 )
 from experiments import demo, demo_runs
 from experiments.demo_runs import METHODS, Pretraining, Run, RunResult
-from experiments.demo_summary import paired_differences, summarise, verdict_sentence
+from experiments.demo_summary import paired_differences, same_rate_sentences, summarise, verdict_sentence
 
 TINY = ["--seeds", "2", "--epochs", "2", "--labels", "40", "--pretrain-epochs", "1", "--workers", "0"]
 
@@ -226,6 +226,16 @@ def test_pairs_use_common_seeds_only_and_one_seed_decides_nothing() -> None:
     assert difference.loss[1].mean == pytest.approx(-0.5)
     assert difference.verdict(1) == "undecided (one seed)"
     assert paired_differences(results[2:]) == []
+
+
+def test_equal_rates_are_counted_where_both_methods_have_them() -> None:
+    def row(*losses: float) -> dict[float, dict[str, float]]:
+        return {10.0**-i: {"early_loss": loss, "loss": 2 * loss} for i, loss in enumerate(losses)}
+
+    scores = {"lora": row(0.5, 0.6, 0.7), "eva_rho2": row(0.4, 0.6)}
+    (sentence,) = same_rate_sentences({"scores": scores, "early_epoch": 3, "epochs": 10})
+    assert "EVA ρ=2 has a lower mean loss than LoRA at 1 of 2 rates after epoch 3 and at 1 of 2 after" in sentence
+    assert same_rate_sentences({}) == []
 
 
 def test_digit_parts_are_disjoint_and_are_the_scans_of_scikit_learn() -> None:
