@@ -71,6 +71,14 @@ def test_learning_curves_of_one_run_have_no_band() -> None:
     assert not plots.learning_curves({"LoRA": np.ones((1, 3))}, "accuracy", percent=True).axes[0].collections
 
 
+def test_rate_sensitivity_rings_the_lowest_point() -> None:
+    figure = plots.rate_sensitivity({"LoRA": {1e-2: 0.2, 1e-3: 0.9, 1e-1: 0.5}}, "loss")
+    line, ring = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[1e-3, 0.9], [1e-2, 0.2], [1e-1, 0.5]])
+    np.testing.assert_array_equal(ring.get_xydata(), [[1e-2, 0.2]])
+    figure.canvas.draw()
+
+
 def test_image_grid_draws_every_image() -> None:
     images = np.arange(3 * 4).reshape(3, 2, 2)
     figure = plots.image_grid(images, ["5", "6", "7"], columns=2, title="digits")
@@ -78,10 +86,12 @@ def test_image_grid_draws_every_image() -> None:
     np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), images[2])
 
 
-@pytest.mark.parametrize("draw", [plots.rank_heatmap, plots.rank_bars, plots.spectra, plots.convergence])
+@pytest.mark.parametrize(
+    "draw", [plots.rank_heatmap, plots.rank_bars, plots.spectra, plots.convergence, plots.rate_sensitivity]
+)
 def test_nothing_to_draw_is_refused(draw: object) -> None:
     with pytest.raises(ValueError, match="at least one entry"):
-        draw({})  # type: ignore[operator]
+        draw({}, *(["loss"] if draw is plots.rate_sensitivity else []))  # type: ignore[operator]
 
 
 def test_wrong_shapes_are_refused() -> None:
