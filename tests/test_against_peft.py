@@ -131,7 +131,7 @@ def our_eva(net: nn.Module, batches: list[Batch], r: int, rho: float) -> EVAStat
     """Ours through the callback, on all these minibatches."""
     callback = EVAInitCallback(rho=rho, r=r, tau=1.0, max_batches=len(batches), verbose=False)
     module = DigitsClassifier(copy.deepcopy(net))
-    trainer(callback, max_epochs=0).fit(module, batches)
+    trainer(callback, max_epochs=0).fit(module, DataLoader(batches, batch_size=None))
     assert callback.state is not None
     assert callback.state.n_batches == len(batches)
     return callback.state
@@ -180,7 +180,7 @@ def test_class_sorted_stream(pretrained: nn.Module) -> None:
 
 def test_peft_initialises_from_our_decomposition_alike(pretrained: nn.Module) -> None:
     """Same directions in; same ranks, A, scaling and outputs out: in all but the decomposition ours is PEFT's EVA."""
-    batches = minibatches(0)
+    batches = DataLoader(minibatches(0), batch_size=None)
     module = DigitsClassifier(copy.deepcopy(pretrained))
     callback = EVAInitCallback(rho=2, r=4, tau=1.0, max_batches=4, verbose=False)
     trainer(callback, max_epochs=0).fit(module, batches)
