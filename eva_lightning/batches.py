@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from eva_lightning.isolation import isolated_rng, restored_sources
 
@@ -77,9 +77,11 @@ def _detached(loader: Any) -> Any:
 def _refuse_one_shot(loader: Any) -> None:
     dataset = getattr(loader, "dataset", None)
     one_shot = isinstance(loader, Iterator) or isinstance(dataset, Iterator)
-    if not one_shot and not isinstance(loader, (DataLoader, list, tuple, torch.Tensor)):
-        first = iter(loader)
-        one_shot = first is iter(loader)
+    source = dataset if isinstance(dataset, IterableDataset) else loader
+    if not one_shot and not isinstance(source, (DataLoader, list, tuple, torch.Tensor)):
+        with isolated_rng(), restored_sources(source):
+            first = iter(source)
+            one_shot = first is iter(source)
     if one_shot:
         what = loader if isinstance(loader, Iterator) else dataset
         raise ValueError(

@@ -17,23 +17,52 @@ MaskFn = Callable[[Any], "Tensor | None"]
 def run_forward(module: nn.Module, batch: Any) -> Any:
     """Run ``module`` on the inputs in ``batch``.
 
-    A tensor goes in as it is; of a sequence (image, label) the first element, recursively; of a mapping the keys that
-    ``forward``'s signature names (all of them if it takes ``**kwargs`` and no others match), or if none does, the
-    only tensor among the values that are floating point. A LightningModule that defines no ``forward`` runs its
-    ``training_step``, with logging muted.
+    A ``forward`` whose first argument is called ``batch`` gets the batch. Otherwise a tensor goes in as it is; of a
+    sequence (image, label) the first element, recursively; of a mapping, or a named tuple with such names, the keys
+    that ``forward``'s signature names (all of them if it also takes ``**kwargs``), or if none does, the only
+    floating-point tensor among the values. A LightningModule that defines no ``forward`` runs its ``training_step``,
+    with logging muted.
 
     Raises:
         TypeError: there is no way to tell; the message says what to pass as ``forward_fn``.
     """
+    try:
+        return _run(module, batch)
+    except Exception as error:
+        # what to do about it belongs to any error of a forward pass that we, not the user, chose
+        if hasattr(error, "add_note") and "forward_fn" not in str(error):
+            error.add_note(f"(EVA ran the forward pass of {type(module).__name__} by the batch's type; if it chose the "
+                           "wrong inputs, pass forward_fn=lambda module, batch: ...)")  # fmt: skip
+        raise
+
+
+def _run(module: nn.Module, batch: Any) -> Any:
     if _has_no_forward(module):
         return _run_training_step(module, batch)
+    if _takes_whole_batch(module):
+        return module(batch)
     if isinstance(batch, Tensor):
         return module(batch)
+    if hasattr(batch, "_asdict") and set(batch._fields) & set(inspect.signature(module.forward).parameters):
+        batch = batch._asdict()
     if isinstance(batch, Mapping):
         return module(**_arguments(module, batch))
     if isinstance(batch, (list, tuple)) and batch:
-        return run_forward(module, batch[0])
+        if len(_required(module)) > 1:
+            what = f"a {type(batch).__name__} of {len(batch)}: forward needs {_required(module)}"
+            raise TypeError(_help(module, what))
+        return _run(module, batch[0])
     raise TypeError(_help(module, f"a batch of type {type(batch).__name__}"))
+
+
+def _takes_whole_batch(module: nn.Module) -> bool:
+    first = next(iter(inspect.signature(module.forward).parameters), "")
+    return first == "batch"
+
+
+def _required(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters
+    return [k for k, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +70,6 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     named = {k: batch[k] for k in parameters if k in batch}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if named:
-        if takes_any and len(parameters) == 1:
-            return dict(batch)
         missing = [
             k
             for k, p in parameters.items()
@@ -50,10 +77,11 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         ]
         if missing:
             raise TypeError(_help(module, f"a batch with keys {list(batch)}, but forward also needs {missing}"))
-        return named
     if takes_any:
         return dict(batch)
-    required = [k for k, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if named:
+        return named
+    required = _required(module)
     floats = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
     if len(required) == 1 and len(floats) == 1:
         return {required[0]: floats[0]}

@@ -49,7 +49,13 @@ def observing(module: nn.Module) -> Iterator[None]:
     Buffers are restored because a sub-module may keep its batch norm in train mode whatever ``eval()`` says.
     """
     modes = [(m, m.training) for m in module.modules()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers() if b.device.type != "meta"]
+    # both the tensors and their values: a forward may write into a buffer or put another in its place
+    buffers = [
+        (m, name, b, b.detach().clone())
+        for m in module.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.device.type != "meta"
+    ]
     metrics = [(m, _metric_state(m)) for m in module.modules() if hasattr(m, "metric_state")]
     module.eval()
     try:
@@ -58,7 +64,8 @@ def observing(module: nn.Module) -> Iterator[None]:
         for m, flag in modes:
             m.training = flag
         with torch.no_grad():
-            for buffer, value in buffers:
+            for m, name, buffer, value in buffers:
+                m._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         for m, state in metrics:

@@ -90,3 +90,53 @@ def test_manual_optimisation_without_forward_is_refused() -> None:
 
     with pytest.raises(TypeError, match="manual optimisation and no forward method"):
         run_forward(Manual(), X)
+
+
+def test_forward_that_takes_the_batch_gets_it() -> None:
+    class Whole(nn.Module):
+        def forward(self, batch: Any) -> Any:
+            self.called = batch
+            return batch[0]
+
+    module, batch = Whole(), (X, torch.zeros(2))
+    run_forward(module, batch)
+    assert module.called is batch
+
+
+def test_named_tuple_with_forwards_names_is_a_mapping() -> None:
+    class Masked(NamedTuple):
+        mask: int
+        x: torch.Tensor
+
+    probe = Probe()
+    run_forward(probe, Masked(mask=7, x=X))
+    assert probe.called == (X, 7)
+
+
+def test_keyword_arguments_receive_the_mask_beside_named_inputs() -> None:
+    class Wrapper(nn.Module):
+        def forward(self, x: torch.Tensor, **kwargs: Any) -> None:
+            self.called = kwargs
+
+    module = Wrapper()
+    run_forward(module, {"x": X, "attention_mask": 1})
+    assert module.called == {"attention_mask": 1}
+
+
+def test_forward_with_two_inputs_is_not_guessed() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, z: torch.Tensor) -> None:
+            raise AssertionError("guessed")
+
+    with pytest.raises(TypeError, match=r"on a tuple of 2: forward needs \['x', 'z'\].*pass forward_fn="):
+        run_forward(Two(), (X, X))
+
+
+def test_errors_of_a_guessed_forward_mention_forward_fn() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit") as info:
+        run_forward(Broken(), (X, 1))
+    assert any("forward_fn=" in note for note in getattr(info.value, "__notes__", ["forward_fn="]))

@@ -98,3 +98,21 @@ def test_metrics_and_buffers_come_back() -> None:
     assert not model.norm.running_mean.any()  # type: ignore[union-attr]
     assert float(model.accuracy.compute()) == 1.0
     assert float(model.mean.compute()) == 2.0
+
+
+def test_buffers_replaced_by_a_forward_come_back() -> None:
+    class Replacing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = self.seen + 1
+            return x
+
+    module = Replacing()
+    before = module.seen
+    with observing(module):
+        module(torch.ones(1))
+    assert module.seen is before
+    assert float(module.seen) == 0.0
