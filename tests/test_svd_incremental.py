@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import IncrementalPCA
 from svd_helpers import assert_orthonormal, captured_variance, decaying, digits, feed, reference
 
-from eva_lightning.svd import ExactSVD, IncrementalSVD, StreamingSVD, choose_engines, estimate_bytes, make_engine
+from eva_lightning.svd import IncrementalSVD
 
 
 def test_equals_scikit_learns_incremental_pca_on_digits() -> None:
@@ -201,26 +201,3 @@ def test_errors_name_the_expectation_and_the_value() -> None:
         engine.update(torch.zeros(3, 65))
     with pytest.raises(ValueError, match="equal"):
         engine.merge(IncrementalSVD(64, 5))
-
-
-def test_factory_builds_engines_by_name() -> None:
-    engines: list[StreamingSVD] = [make_engine("exact", 8, 2), make_engine("incremental", 8, 2)]
-    assert [type(engine) for engine in engines] == [ExactSVD, IncrementalSVD]
-    with pytest.raises(ValueError, match='"exakt"'):
-        make_engine("exakt", 8, 2)
-
-
-def test_auto_makes_narrow_layers_exact_while_they_fit_the_budget() -> None:
-    dims = {"wide": 4096, "narrow": 512, "middle": 1024}
-    assert set(choose_engines(dims, 32, "auto", 2**40).values()) == {"exact"}
-    budget = sum(estimate_bytes("incremental", dim, 32) for dim in dims.values()) + 8 * 1024**2
-    chosen = choose_engines(dims, 32, "auto", budget)
-    assert chosen == {"wide": "incremental", "narrow": "exact", "middle": "exact"}
-    assert list(chosen) == list(dims)
-    assert sum(estimate_bytes(name, dims[layer], 32) for layer, name in chosen.items()) <= budget
-    assert set(choose_engines(dims, 32, "auto", 0).values()) == {"incremental"}
-    assert set(choose_engines(dims, 32, "exact", 0).values()) == {"exact"}
-    with pytest.raises(ValueError, match='"fast"'):
-        choose_engines(dims, 32, "fast", 0)
-    with pytest.raises(ValueError, match="-1"):
-        choose_engines(dims, 32, "auto", -1)

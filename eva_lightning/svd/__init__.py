@@ -2,9 +2,19 @@
 
 from eva_lightning.svd.convergence import CosineRule, DoublingRule, StoppingRule, make_stopping_rule
 from eva_lightning.svd.exact import ExactSVD
-from eva_lightning.svd.factory import ENGINES, choose_engines, estimate_bytes, make_engine
+from eva_lightning.svd.factory import (
+    ENGINES,
+    choose_engines,
+    estimate_bytes,
+    make_engine,
+    message_bytes,
+    place_engines,
+    total_bytes,
+)
 from eva_lightning.svd.incremental import IncrementalSVD
 from eva_lightning.svd.result import StreamingSVD, SVDResult
+from eva_lightning.svd.sketch import SketchSVD
+from eva_lightning.svd.solve import Solution, solve
 
 __all__ = [
     "ENGINES",
@@ -13,10 +23,16 @@ __all__ = [
     "ExactSVD",
     "IncrementalSVD",
     "SVDResult",
+    "SketchSVD",
+    "Solution",
     "StoppingRule",
     "StreamingSVD",
     "choose_engines",
     "estimate_bytes",
     "make_engine",
     "make_stopping_rule",
+    "message_bytes",
+    "place_engines",
+    "solve",
+    "total_bytes",
 ]

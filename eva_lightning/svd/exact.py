@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from eva_lightning.svd import distributed
-from eva_lightning.svd.inputs import flatten_tokens, full_precision, require_finite, token_mean, wide_dtype
+from eva_lightning.svd.inputs import (
+    flatten_tokens,
+    full_precision,
+    require_finite,
+    squared_norm,
+    token_mean,
+    wide_dtype,
+)
 from eva_lightning.svd.result import SVDResult
-from eva_lightning.svd.subspace import canonical_sign, complete_rows, top_eigenpairs
+from eva_lightning.svd.subspace import canonical_sign, complete_rows, iterated_columns, top_eigenpairs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EIGH_MAX_DIM = 192
 _BLOCKED_MIN_DIM = 192
 _BLOCKS = 4
 _EPS = torch.finfo(torch.float32).eps
@@ -29,8 +35,8 @@ class ExactSVD:
     The covariance is accumulated about a fixed shift ``c``, the mean of the first batch: with ``Y = X - c`` the state
     is ``S = sum Y^T Y`` (fp32), ``s = sum Y`` (fp64) and the count n, and ``Xc^T Xc = S - s s^T / n``. Shifting before
     anything is rounded is what keeps inputs with a large mean exact. The top k eigenvectors come from subspace
-    iteration warm-started at the previous result (``eigh`` up to width 192), to a captured variance of at least
-    1 - 1e-6 of the optimum.
+    iteration warm-started at the previous result (narrow layers by ``eigh``), to a captured variance of at least
+    1 - 1e-6 of the optimum. :func:`eva_lightning.svd.solve` does that for many layers at once.
 
     Eigenvalues below the fp32 resolution of the covariance (1.2e-7 of the largest) are reported as 0. Inputs whose
     standard deviation is below the fp32 rounding of their mean count as constant.
@@ -73,6 +79,13 @@ class ExactSVD:
         """Bytes of the state of one engine, before it is allocated."""
         return 4 * dim * dim + 12 * dim + 8 * dim * k
 
+    @staticmethod
+    def message_bytes(dim: int, k: int) -> int:
+        """Bytes every rank contributes per subspace iteration when ranks are united by :func:`eva_lightning.svd.solve`;
+        mean, count and total variance add ``8 * (dim + 2)`` once.
+        """
+        return 4 * dim * iterated_columns(dim, k)
+
     @property
     def state_bytes(self) -> int:
         """Bytes the engine holds once it has seen tokens."""
@@ -101,8 +114,7 @@ class ExactSVD:
             tokens = tokens.to(self._device)
         shift = token_mean(tokens).float() if self._shift is None else self._shift
         centred = (tokens - shift).float()
-        total = torch.linalg.vector_norm(centred)
-        require_finite(float(total))
+        require_finite(float(squared_norm(centred)))
         state, row_sum = self._allocate(shift)
         _accumulate(state, centred)
         row_sum += centred.sum(dim=0)
@@ -184,7 +196,15 @@ class ExactSVD:
             RuntimeError: No token seen yet.
         """
         if self._result is None:
-            self._result = self._solve()
+            self._state()
+            mean, total = self.moments()
+            values, vectors = mean.new_zeros(self.k), complete_rows(mean.new_zeros(0, self.dim).float(), self.k).T
+            if total > 0:
+                values, vectors = top_eigenpairs(self.product, self.dim, self.k, mean.device, self._warm)
+                # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
+                values[max(self.n_samples - 1, 0) :] = 0
+            self.remember(decomposition(values, vectors.T, total, mean, self.n_samples), final=True)
+        assert self._result is not None
         return self._result
 
     @full_precision
@@ -201,7 +221,7 @@ class ExactSVD:
         if optimum == 0:
             return 1.0
         v = components.to(self._state()[0].device, torch.float32).T
-        return float((v.to(wide) * self._product(v).to(wide)).sum()) / optimum
+        return float((v.to(wide) * self.product(v).to(wide)).sum()) / optimum
 
     @full_precision
     def minor(self, k: int | None = None) -> SVDResult:
@@ -218,8 +238,8 @@ class ExactSVD:
         if not 1 <= k <= self.dim:
             raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {self.dim}.")
         values, vectors = torch.linalg.eigh(self._covariance(torch.float32))
-        total = self._total_variance()
-        return self._pack(values[:k].to(wide_dtype(values.device)).clamp_min(0), vectors[:, :k].T, total)
+        mean, total = self.moments()
+        return decomposition(values[:k].to(mean.dtype).clamp_min(0), vectors[:, :k].T, total, mean, self.n_samples)
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._second is None or self._sum is None or self._shift is None:
@@ -246,13 +266,6 @@ class ExactSVD:
         self._mirror()
         return self._state()[0]
 
-    def _product(self, q: Tensor) -> Tensor:
-        """``Xc^T Xc @ q`` without forming the centred matrix; q of shape ``(dim, p)``."""
-        second, row_sum, _ = self._state()
-        self._mirror()
-        rank_one = torch.outer(row_sum, row_sum @ q.to(row_sum.dtype)) / self.n_samples
-        return (second @ q).sub_(rank_one)
-
     def _covariance(self, dtype: torch.dtype) -> Tensor:
         second, row_sum, _ = self._state()
         self._mirror()
@@ -269,33 +282,64 @@ class ExactSVD:
         _, row_sum, shift = self._state()
         return shift.to(row_sum.dtype) + row_sum / self.n_samples
 
-    def _solve(self) -> SVDResult:
-        second, row_sum, _ = self._state()
-        total = self._total_variance()
-        if total == 0:
-            rows = complete_rows(second.new_zeros(0, self.dim), self.k)
-            return self._pack(row_sum.new_zeros(self.k), rows, total)
-        if self.dim <= EIGH_MAX_DIM:
-            values, vectors = torch.linalg.eigh(self._covariance(row_sum.dtype))
-            values, vectors = values.flip(0)[: self.k].clamp_min(0), vectors.flip(1)[:, : self.k].float()
-        else:
-            values, vectors = top_eigenpairs(self._product, self.dim, self.k, second.device, self._warm)
-        self._warm = vectors
-        values = torch.where(values > _EPS * values[0], values, 0)
-        # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
-        values[max(self.n_samples - 1, 0) :] = 0
-        return self._pack(values, vectors.T, total)
+    @full_precision
+    def moments(self) -> tuple[Tensor, float]:
+        """Mean of the tokens, shape ``(dim,)``, fp64, and their total variance; zeros before any token."""
+        if self._sum is None:
+            return torch.zeros(self.dim, dtype=wide_dtype(self.device), device=self.device), 0.0
+        return self._mean(), self._total_variance()
 
-    def _pack(self, values: Tensor, rows: Tensor, total: float) -> SVDResult:
-        ratio = (values / total).clamp_max(1.0) if total > 0 else torch.zeros_like(values)
-        return SVDResult(
-            components=canonical_sign(rows).contiguous(),
-            singular_values=values.sqrt().float(),
-            explained_variance_ratio=ratio.float(),
-            mean=self._mean().float(),
-            n_samples=self.n_samples,
-            total_variance=total,
-        )
+    @full_precision
+    def product(self, q: Tensor) -> Tensor:
+        """``Xc^T Xc @ q`` without forming the centred matrix: fp32, or fp64 if q is square, which only narrow ones are.
+
+        Args:
+            q: Shape ``(dim, p)``, fp32.
+        """
+        second, row_sum, _ = self._state()
+        self._mirror()
+        if q.shape[1] == self.dim:
+            second, q = second.to(row_sum.dtype), q.to(row_sum.dtype)
+        coefficients = (row_sum @ q.to(row_sum.dtype)) / self.n_samples
+        return (second @ q).sub_(torch.outer(row_sum, coefficients))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self._device or torch.device("cpu")
+
+    @property
+    def warm_start(self) -> Tensor | None:
+        """Eigenvectors of the previous solve, shape ``(dim, m)``."""
+        return self._warm
+
+    def remember(self, result: SVDResult, final: bool) -> None:
+        """Start the next solve from `result`; if it is `final`, also return it until the next update."""
+        self._warm = result.components.T
+        if final:
+            self._result = result
+
+
+def decomposition(values: Tensor, rows: Tensor, total: float, mean: Tensor, n: int) -> SVDResult:
+    """The result of an engine from eigenpairs of its covariance.
+
+    Args:
+        values: Eigenvalues, descending, shape ``(k,)``, fp64.
+        rows: Orthonormal eigenvectors, shape ``(k, dim)``, fp32.
+        total: Total variance; with 0, the eigenvectors are arbitrary.
+        mean: Mean of the tokens, shape ``(dim,)``.
+        n: Tokens.
+    """
+    values = torch.where(values > _EPS * values.max(), values, 0)
+    ratio = (values / total).clamp_max(1.0) if total > 0 else torch.zeros_like(values)
+    return SVDResult(
+        components=canonical_sign(rows).contiguous(),
+        singular_values=values.sqrt().float(),
+        explained_variance_ratio=ratio.float(),
+        mean=mean.float(),
+        n_samples=n,
+        total_variance=total,
+    )
 
 
 def _block_bounds(dim: int) -> list[tuple[int, int]]:

@@ -83,6 +83,18 @@ def token_mean(tokens: Tensor) -> Tensor:
     return first + (tokens - first).mean(dim=0)
 
 
+def squared_norm(tokens: Tensor) -> Tensor:
+    """Sum of squares of all entries: rows in fp32, their sum in fp64. One fp32 sum over a batch would lose 1e-4.
+
+    Args:
+        tokens: Shape ``(n, dim)``.
+
+    Returns:
+        A scalar, fp64; NaN or infinite if any entry is, or is beyond 1e19.
+    """
+    return torch.linalg.vector_norm(tokens, dim=1).to(wide_dtype(tokens.device)).square().sum()
+
+
 def require_finite(value: float) -> None:
     """Raise when a reduction over a batch shows NaN or Inf in it.
 
