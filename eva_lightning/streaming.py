@@ -16,7 +16,7 @@ from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.isolation import observing
 from eva_lightning.state import EVAState
-from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine
+from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine, solve
 from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
 from eva_lightning.tokens import LayerInputs, inputs_of
 
@@ -124,7 +124,7 @@ def _stream(
                     no_grad_forward(forward_fn, model, batch)
                 capture.end()
             if stopping.due(n):
-                converged = stopping.check(n, _live_engines(capture))
+                converged = stopping.check(n, _own_engines(capture), across_ranks=_world_size() > 1)
             share = sum(converged.values()) / max(1, len(converged))
             if progress is not None:
                 progress(n, share)
@@ -157,15 +157,18 @@ def _stopping_rule(options: StreamingOptions, kinds: Mapping[str, str]) -> Stopp
     return make_stopping_rule(rule, options.tau)
 
 
-def _live_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
-    """The engines that own a decomposition; in a distributed job, copies that hold the union over the ranks."""
-    own = {n: e for n, e in capture.engines.items() if n not in capture.owner}
-    if _world_size() == 1:
-        return {n: e for n, e in own.items() if e.n_samples > 0}
-    merged = {n: e.clone() for n, e in own.items()}
-    for engine in merged.values():
-        engine.all_reduce()
-    return {n: e for n, e in merged.items() if e.n_samples > 0}
+def _own_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
+    """The engines that own a decomposition; without tokens where the layer has not run (on this rank)."""
+    return {n: e for n, e in capture.engines.items() if n not in capture.owner}
+
+
+def _minor_results(engines: Mapping[str, StreamingSVD]) -> dict[str, SVDResult]:
+    results = {}
+    for name, engine in engines.items():
+        union = engine.clone().all_reduce() if _world_size() > 1 else engine
+        if isinstance(union, ExactSVD) and union.n_samples:
+            results[name] = union.minor(union.k)
+    return results
 
 
 def _collect(
@@ -178,10 +181,8 @@ def _collect(
     minor: bool,
     options: StreamingOptions,
 ) -> EVAState:
-    engines = _live_engines(capture)
-    results: dict[str, SVDResult] = {
-        n: e.minor(e.k) if minor and isinstance(e, ExactSVD) else e.result() for n, e in engines.items()
-    }
+    engines = _own_engines(capture)
+    results = _minor_results(engines) if minor else solve(engines, across_ranks=_world_size() > 1).results
     names = [n for n in capture.layers if capture.owner.get(n, n) in results]
     if not names:
         raise ValueError("none of the layers to adapt ran in the forward pass; check forward_fn and target_modules")
