@@ -31,7 +31,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -119,8 +118,6 @@ def read_tuning(path: Path) -> dict[str, Any]:
 
 
 def _start_worker() -> None:
-    # One thread each: two single-threaded runs side by side finish well before two two-threaded ones in a row.
-    torch.set_num_threads(1)
     # Imported while the parent still pre-trains, so that no run's timing contains it.
     with quiet():
         importlib.import_module("peft")

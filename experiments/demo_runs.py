@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -193,6 +194,17 @@ class _Recorder(L.Callback):
             self._on_epoch(len(self.loss), self.accuracy[-1])
 
 
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread: the model is too small for two to pay, and sums come out the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """Where the pre-trained model lies and what it cost and reached when it was trained."""
@@ -232,7 +244,7 @@ def pretrain(recipe: Pretraining, cache: Path, on_epoch: Callable[[int, float], 
     )
     module = DigitsClassifier(small_vit(len(recipe.classes)), recipe.learning_rate)
     recorder = _Recorder(on_epoch)
-    with quiet():
+    with quiet(), single_thread():
         _fit(_trainer(recipe.epochs, [recorder]), module, data)
     seconds = time.perf_counter() - start
     path = pretrained_path(recipe, cache)
@@ -266,7 +278,7 @@ def finetune(run: Run, weights: Path, n_pretraining_classes: int = 5) -> RunResu
     callbacks: list[L.Callback] = [recorder]
     eva = None
     setup_start = time.perf_counter()
-    with quiet():
+    with quiet(), single_thread():
         if run.method == "lora":
             from eva_lightning.adapters import inject
 
