@@ -49,7 +49,8 @@ def make_plan(
     """Ranks from the explained variance (paper section 3.5) and A from the components.
 
     The budget is the sum of the layers' ranks; a layer gets at most ``round(r * rho)`` and its input width. EVA-minor
-    keeps uniform ranks, as in the paper (Table 12).
+    keeps uniform ranks, as in the paper (Table 12), and so do layers that PEFT can store with one rank only
+    (nn.MultiheadAttention): those stay out of the budget.
 
     Raises:
         ValueError: ``given`` and the state lacks a layer, has another width, or holds too few components.
@@ -62,11 +63,11 @@ def make_plan(
         n: explained_variance(state.singular_values[n][: caps[n]], state.total_variance[n], state.n_samples[n], metric)
         for n in measured
     }
-    budget = sum(layer.rank for layer in measured.values())
-    if init == "minor":
-        ranks = {n: min(layer.rank, layer.in_features) for n, layer in measured.items()}
-    else:
-        ranks = redistribute_ranks(scores, budget, caps)
+    ranks = {n: min(layer.rank, layer.in_features) for n, layer in measured.items()}
+    if init != "minor":
+        free = {n: layer for n, layer in measured.items() if not layer.has_fixed_rank}
+        budget = sum(layer.rank for layer in free.values())
+        ranks |= redistribute_ranks({n: scores[n] for n in free}, budget, {n: caps[n] for n in free})
     generator = torch.Generator().manual_seed(seed)
     a = {
         n: initial_a(

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
 from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, has_adapters, inject
+from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, find_skipped, has_adapters, inject
 from eva_lightning.adapters.layers import disabled
-from eva_lightning.adapters.targets import linear_layers, select
+from eva_lightning.adapters.quantised import kept_trainable
+from eva_lightning.adapters.targets import adaptable_layers, select
 from eva_lightning.apply import Plan, apply_plan, make_plan
 from eva_lightning.batches import set_up_loader, training_batches
 from eva_lightning.forward import ForwardFn, MaskFn
@@ -38,7 +39,7 @@ class EVAInitCallback(pl.Callback):
     stays what it was (rsLoRA: alpha/sqrt(r)); layers left with rank 0 lose their adapter.
 
     Where the module has PEFT LoRA layers they are used, with their own r and alpha. Where it has none, LoRA goes into
-    every ``nn.Linear`` but the output head, the rest is frozen, and the head stays trainable. Optimizers and schedulers
+    every linear layer but the output head, the rest is frozen, and the head stays trainable. Optimizers and schedulers
     are made anew for the changed parameters: ``configure_optimizers`` runs twice.
 
     Batch order, random state, train/eval flags, batch norm statistics and logs stay as they would be without it. A
@@ -57,7 +58,9 @@ class EVAInitCallback(pl.Callback):
         rho: how uneven ranks may get: a layer has at most ``round(r * rho)``; 1 means uniform (paper section 3.5).
         r: rank per layer on average, for modules without LoRA layers.
         alpha: LoRA's alpha for those modules; the paper uses 1.
-        target_modules: layers to adapt (list of names or last name parts, or a regular expression); ``None``: all.
+        target_modules: layers to adapt (list of names or last name parts, or a regular expression); ``None``: every
+            linear one (nn.Linear, quantised ones, transformers' Conv1D). Convolutions and nn.MultiheadAttention only
+            if named.
         exclude: layers to leave out, matched likewise.
         head: output layers that stay trainable in full; "auto" finds them.
         bias: "none", "all" or "lora_only": biases that train, for modules without LoRA layers.
@@ -159,7 +162,7 @@ class EVAInitCallback(pl.Callback):
         if stage != "fit" or ckpt.done(pl_module):
             return
         self._refuse_sharding(trainer)
-        if not linear_layers(pl_module) and is_overridden("configure_model", pl_module):
+        if not adaptable_layers(pl_module) and is_overridden("configure_model", pl_module):
             return  # the layers are not there yet
         if not has_adapters(pl_module):
             self._inject(pl_module)
@@ -231,14 +234,16 @@ class EVAInitCallback(pl.Callback):
         self.state = plan.state
         ckpt.mark_done(pl_module, "initialised")
         if self.verbose:
-            self._report(plan, before, _trainable(pl_module))
+            self._report(plan, before, _trainable(pl_module), find_skipped(pl_module))
         return changed
 
     def _layers(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
         layers = find_adapters(pl_module)
         if not layers:
+            reasons = [f"{n}: {why}" for n, why in list(find_skipped(pl_module).items())[:3]]
             raise ValueError(
-                f"{type(pl_module).__name__} has LoRA layers, but none on a linear layer: EVA has nothing to initialise"
+                f"{type(pl_module).__name__} has LoRA layers, but none that EVA can initialise"
+                f" ({'; '.join(reasons) or 'no adapter is active'})"
             )
         names = list(layers)
         if self._injection is None:
@@ -269,11 +274,15 @@ class EVAInitCallback(pl.Callback):
         context: Callable[[], AbstractContextManager[Any]] = (
             nullcontext if before_sharding else trainer.precision_plugin.forward_context
         )
-        with disabled(layers.values()), streaming_progress(trainer, int(limit)) as progress:
+        with (
+            disabled(layers.values()),
+            kept_trainable(pl_module),
+            streaming_progress(trainer, int(limit)) as progress,
+        ):
             return compute_eva_state(
                 pl_module,
                 lambda: training_batches(trainer, int(limit)),
-                {name: layer.base for name, layer in layers.items()},
+                {name: layer.inputs() for name, layer in layers.items()},
                 options,
                 forward_fn=self.forward_fn,
                 mask_fn=self.mask_fn,
@@ -306,8 +315,8 @@ class EVAInitCallback(pl.Callback):
         self._injection = None
 
     @rank_zero_only
-    def _report(self, plan: Plan, before: int, after: int) -> None:
-        print_summary(plan, before, after, self._injection)
+    def _report(self, plan: Plan, before: int, after: int, skipped: dict[str, str]) -> None:
+        print_summary(plan, before, after, self._injection, skipped)
 
 
 def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, inject
-from eva_lightning.adapters.layers import add_layers, remove, restored_on_failure, sync_configs
+from eva_lightning.adapters.layers import add_layers, remove, restored_on_failure, sync_configs, target_of
 
 KEY = "eva_lightning"
 """Where a checkpoint keeps the description of its adapters."""
@@ -77,6 +77,38 @@ def save_into(checkpoint: dict[str, Any], module: pl.LightningModule, descriptio
     checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
 
 
+class _DescribedSaving:
+    """``on_save_checkpoint`` of a module with adapters: writes their description into every checkpoint of it.
+
+    It lives on the module, not in the callback, because Lightning calls no callback for ``save_weights_only``, and
+    another Trainer may save the module. A class, so that the module can still be pickled and copied.
+    """
+
+    def __init__(self, module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool) -> None:
+        self.module, self.injection, self.adapter_only = module, dict(injection), adapter_only
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        if find_adapters(self.module):
+            save_into(checkpoint, self.module, describe(self.module, self.injection, self.adapter_only))
+        type(self.module).on_save_checkpoint(self.module, checkpoint)
+
+
+def describe_on_save(module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool = False) -> None:
+    """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can take it.
+
+    Args:
+        module: with adapters, now or by the time it is saved.
+        injection: the arguments for :func:`eva_lightning.adapters.inject` that a fresh module needs.
+        adapter_only: leave frozen weights out of the checkpoints.
+    """
+    vars(module)["on_save_checkpoint"] = _DescribedSaving(module, injection, adapter_only)
+
+
+def stop_describing(module: pl.LightningModule) -> None:
+    """Undo :func:`describe_on_save`."""
+    vars(module).pop("on_save_checkpoint", None)
+
+
 def instantiate(cls: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """Build a module for ``load_from_checkpoint`` that will fit itself to the checkpoint (Lightning's instantiator)."""
     module = cls(**kwargs)
@@ -126,12 +158,17 @@ def load_from_checkpoint(cls: type[ModuleT], checkpoint_path: str | os.PathLike[
     return module
 
 
-def watch_loading(module: pl.LightningModule, injection: Mapping[str, Any] | None = None) -> Callable[[], None]:
+def watch_loading(
+    module: pl.LightningModule,
+    injection: Mapping[str, Any] | None = None,
+    changed: Callable[[], None] | None = None,
+) -> Callable[[], None]:
     """Fit ``module`` to the next checkpoint it loads, once; returns a function that stops watching.
 
     Args:
         module: about to load a checkpoint, perhaps.
         injection: arguments for :func:`eva_lightning.adapters.inject`, for checkpoints that do not hold their own.
+        changed: called after the module's parameters were replaced.
     """
     if "on_load_checkpoint" in vars(module):
         return lambda: None
@@ -142,7 +179,8 @@ def watch_loading(module: pl.LightningModule, injection: Mapping[str, Any] | Non
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         stop()
-        fit_to_checkpoint(module, checkpoint, injection)
+        if fit_to_checkpoint(module, checkpoint, injection) and changed is not None:
+            changed()
         original(checkpoint)
 
     vars(module)["on_load_checkpoint"] = on_load_checkpoint
@@ -172,7 +210,8 @@ def fit_to_checkpoint(
             )
         return False
     known = dict(module.named_modules())
-    unknown = [path for path in incoming if path not in known]
+    targets = [path for path in incoming if target_of(path) == path]
+    unknown = [path for path in targets if path not in known]
     if unknown:
         raise ValueError(
             f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} "
@@ -180,11 +219,16 @@ def fit_to_checkpoint(
         )
     alphas = {path: entry["alpha"] for path, entry in description.get("adapters", {}).items()}
     if not present:
-        arguments = {**(injection or description.get("injection") or {})}
-        inject(module, **{**arguments, "target_modules": list(incoming), "exclude": None})
+        arguments = description.get("injection", injection)
+        if arguments is None:
+            raise ValueError(
+                f"the checkpoint does not say how its adapters were made, and {type(module).__name__} has none: give it "
+                "adapters of the same r and alpha first (eva_lightning.adapters.inject)"
+            )
+        inject(module, **{**arguments, "target_modules": targets, "exclude": None})
         present = {layer.path: layer for layer in find_adapters(module).values()}
     with restored_on_failure(module):
-        add_layers(module, [path for path in incoming if path not in present])
+        add_layers(module, [path for path in targets if path not in present])
         for layer in find_adapters(module).values():
             if layer.path not in incoming:
                 remove(module, layer)

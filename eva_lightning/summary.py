@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -15,8 +15,10 @@ from eva_lightning.adapters import Injection
 from eva_lightning.apply import Plan
 
 
-def print_summary(plan: Plan, before: int, after: int, injection: Injection | None) -> None:
-    """Print what was done: layers, ranks, trainable parameters, minibatches, seconds."""
+def print_summary(
+    plan: Plan, before: int, after: int, injection: Injection | None, skipped: Mapping[str, str] | None = None
+) -> None:
+    """Print what was done: layers, ranks, trainable parameters, minibatches, seconds; and what was left as it is."""
     state = plan.state
     adapted = [rank for rank in state.ranks.values() if rank > 0]
     table = Table(title="EVA initialisation", title_justify="left", show_header=False)
@@ -31,6 +33,8 @@ def print_summary(plan: Plan, before: int, after: int, injection: Injection | No
         table.add_row("adapters", f"those of the module, r = {statistics.mean(plan.uniform.values()):g}")
     else:
         table.add_row("adapters", f"injected; head {', '.join(injection.head) or 'none'} trains in full")
+        if injection.frozen_head:
+            table.add_row("frozen head", f"{', '.join(injection.frozen_head)}, unless named with head=")
     share = sum(state.converged.values()) / max(1, len(state.converged))
     table.add_row("minibatches", f"{state.n_batches}, {share:.0%} of the layers converged")
     table.add_row("seconds", f"{state.seconds:.2f}")
@@ -38,6 +42,9 @@ def print_summary(plan: Plan, before: int, after: int, injection: Injection | No
         table.add_row("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}")
     if plan.untouched:
         table.add_row("not run", f"{len(plan.untouched)} layers keep their random A, e.g. {plan.untouched[0]}")
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        table.add_row("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}")
     Console().print(table)
 
 

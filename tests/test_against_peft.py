@@ -401,14 +401,14 @@ def test_messages_between_processes_do_not_grow_with_the_data(
 
 
 def test_adapters_on_other_kinds_of_layers_are_left_alone() -> None:
-    """Fault 12: LoRA on a convolution and an embedding beside LoRA on linear layers: EVA takes the linear ones, the
-    others keep their adapter and train with them."""
+    """Fault 12: LoRA on an embedding and a convolution that PEFT's A does not fit, beside LoRA on linear layers: EVA
+    takes the linear ones, the others keep their adapter and train with them."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.kind = nn.Embedding(3, IN)
-            self.conv = nn.Conv1d(1, 2, 3, padding=1)
+            self.conv = nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular")
             self.linear, self.other = nn.Linear(2 * IN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
             self.head = nn.Linear(HIDDEN, 3)
 

@@ -97,9 +97,9 @@ def test_nothing_to_adapt() -> None:
         ValueError, match=r"Classifier has no layer to adapt: 1 nn.Linear in all, output head \['net'\]"
     ):
         trainer(EVAInitCallback(r=2)).fit(module, loader())
-    conv = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten()), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="has LoRA layers, but none on a linear layer"):
-        trainer(EVAInitCallback(r=2)).fit(Classifier(conv), loader())
+    embedding = get_peft_model(nn.Sequential(nn.Embedding(4, 4), nn.Flatten()), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"none that EVA can initialise \(net.0: an nn.Embedding's inputs are indices"):
+        trainer(EVAInitCallback(r=2)).fit(Classifier(embedding), loader())
 
 
 def test_trained_adapters_are_not_erased() -> None:
@@ -150,7 +150,21 @@ class SameIterator:
         return self.batches
 
 
-@pytest.mark.parametrize("make", [one_shot_loader, one_shot_generator, one_shot_dataset, SameIterator])
+class SameIteratorInside(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.items = iter(dataset(32))
+
+    def __iter__(self) -> Any:
+        return self.items
+
+
+def one_shot_inside_dataset() -> Any:
+    return DataLoader(SameIteratorInside(), 8)
+
+
+@pytest.mark.parametrize(
+    "make", [one_shot_loader, one_shot_generator, one_shot_dataset, SameIterator, one_shot_inside_dataset]
+)
 def test_one_shot_iterators_are_refused_and_lose_nothing(make: Any) -> None:
     module, data = build(), make()
     before = fingerprint(module)
@@ -204,7 +218,7 @@ def test_failure_while_streaming_leaves_the_module_as_it_was(error: BaseExceptio
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_failure_while_writing_leaves_the_module_as_it_was(peft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_lightning.adapters.layers import AdapterLayer
+    from eva_lightning.adapters.layer import AdapterLayer
 
     module = build()
     if peft:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from eva_lightning.adapters.export import merge_and_unload, save_pretrained
 from eva_lightning.adapters.injection import Injection, inject
-from eva_lightning.adapters.layers import AdapterLayer, find_adapters, has_adapters
+from eva_lightning.adapters.layer import AdapterLayer
+from eva_lightning.adapters.layers import find_adapters, find_skipped, has_adapters
 from eva_lightning.adapters.targets import find_head, find_targets
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Injection",
     "find_adapters",
     "find_head",
+    "find_skipped",
     "find_targets",
     "has_adapters",
     "inject",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from eva_lightning.adapters.layers import AdapterLayer, describe_layers, find_adapters, replace_everywhere
+from eva_lightning.adapters.layer import AdapterLayer
+from eva_lightning.adapters.layers import describe_layers, find_adapters, lora_layers, replace_everywhere
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
@@ -29,28 +29,31 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        ValueError: there are no LoRA layers, or they come from several LoraConfigs.
+        ValueError: there are no LoRA layers, they come from several LoraConfigs, or PEFT cannot tell by its name a
+            module that trained in full from another.
     """
     from peft import PeftModel
     from safetensors.torch import save_file
 
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    layers = find_adapters(model)
-    if not layers:
+    layers = lora_layers(model)
+    if not find_adapters(model):
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save")
-    if len({id(layer.config) for layer in layers.values()}) > 1:
+    if len({id(layer.config) for layer in layers}) > 1:
         raise ValueError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
-    config = copy.deepcopy(next(iter(layers.values())).config)
-    describe_layers(config, [(_plain(layer.path), layer) for layer in layers.values()])
+    config = copy.deepcopy(layers[0].config)
+    names = [_plain(name) for name, _ in model.named_modules()]
+    describe_layers(config, [(_plain(layer.path), layer) for layer in layers], names)
     # the file holds A and B: PEFT must not initialise anew on loading
     config.init_lora_weights = True
     config.inference_mode = True
     whole, loose = _trained_outside(model, layers)
+    _check_reach([_plain(name) for name in whole], [_plain(n) for n, m in model.named_modules() if m.state_dict()])
     config.modules_to_save = sorted({_plain(name) for name in whole}) or None
 
     tensors: dict[str, Tensor] = {}
-    for layer in layers.values():
+    for layer in layers:
         prefix = f"base_model.model.{_plain(layer.path)}"
         for name, tensor in layer.module.state_dict().items():
             if name.startswith("lora_"):
@@ -77,25 +80,17 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
 
 
 def merge_and_unload(module: nn.Module) -> nn.Module:
-    """Add every adapter to its base weight, in fp32 with one rounding at the end, and remove it; returns ``module``.
+    """Add every adapter to its base weight and remove it; returns ``module``.
 
-    DoRA and quantised base layers go through PEFT's own ``merge``.
+    Plain LoRA is added in fp32 with one rounding at the end; DoRA and quantised base layers go through PEFT's own
+    ``merge``.
 
     Raises:
         ValueError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
     """
-    for layer in find_adapters(module).values():
-        base: Any = layer.base
-        simple = layer.adapter not in layer.module.lora_variant and type(base) is nn.Linear
-        with torch.no_grad():
-            if simple and layer.module.lora_B[layer.adapter].bias is None:
-                delta = layer.module.scaling[layer.adapter] * layer.b.float() @ layer.a.float()
-                merged = (base.weight.float() + delta).to(base.weight.dtype)
-                if not torch.isfinite(merged).all():
-                    raise ValueError(f"layer {layer.name!r}: merged weights are NaN or infinite")
-                base.weight.copy_(merged)
-            else:
-                layer.module.merge(safe_merge=True, adapter_names=[layer.adapter])
+    for layer in lora_layers(module):
+        base = layer.base
+        layer.merge()
         replace_everywhere(module, layer.module, base)
     if "peft_config" in vars(module):
         delattr(module, "peft_config")
@@ -103,12 +98,25 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
 
 
 def _plain(name: str) -> str:
+    """Without torch.compile's wrapper, and PEFT's around a module that trains in full."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _trained_outside(model: nn.Module, layers: dict[str, AdapterLayer]) -> tuple[list[str], dict[str, Tensor]]:
+def _check_reach(whole: list[str], names: list[str]) -> None:
+    """PEFT takes every module whose name ends with an entry of ``modules_to_save``, and then misses its weights."""
+    for name in whole:
+        others = [n for n in names if n.endswith(name) and n not in whole and not n.startswith(f"{name}.")]
+        if others:
+            raise ValueError(
+                f"{name!r} trained in full, but PEFT would take {others[0]!r} for it too when loading, because their "
+                "names end alike; rename one of them"
+            )
+
+
+def _trained_outside(model: nn.Module, layers: list[AdapterLayer]) -> tuple[list[str], dict[str, Tensor]]:
     """Modules to save whole, and single trained parameters besides, by name in ``model``."""
-    adapters = {id(p) for layer in layers.values() for n, p in layer.module.named_parameters() if "base_layer" not in n}
+    adapters = {id(p) for layer in layers for n, p in layer.module.named_parameters() if "base_layer" not in n}
     whole: list[str] = []
     loose: dict[str, Tensor] = {}
     for name, m in model.named_modules():

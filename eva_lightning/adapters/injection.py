@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
+from eva_lightning.adapters.layer import AdapterLayer
 from eva_lightning.adapters.layers import (
     CONFIG_ATTRIBUTE,
-    AdapterLayer,
     find_adapters,
     replace_everywhere,
     sync_configs,
 )
-from eva_lightning.adapters.targets import find_targets
+from eva_lightning.adapters.quantised import announce_quantisation
+from eva_lightning.adapters.targets import find_targets, language_model_heads
 from eva_lightning.isolation import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
@@ -27,7 +29,8 @@ class Injection:
 
     Attributes:
         targets: names of the adapted layers.
-        head: names of the output layers left as they were.
+        head: names of the output layers that train in full.
+        frozen_head: names of output layers that are neither adapted nor trained: a language model's, unless asked for.
         trainable_before, trainable_after: numbers of trainable parameters.
     """
 
@@ -35,7 +38,10 @@ class Injection:
     head: list[str]
     trainable_before: int
     trainable_after: int
+    frozen_head: list[str] = field(default_factory=list)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False, default_factory=list)
+    # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
+    _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
     _had_config: bool = field(repr=False, default=False)
 
@@ -45,6 +51,9 @@ class Injection:
             replace_everywhere(module, layer.module, layer.base)
         if not self._had_config and "peft_config" in vars(module):
             delattr(module, "peft_config")
+        for owner, parameters in self._attention_parameters:
+            owner._parameters.clear()
+            owner._parameters.update(parameters)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
         for layer_module, name, value in self._fast_paths:
@@ -72,9 +81,11 @@ def inject(
         module: any module without adapters.
         r: rank of every adapter; capped at the layer's input width.
         alpha: LoRA's alpha; the paper uses 1 throughout (section 4.1).
-        target_modules: layers to adapt; ``None`` means every nn.Linear but the output head.
+        target_modules: layers to adapt; ``None`` means every linear layer but the output head. Convolutions and
+            nn.MultiheadAttention can be named; see :func:`eva_lightning.adapters.find_targets`.
         exclude: layers to leave alone; they are frozen like the rest.
-        head: the output layers, which keep their trainability; see :func:`eva_lightning.adapters.find_head`.
+        head: the output layers, which keep their trainability; see :func:`eva_lightning.adapters.find_head`. With
+            "auto" a language model's projection onto its vocabulary is frozen: it is pre-trained, and often tied.
         bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
         use_dora: DoRA: a trainable magnitude per output.
         use_rslora: scale by alpha/sqrt(r).
@@ -86,8 +97,17 @@ def inject(
     if find_adapters(module):
         raise ValueError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     targets, heads = find_targets(module, target_modules, exclude, head)
+    frozen = [h for h in heads if h in language_model_heads(module)] if head == "auto" else []
+    heads = [h for h in heads if h not in frozen]
     requires_grad = [(p, p.requires_grad) for p in module.parameters()]
-    injection = Injection(targets, heads, _count(module), 0, requires_grad, _had_config=hasattr(module, "peft_config"))
+    attentions = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention)]
+    attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = [
+        (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
+    ]
+    had_config = hasattr(module, "peft_config")
+    injection = Injection(
+        targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters, _had_config=had_config
+    )
     try:
         _inject(module, targets, r, alpha, use_dora, use_rslora, lora_dropout)
         layers = find_adapters(module)
@@ -138,6 +158,8 @@ def _inject(
 ) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    holder = _Holder(module)
+    announce_quantisation(holder)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a number and saved as JSON
@@ -147,8 +169,10 @@ def _inject(
         lora_dropout=dropout,
     )
     modes = {id(m): m.training for m in module.modules()}
-    with isolated_rng():
-        inject_adapter_in_model(config, _Holder(module))
+    with isolated_rng(), warnings.catch_warnings():
+        # PEFT corrects this for each layer by its type, and says so
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        inject_adapter_in_model(config, holder)
     for m in module.modules():
         if id(m) not in modes:
             m.training = module.training
@@ -173,10 +197,12 @@ def _set_trainable(
     module: nn.Module, layers: dict[str, AdapterLayer], heads: list[str], bias: Bias, before: dict[str, bool]
 ) -> None:
     adapted = {f"{layer.path}.base_layer.bias" for layer in layers.values()}
+    everything = list(module.named_parameters(remove_duplicate=False))  # a tied head is named where it is tied to
+    of_heads = {id(p) for n, p in everything if any(n.startswith(f"{h}.") for h in heads)}
     for name, parameter in module.named_parameters():
         if name not in before:
             continue
-        in_head = any(name.startswith(f"{h}.") for h in heads)
+        in_head = id(parameter) in of_heads
         is_bias = name == "bias" or name.endswith(".bias")
         trains = in_head or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
         parameter.requires_grad_(trains and before[name])

@@ -1,131 +1,24 @@
-"""The LoRA layers of a module: their names, ranks and scalings, and how to change them."""
+"""The LoRA layers of a module: find, add and remove them, and keep PEFT's configs true."""
 
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from eva_lightning.adapters.attention import OUT_PROJECTION
+from eva_lightning.adapters.layer import AdapterLayer, SkippedLayer
 
 CONFIG_ATTRIBUTE = "_eva_lightning_config"
 """Where layers that we inject keep their LoraConfig, so that a part of the module (``module.net``) knows it too."""
 
 
-@dataclass(frozen=True)
-class AdapterLayer:
-    """One LoRA layer: ``W x + scaling * B A x`` with A (rank, in_features) and B (out_features, rank).
-
-    Attributes:
-        name: canonical name, that of the wrapped layer in the module without PEFT's and torch.compile's wrappers
-            (``net.blocks.0.attn.qkv`` for ``net.base_model.model.blocks.0.attn.qkv``), so that a state measured on
-            one form of a model fits the other.
-        path: the name of the LoRA layer in ``module.named_modules()``.
-        module: the PEFT layer.
-        adapter: the adapter's name in that layer.
-        config: the LoraConfig the layer was made from; shared by the layers of one injection.
-    """
-
-    name: str
-    path: str
-    module: Any
-    adapter: str
-    config: Any
-
-    @property
-    def rank(self) -> int:
-        return int(self.module.r[self.adapter])
-
-    @property
-    def alpha(self) -> float:
-        return float(self.module.lora_alpha[self.adapter])
-
-    @property
-    def in_features(self) -> int:
-        return int(self.module.lora_A[self.adapter].in_features)
-
-    @property
-    def a(self) -> nn.Parameter:
-        return self.module.lora_A[self.adapter].weight
-
-    @property
-    def b(self) -> nn.Parameter:
-        return self.module.lora_B[self.adapter].weight
-
-    @property
-    def base(self) -> nn.Module:
-        return self.module.get_base_layer()
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether B is still zero: the adapter has changed nothing yet, so A may be replaced freely."""
-        return self.b.device.type == "meta" or not bool(torch.count_nonzero(self.b.detach()))
-
-    def alpha_for(self, rank: int) -> float:
-        """The alpha that keeps the scaling when the rank changes: alpha/r for LoRA, alpha/sqrt(r) for rsLoRA.
-
-        Equals alpha * r_new / r (paper section 4.1), or alpha * sqrt(r_new / r) for rsLoRA.
-        """
-        ratio = rank / self.rank
-        return self.alpha * (math.sqrt(ratio) if self.module.use_rslora[self.adapter] else ratio)
-
-    def resize(self, rank: int, alpha: float | None = None) -> None:
-        """Give the layer a new rank with B = 0 and an A to be written; all else stays: dtype, flags, DoRA's magnitude.
-
-        Args:
-            rank: the new rank, at least 1.
-            alpha: the new alpha; by default the one that keeps the scaling.
-        """
-        alpha = self.alpha_for(rank) if alpha is None else alpha
-        layer, adapter = self.module, self.adapter
-        parts = {n: p for n, p in layer.named_parameters() if f".{adapter}" in n and not n.startswith("base_layer")}
-        kept = {n: (p.dtype, p.requires_grad, p.data) for n, p in parts.items()}
-        modes = {n: m.training for n, m in layer.named_modules()}
-        config = copy.copy(self.config)
-        # "eva" is PEFT's word for "B = 0 and leave A alone"; other values would run their own initialisation here
-        config.init_lora_weights = "eva"
-        layer.update_layer(adapter, rank, alpha, config=config)
-        for n, p in layer.named_parameters():
-            if n in kept:
-                dtype, flag, data = kept[n]
-                p.data = data if n.startswith("lora_magnitude_vector") else p.data.to(dtype)
-                p.requires_grad_(flag)
-        for n, m in layer.named_modules():
-            m.training = modes.get(n, layer.training)
-
-    def reset_magnitude(self) -> None:
-        """Set DoRA's magnitude to the norm its forward pass computes, in that precision; nothing for other adapters.
-
-        A magnitude computed in fp32 and rounded to bf16 later is not the norm of the rounded weight: the adapter
-        would change the function before any training.
-        """
-        if self.adapter in self.module.lora_magnitude_vector:
-            dora = self.module.lora_magnitude_vector[self.adapter]
-            weight: Any = self.base.weight.data
-            dora.weight.data = dora.get_weight_norm(weight, torch.zeros_like(weight), 1.0).to(dora.weight.dtype)
-
-    def write(self, a: Tensor) -> None:
-        """Set A to ``a`` (rank, in_features), rounded to the parameter's dtype, and B (and its bias) to zero."""
-        if tuple(a.shape) != tuple(self.a.shape):
-            raise ValueError(f"layer {self.name!r}: A has shape {tuple(self.a.shape)}, got {tuple(a.shape)}")
-        with torch.no_grad():
-            if self.a.device.type != "meta":
-                self.a.copy_(a)
-            self.b.zero_()
-            bias = self.module.lora_B[self.adapter].bias
-            if bias is not None:
-                bias.zero_()
-
-
 def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[str, AdapterLayer]:
-    """All LoRA layers of ``module`` whose A and B are plain matrices, by canonical name, in module order.
-
-    LoRA on convolutions, embeddings and MultiheadAttention, and AdaLoRA's layers, are passed over.
+    """All LoRA layers of ``module`` that EVA can initialise, by canonical name, in module order.
 
     Args:
         module: any module; layers of PeftModels inside it are found too.
@@ -134,28 +27,41 @@ def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[st
     Raises:
         ValueError: several adapters are active at once and ``adapter_name`` does not say which is meant.
     """
+    layers = lora_layers(module, adapter_name)
+    return {layer.name: layer for layer in layers if not isinstance(layer, SkippedLayer)}
+
+
+def find_skipped(module: nn.Module, adapter_name: str | None = None) -> dict[str, str]:
+    """The LoRA layers of ``module`` that EVA leaves as they are, by canonical name, and why."""
+    return {x.name: x.reason for x in lora_layers(module, adapter_name) if isinstance(x, SkippedLayer)}
+
+
+def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[AdapterLayer]:
+    """All LoRA layers of ``module``, :class:`SkippedLayer` among them."""
     if not has_adapters(module):
-        return {}
+        return []
     from peft.tuners.lora import LoraLayer
+
+    from eva_lightning.adapters.kinds import make_layer
 
     canonical = canonical_names(module)
     configs = _configs(module)
-    found: dict[str, AdapterLayer] = {}
-    for path, layer in module.named_modules():
-        if not isinstance(layer, LoraLayer):
+    attentions = {id(m.out_proj): m for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    found: list[AdapterLayer] = []
+    for path, m in module.named_modules():
+        if not isinstance(m, LoraLayer):
             continue
-        adapter = adapter_name or _active_adapter(layer, canonical(path))
-        if adapter is None or not isinstance(dict(layer.lora_A.items()).get(adapter), nn.Linear):
+        adapter = adapter_name or _active_adapter(m, canonical(path))
+        if adapter is None or not (adapter in m.lora_A or adapter in m.lora_embedding_A):
             continue
-        if isinstance(layer.get_base_layer(), (nn.Embedding, nn.MultiheadAttention)):
-            continue
-        config = _config_of(path, adapter, configs) or getattr(layer, CONFIG_ATTRIBUTE, None)
-        if config is None:
+        config = _config_of(path, adapter, configs) or getattr(m, CONFIG_ATTRIBUTE, None)
+        layer = make_layer(canonical(path), path, m, adapter, config, attentions.get(id(m)))
+        if config is None and not isinstance(layer, SkippedLayer):
             raise ValueError(
                 f"the LoRA layer {canonical(path)!r} belongs to no PeftModel and no module with a `peft_config`; make "
                 "adapters with peft.get_peft_model, peft.inject_adapter_in_model or eva_lightning.adapters.inject"
             )
-        found[canonical(path)] = AdapterLayer(canonical(path), path, layer, adapter, config)
+        found.append(layer)
     return found
 
 
@@ -181,6 +87,12 @@ def canonical_names(module: nn.Module) -> Any:
     return canonical
 
 
+def target_of(path: str) -> str:
+    """The name of the plain layer whose injection makes a LoRA layer at ``path``: of an attention's ``out_proj``, the
+    attention."""
+    return path.removesuffix(OUT_PROJECTION)
+
+
 def remove(module: nn.Module, layer: AdapterLayer) -> None:
     """Put the base layer back wherever ``layer`` stands in ``module``; the function computed stays W x."""
     replace_everywhere(module, layer.module, layer.base)
@@ -199,21 +111,36 @@ def replace_everywhere(module: nn.Module, old: nn.Module, new: nn.Module) -> Non
 def sync_configs(module: nn.Module) -> None:
     """Write the layers' ranks, alphas and names into their LoraConfigs, so that PEFT saves what is there."""
     groups: dict[int, list[AdapterLayer]] = {}
-    for layer in find_adapters(module).values():
+    for layer in lora_layers(module):
         groups.setdefault(id(layer.config), []).append(layer)
     for layers in groups.values():
+        if all(isinstance(layer, SkippedLayer) for layer in layers):
+            continue
         config = layers[0].config
         root = _config_root(module, layers[0])
         names = {layer.name: _relative(layer.path, root) for layer in layers}
-        describe_layers(config, [(names[layer.name], layer) for layer in layers])
+        everything = [_relative(n, root) for n, _ in module.named_modules() if n.startswith(f"{root}." if root else "")]
+        describe_layers(config, [(names[layer.name], layer) for layer in layers], everything)
 
 
-def describe_layers(config: Any, layers: list[tuple[str, AdapterLayer]]) -> None:
+def describe_layers(config: Any, layers: list[tuple[str, AdapterLayer]], names: list[str]) -> None:
     """Set ``target_modules``, ``rank_pattern`` and ``alpha_pattern`` of ``config`` to describe ``layers`` exactly.
 
     PEFT reads pattern keys as regular expressions that may match any suffix, so each key is escaped and anchored.
+    Names in ``target_modules`` match suffixes too: where that would reach other modules, one regular expression takes
+    the place of the names.
+
+    Args:
+        config: the LoraConfig to change.
+        layers: the layers, each with its name relative to where the config belongs.
+        names: those of all modules there.
     """
-    config.target_modules = {name for name, _ in layers}
+    layers = [(n, layer) for n, layer in layers if not n.endswith(OUT_PROJECTION)]  # its attention's entry is for both
+    targets = {name for name, _ in layers}
+    inside = tuple(f"{name}." for name in targets)
+    others = [n for n in names if n not in targets and not n.startswith(inside)]
+    ambiguous = any(n.endswith(f".{name}") for n in others for name in targets)
+    config.target_modules = "|".join(re.escape(name) for name in sorted(targets)) if ambiguous else targets
     config.rank_pattern = {_anchored(n): layer.rank for n, layer in layers if layer.rank != config.r}
     config.alpha_pattern = {_anchored(n): layer.alpha for n, layer in layers if layer.alpha != config.lora_alpha}
 
@@ -277,7 +204,7 @@ def _relative(path: str, root: str) -> str:
 
 
 def _active_adapter(layer: Any, name: str) -> str | None:
-    active = [a for a in layer.active_adapters if a in layer.lora_A]
+    active = [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
     if len(active) > 1:
         raise ValueError(
             f"layer {name!r} has {len(active)} active adapters {active}; activate one with set_adapter(name)"

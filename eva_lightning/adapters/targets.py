@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
+
+from eva_lightning.adapters.kinds import OUT_PROJECTION_IS_SILENT, is_adaptable, is_linear, refusal
 
 HEAD_NAMES = frozenset(
     {"head", "heads", "classifier", "score", "lm_head", "fc", "fc_out", "out", "output", "output_layer", "predictor"}
@@ -14,13 +16,23 @@ HEAD_NAMES = frozenset(
 """Last parts of the names under which model libraries keep their output layer."""
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear of ``module`` that is called as a layer, by name.
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Linear (and transformers' Conv1D) of ``module`` that is called as a layer, by name.
 
     ``nn.MultiheadAttention`` reads the weight of its ``out_proj`` without calling it: an adapter there would never run.
     """
-    silent = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and id(m) not in silent}
+    silent = _silent(module)
+    return {n: m for n, m in module.named_modules() if is_linear(m) and id(m) not in silent}
+
+
+def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of ``module`` that can be a target: linear layers, convolutions, nn.MultiheadAttention; by name."""
+    silent = _silent(module)
+    return {n: m for n, m in module.named_modules() if is_adaptable(m) and id(m) not in silent}
+
+
+def _silent(module: nn.Module) -> set[int]:
+    return {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> list[str]:
@@ -42,16 +54,21 @@ def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> l
                 raise ValueError(f"head: the module has no layer {name!r}{nearest(name, known)}")
         return names
     layers = linear_layers(module)
-    by_id = {id(m): n for n, m in layers.items()}
     for accessor in ("get_classifier", "get_output_embeddings"):
-        for m in module.modules():
-            out = getattr(m, accessor, None)
-            if callable(out):
-                found = [by_id[id(x)] for x in _modules_of(out()) if id(x) in by_id]
-                if found:
-                    return found
+        found = _ask(module, accessor, layers)
+        if found:
+            return found
     named = [n for n in layers if _customary(n)]
     return [named[-1]] if named else list(layers)[-1:]
+
+
+def language_model_heads(module: nn.Module) -> list[str]:
+    """The names of projections onto a vocabulary (transformers' ``get_output_embeddings``).
+
+    They are part of what was pre-trained, large, and often the embedding matrix itself: not for training in full
+    unless asked for.
+    """
+    return _ask(module, "get_output_embeddings", linear_layers(module))
 
 
 def find_targets(
@@ -64,31 +81,66 @@ def find_targets(
 
     Args:
         module: a module without adapters.
-        target_modules: which nn.Linear layers to adapt; ``None`` means all but the head. Names match as in PEFT: an
-            entry of a list matches a whole name or its last dotted parts, a string is a regular expression for the
-            whole name.
+        target_modules: which layers to adapt; ``None`` means every linear one (nn.Linear, Conv1D) but the head. Names
+            match as in PEFT: an entry of a list matches a whole name or its last dotted parts, a string is a regular
+            expression for the whole name. An entry means the linear layers it matches; convolutions and
+            nn.MultiheadAttention only if it matches no linear layer or is their whole name: "proj" must not reach a
+            vision transformer's ``patch_embed.proj``.
         exclude: layers to leave alone, matched the same way, from whatever ``target_modules`` gives.
         head: see :func:`find_head`.
 
     Raises:
-        ValueError: an entry matches nothing (the nearest name is suggested), or nothing is left to adapt.
+        ValueError: an entry matches nothing (the nearest name is suggested) or a layer that cannot be adapted (an
+            nn.Embedding, a grouped convolution; says why), or nothing is left to adapt.
     """
     layers = list(linear_layers(module))
     heads = find_head(module, head)
     if target_modules is None or target_modules == "all-linear":
         targets = [n for n in layers if not any(n == h or n.startswith(f"{h}.") for h in heads)]
     else:
-        targets = select(layers, target_modules, "target_modules")
+        targets = _select_targets(module, target_modules)
         heads = [h for h in heads if h not in targets]
     if exclude is not None:
-        dropped = set(select(layers, exclude, "exclude"))
+        dropped = set(select(list(adaptable_layers(module)), exclude, "exclude"))
         targets = [n for n in targets if n not in dropped]
+    for name in targets:
+        _refuse(name, refusal(module.get_submodule(name)))
     if not targets:
         raise ValueError(
-            f"{type(module).__name__} has no layer to adapt: {len(layers)} nn.Linear in all, output head {heads}; name "
-            "the layers with target_modules= or the head with head="
+            f"{type(module).__name__} has no layer to adapt: {len(layers)} nn.Linear in all, output head {heads}; "
+            "name the layers with target_modules= or the head with head="
         )
     return targets, heads
+
+
+def _select_targets(module: nn.Module, patterns: str | Iterable[str]) -> list[str]:
+    names = list(adaptable_layers(module))
+    linear = list(linear_layers(module))
+    others = [n for n in names if n not in set(linear)]
+    is_regex = isinstance(patterns, str)
+    keep: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = _matches(linear, pattern, is_regex) or _matches(others, pattern, is_regex)
+        if pattern in others:
+            hits.append(pattern)
+        if not hits:
+            _explain(module, pattern, is_regex)
+            raise ValueError(f"target_modules: no layer matches {pattern!r}{nearest(pattern, names)}")
+        keep.update(hits)
+    return [n for n in names if n in keep]
+
+
+def _explain(module: nn.Module, pattern: str, is_regex: bool) -> None:
+    """Raise if what the pattern matches cannot be adapted."""
+    silent = _silent(module)
+    for name in _matches([n for n, _ in module.named_modules() if n], pattern, is_regex):
+        layer = module.get_submodule(name)
+        _refuse(name, OUT_PROJECTION_IS_SILENT if id(layer) in silent else refusal(layer))
+
+
+def _refuse(name: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
 
 
 def select(names: Sequence[str], patterns: str | Iterable[str], argument: str) -> list[str]:
@@ -97,20 +149,22 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str) -
     Raises:
         ValueError: a pattern matches none of them; names the argument, the pattern and the nearest name.
     """
-    if isinstance(patterns, str):
-        chosen = [n for n in names if re.fullmatch(patterns, n) or n == patterns]
-        if not chosen and re.fullmatch(r"[\w.]+", patterns):
-            chosen = [n for n in names if n.endswith(f".{patterns}")]
-        if not chosen:
-            raise ValueError(f"{argument}: no layer matches {patterns!r}{nearest(patterns, names)}")
-        return chosen
+    is_regex = isinstance(patterns, str)
     keep: set[str] = set()
-    for pattern in patterns:
-        hits = [n for n in names if n == pattern or n.endswith(f".{pattern}")]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = _matches(names, pattern, is_regex)
         if not hits:
             raise ValueError(f"{argument}: no layer matches {pattern!r}{nearest(pattern, names)}")
         keep.update(hits)
     return [n for n in names if n in keep]
+
+
+def _matches(names: Sequence[str], pattern: str, is_regex: bool) -> list[str]:
+    if is_regex:
+        hits = [n for n in names if re.fullmatch(pattern, n) or n == pattern]
+        if hits or not re.fullmatch(r"[\w.]+", pattern):
+            return hits
+    return [n for n in names if n == pattern or n.endswith(f".{pattern}")]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -118,6 +172,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     candidates = {part for k in known for part in (k, k.rsplit(".", 1)[-1], ".".join(k.split(".")[-2:]))}
     match = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.4)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _ask(module: nn.Module, accessor: str, layers: Mapping[str, nn.Module]) -> list[str]:
+    by_id = {id(m): n for n, m in layers.items()}
+    for m in module.modules():
+        out = getattr(m, accessor, None)
+        if callable(out):
+            found = [by_id[id(x)] for x in _modules_of(out()) if id(x) in by_id]
+            if found:
+                return found
+    return []
 
 
 def _customary(name: str) -> bool:
