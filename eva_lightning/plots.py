@@ -49,7 +49,7 @@ def split_layer_name(name: str) -> tuple[int | None, str]:
     return None, name
 
 
-def _require(values: Mapping[str, Any], what: str) -> None:
+def _require(values: Mapping[Any, Any], what: str) -> None:
     if not values:
         raise ValueError(f"{what} must hold at least one entry, got none")
 
@@ -303,4 +303,151 @@ def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10, t
         axes.set_axis_off()
     if title:
         figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def convergence_counts(
+    curves: Mapping[Any, Sequence[tuple[float, int]]],
+    total: int,
+    xlabel: str = "minibatches",
+    legend: str = "batch size",
+    title: str | None = None,
+) -> Figure:
+    """Number of converged components over time, minibatches or samples, one line per setting (paper Figure 11).
+
+    Args:
+        curves: setting (such as the batch size) to points ``(x, converged components)``.
+        total: number of components, drawn as a dashed line.
+        xlabel, legend: what x and the settings are.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``curves`` is empty.
+    """
+    _require(curves, "curves")
+    figure, axes = _axes(6.0, 3.8)
+    for i, (label, points) in enumerate(curves.items()):
+        x, converged = zip(*points, strict=True)
+        axes.plot(x, converged, linewidth=1.6, color=PALETTE[i % len(PALETTE)], label=str(label))
+    axes.axhline(total, color="#20262b", linestyle="--", linewidth=1, label="all")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    _legend_outside(axes, legend)
+    _clean(axes, xlabel, "converged components", title)
+    return figure
+
+
+def component_similarity(
+    curves: Mapping[str, Sequence[float]], ylabel: str = "similarity", title: str | None = None
+) -> Figure:
+    """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left).
+
+    Raises:
+        ValueError: ``curves`` is empty.
+    """
+    _require(curves, "curves")
+    figure, axes = _axes(6.0, 3.8)
+    for i, (label, values) in enumerate(curves.items()):
+        x = np.arange(1, len(values) + 1)
+        axes.plot(x, values, marker="o", markersize=3.5, linewidth=1.6, color=PALETTE[i % len(PALETTE)], label=label)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.legend(frameon=False, fontsize="small", loc="lower left")
+    _clean(axes, "component", ylabel, title)
+    return figure
+
+
+def similarity_matrix(
+    values: np.ndarray, labels: Sequence[Any], axis_label: str = "batch size", title: str | None = None
+) -> Figure:
+    """Similarities in [0, 1] between every two runs as a table of colours (paper Figure 5, right).
+
+    Args:
+        values: shape ``(n, n)``.
+        labels: one per run.
+        axis_label: what the labels are.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``values`` is not ``(n, n)`` for n labels.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(labels), len(labels)) or not len(labels):
+        raise ValueError(f"values must have shape (n, n) with one label each, got {values.shape}, {len(labels)} labels")
+    figure, axes = _axes(1.9 + 0.75 * len(labels), 1.2 + 0.62 * len(labels))
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if value < 0.6 else "#20262b"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
+    axes.set_xticks(range(len(labels)), [str(label) for label in labels])
+    axes.set_yticks(range(len(labels)), [str(label) for label in labels])
+    axes.tick_params(length=0)
+    _clean(axes, axis_label, axis_label, title)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="mean |cos|", shrink=0.9)
+    return figure
+
+
+def rank_maps(
+    maps: Mapping[float, Mapping[str, float]], neutral: float, label: str = "rank", title: str | None = None
+) -> Figure:
+    """One row per rho and one column per layer (paper Figure 13), or the changes between them (Figure 14).
+
+    Args:
+        maps: rho to layer name to rank, or to change of rank.
+        neutral: the value with the neutral colour: the uniform rank, or 0 for changes.
+        label: what the colours show.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``maps`` is empty.
+    """
+    _require(maps, "maps")
+    names = list(next(iter(maps.values())))
+    grid = np.array([[ranks[name] for name in names] for ranks in maps.values()], dtype=float)
+    reach = max(float(np.abs(grid - neutral).max()), 1.0)
+    figure, axes = _axes(2.0 + max(4.0, 0.36 * len(names)), 2.2 + 0.3 * len(maps))
+    image = axes.imshow(grid, cmap="RdBu_r", norm=CenteredNorm(neutral, reach), aspect="auto")
+    if len(names) <= 64:
+        for (row, column), value in np.ndenumerate(grid):
+            color = "white" if abs(value - neutral) > 0.65 * reach else "#20262b"
+            axes.text(column, row, f"{value:g}", ha="center", va="center", color=color, fontsize="x-small")
+    axes.set_yticks(range(len(maps)), [f"{rho:g}" for rho in maps])
+    short = [".".join(str(part) for part in split_layer_name(name) if part is not None) for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize="x-small")
+    axes.tick_params(length=0)
+    _clean(axes, "layer", "ρ", title)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    return figure
+
+
+def grouped_bars(
+    values: Mapping[str, Mapping[str, float]], ylabel: str, xlabel: str = "layers", title: str | None = None
+) -> Figure:
+    """Bars side by side per group, one colour per method, such as distances by kind of layer (paper Table 6).
+
+    Args:
+        values: method to group to value; groups a method lacks stay empty.
+        ylabel, xlabel: what values and groups are.
+        title: text above the figure.
+
+    Raises:
+        ValueError: ``values`` is empty.
+    """
+    _require(values, "values")
+    groups = list(dict.fromkeys(group for row in values.values() for group in row))
+    figure, axes = _axes(max(6.0, 1.1 * len(groups)), 3.6)
+    width = 0.8 / len(values)
+    for i, (label, row) in enumerate(values.items()):
+        x = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
+        heights = [row.get(group, np.nan) for group in groups]
+        axes.bar(x, heights, 0.92 * width, color=PALETTE[i % len(PALETTE)], label=label)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.axhline(0, color="#20262b", linewidth=0.8)
+    _legend_outside(axes, "")
+    _clean(axes, xlabel, ylabel, title)
     return figure
