@@ -114,6 +114,11 @@ def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan
 
 
 def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float) -> None:
+    if not state.components:
+        raise ValueError(
+            "the EVA state has no components, only ranks and spectra (that of a resumed run, or saved without); give "
+            "the state of the run that streamed"
+        )
     for name, layer in layers.items():
         if name not in state.components:
             raise ValueError(

@@ -6,19 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import lightning.pytorch.callbacks as pl_callbacks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only  # type: ignore[attr-defined]
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, find_skipped, has_adapters, inject
 from eva_lightning.adapters.layers import disabled
 from eva_lightning.adapters.quantised import kept_trainable
-from eva_lightning.adapters.targets import adaptable_layers, select
+from eva_lightning.adapters.targets import select
 from eva_lightning.apply import Plan, apply_plan, make_plan
 from eva_lightning.batches import set_up_loader, training_batches
 from eva_lightning.forward import ForwardFn, MaskFn
@@ -27,6 +30,9 @@ from eva_lightning.state import EVAState
 from eva_lightning.streaming import StreamingOptions, compute_eva_state
 from eva_lightning.summary import print_summary, streaming_progress
 from eva_lightning.validation import check_options
+
+# WeightAveraging came with Lightning 2.5.3
+_AVERAGING_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 class EVAInitCallback(pl.Callback):
@@ -149,6 +155,7 @@ class EVAInitCallback(pl.Callback):
         }  # fmt: skip
         self._injection: Injection | None = None
         self._stop_watching: Callable[[], None] = _nothing
+        self._stop_waiting: Callable[[], None] = _nothing
 
     @property
     def state_key(self) -> str:
@@ -158,22 +165,33 @@ class EVAInitCallback(pl.Callback):
     # --- Lightning hooks, in the order they run -------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop_watching = ckpt.watch_loading(pl_module, self._injection_arguments())
-        if stage != "fit" or ckpt.done(pl_module):
+        refresh = partial(refresh_averages, trainer, pl_module)
+        self._stop_watching = ckpt.watch_loading(pl_module, self._injection_arguments(), changed=refresh)
+        self._injection = vars(pl_module).get(_INJECTION)
+        if stage != "fit":
+            return
+        ckpt.describe_on_save(pl_module, self._injection_arguments(), self.adapter_only_checkpoints)
+        if ckpt.done(pl_module):
             return
         self._refuse_sharding(trainer)
-        if not adaptable_layers(pl_module) and is_overridden("configure_model", pl_module):
-            return  # the layers are not there yet
-        if not has_adapters(pl_module):
-            self._inject(pl_module)
-        # ranks must be final before a strategy shards the parameters; a given state can be used early everywhere,
-        # and then optimizers, summaries and weight averages see the final parameters from the start
-        if isinstance(trainer.strategy, _SHARDED) or self._given is not None:
-            with self._undone_on_failure(pl_module):
+        builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
+        if builds_later and not isinstance(trainer.strategy, _SHARDED):
+            # the module may make layers, or load weights, in hooks that run after this one
+            self._stop_waiting = after_configure_model(pl_module, partial(self._prepare, trainer, pl_module))
+        else:
+            self._prepare(trainer, pl_module)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with self._undone_on_failure(pl_module):
+            if not has_adapters(pl_module):
+                self._inject(pl_module)
+            # ranks must be final before a strategy shards the parameters; a given state can be used early everywhere,
+            # and then optimizers, summaries and weight averages see the final parameters from the start
+            if isinstance(trainer.strategy, _SHARDED) or self._given is not None:
                 self._initialise(trainer, pl_module, before_sharding=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_watching()
+        self._let_go()
         how = ckpt.done(pl_module)
         if how:
             if self.state is None and self.verbose:
@@ -189,20 +207,14 @@ class EVAInitCallback(pl.Callback):
             changed = self._initialise(trainer, pl_module)
         if changed:
             rebuild_optimizers(trainer, pl_module)
+            refresh_averages(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_watching()
+        self._let_go()
         self._undo(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop_watching()
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if find_adapters(pl_module):
-            description = ckpt.describe(pl_module, self._injection_arguments(), self.adapter_only_checkpoints)
-            ckpt.save_into(checkpoint, pl_module, description)
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         # primitives and tensors only: Lightning reads checkpoints with weights_only=True
@@ -216,7 +228,14 @@ class EVAInitCallback(pl.Callback):
     # --- what they do ---------------------------------------------------------------------------------------------
 
     def _inject(self, pl_module: pl.LightningModule) -> None:
+        uninitialised = [n for n, p in pl_module.named_parameters() if isinstance(p, UninitializedParameter)]
+        if uninitialised:
+            raise ValueError(
+                f"parameter {uninitialised[0]!r} of a lazy layer has no shape yet; run one batch through "
+                f"{type(pl_module).__name__} before fit"
+            )
         self._injection = inject(pl_module, **self._injection_arguments())
+        vars(pl_module)[_INJECTION] = self._injection
 
     def _injection_arguments(self) -> dict[str, Any]:
         return {**self._inject_options, "target_modules": self.target_modules, "exclude": self.exclude}
@@ -233,6 +252,7 @@ class EVAInitCallback(pl.Callback):
         changed = apply_plan(pl_module, layers, plan, injected=self._injection is not None)
         self.state = plan.state
         ckpt.mark_done(pl_module, "initialised")
+        vars(pl_module).pop(_INJECTION, None)
         if self.verbose:
             self._report(plan, before, _trainable(pl_module), find_skipped(pl_module))
         return changed
@@ -309,14 +329,47 @@ class EVAInitCallback(pl.Callback):
             restore_rng()
             raise
 
-    def _undo(self, pl_module: nn.Module) -> None:
-        if self._injection is not None and not ckpt.done(pl_module):
+    def _undo(self, pl_module: pl.LightningModule) -> None:
+        if ckpt.done(pl_module):
+            return
+        if self._injection is not None:
             self._injection.undo(pl_module)
+        vars(pl_module).pop(_INJECTION, None)
+        ckpt.stop_describing(pl_module)
         self._injection = None
+
+    def _let_go(self) -> None:
+        """Take back what we put on the module for the start of this run."""
+        self._stop_watching()
+        self._stop_waiting()
+        self._stop_watching = self._stop_waiting = _nothing
 
     @rank_zero_only
     def _report(self, plan: Plan, before: int, after: int, skipped: dict[str, str]) -> None:
         print_summary(plan, before, after, self._injection, skipped)
+
+
+def after_configure_model(pl_module: pl.LightningModule, then: Callable[[], None]) -> Callable[[], None]:
+    """Run ``then`` once after the module's ``setup`` and ``configure_model``; returns a function that calls it off."""
+    original = pl_module.configure_model
+
+    def stop() -> None:
+        vars(pl_module).pop("configure_model", None)
+
+    def configure_model() -> None:
+        stop()
+        original()
+        then()
+
+    vars(pl_module)["configure_model"] = configure_model
+    return stop
+
+
+def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let callbacks that keep an average of the weights copy the module as it is now."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _AVERAGING) and trainer.state.fn == "fit":
+            callback.setup(trainer, pl_module, "fit")
 
 
 def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -325,6 +378,8 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
     trainer.strategy.setup(trainer)
 
 
+_INJECTION = "_eva_lightning_injection"
+_AVERAGING = tuple(getattr(pl_callbacks, n) for n in _AVERAGING_NAMES if hasattr(pl_callbacks, n))
 _OPAQUE = (FSDPStrategy, DeepSpeedStrategy)
 _SHARDED = (*_OPAQUE, ModelParallelStrategy)
 

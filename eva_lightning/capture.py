@@ -17,9 +17,9 @@ from eva_lightning.tokens import LayerInputs
 class SharingChanged(Exception):
     """Layers that shared an input no longer do, after the shared decomposition has moved on: start over without."""
 
-    def __init__(self, layer: str) -> None:
-        super().__init__(layer)
-        self.layer = layer
+    def __init__(self, layers: set[str]) -> None:
+        super().__init__(", ".join(sorted(layers)))
+        self.layers = layers
 
 
 @dataclass
@@ -61,6 +61,7 @@ class InputCapture:
     _last: _Seen | None = None
     _started: set[str] = field(default_factory=set)
     _chosen: dict[int, Tensor] = field(default_factory=dict)
+    _broken: set[str] = field(default_factory=set)
 
     @contextmanager
     def watching(self) -> Iterator[InputCapture]:
@@ -86,9 +87,9 @@ class InputCapture:
     def end(self) -> None:
         """Finish a minibatch: layers that shared must have run as often as their owner."""
         self._last = None
-        for name, owner in self.owner.items():
-            if self._calls.get(name, 0) != self._calls.get(owner, 0):
-                raise SharingChanged(name)
+        uneven = {n for n, owner in self.owner.items() if self._calls.get(n, 0) != self._calls.get(owner, 0)}
+        if uneven | self._broken:
+            raise SharingChanged(uneven | self._broken)
         self._started.update(self._calls)
 
     def engine_of(self, name: str) -> StreamingSVD:
@@ -111,8 +112,9 @@ class InputCapture:
         if owner is not None:
             if shared and last is not None and last.layer == owner:
                 return
-            self._split(name, owner, call)
-        elif shared and last is not None and call == 0 and self._may_share(name, last.layer):
+            if not self._split(name, owner, call):
+                return
+        elif shared and last is not None and call == 0 and x.numel() and self._may_share(name, last.layer):
             self.owner[name] = last.layer
             return
         if not shared:
@@ -126,15 +128,20 @@ class InputCapture:
                 f"layer {name!r}: input of minibatch {self.n_batches} has NaN or infinite values ({error}); check the "
                 "data and the precision"
             ) from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {name!r}: {error}") from None
 
     def _may_share(self, name: str, owner: str) -> bool:
         return not {name, owner} & self._started and name not in self.never_share
 
-    def _split(self, name: str, owner: str, call: int) -> None:
-        if self._calls.get(owner, 0) > call or self.n_batches < 1:
-            raise SharingChanged(name)
+    def _split(self, name: str, owner: str, call: int) -> bool:
+        """Give ``name`` an engine of its own from here on, if the owner's has not taken in more than ``name`` saw."""
+        if name in self._broken or self._calls.get(owner, 0) > call:
+            self._broken.add(name)
+            return False
         self.engines[name] = self.engines[owner].clone()
         del self.owner[name]
+        return True
 
     def _choose(self, tokens: int) -> Tensor | None:
         n = self.tokens_per_sample

@@ -222,8 +222,8 @@ def fit_to_checkpoint(
         arguments = description.get("injection", injection)
         if arguments is None:
             raise ValueError(
-                f"the checkpoint does not say how its adapters were made, and {type(module).__name__} has none: give it "
-                "adapters of the same r and alpha first (eva_lightning.adapters.inject)"
+                f"the checkpoint does not say how its adapters were made, and {type(module).__name__} has none: give "
+                "it adapters of the same r and alpha first (eva_lightning.adapters.inject)"
             )
         inject(module, **{**arguments, "target_modules": targets, "exclude": None})
         present = {layer.path: layer for layer in find_adapters(module).values()}
@@ -240,6 +240,8 @@ def fit_to_checkpoint(
     # a checkpoint from before the initialisation (the learning rate finder makes them) has nothing to protect
     if description.get("done") or any(bool(t.any()) for k, t in weights.items() if ".lora_B." in k):
         mark_done(module, "restored")
+    if description and isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
+        describe_on_save(module, description["injection"])
     return True
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ def compute_eva_state(
                 model, batches(), inputs, options, forward_fn, mask_fn, context, progress, minor, never_share, started
             )
         except SharingChanged as signal:
-            never_share.add(signal.layer)
+            never_share |= signal.layers
 
 
 def _stream(
@@ -111,7 +111,7 @@ def _stream(
     stopping = _stopping_rule(options, kinds)
     converged: dict[str, bool] = {}
     iterator, n, exhausted = iter(batches), 0, False
-    with capture.watching(), observing(model):
+    with capture.watching(), observing(model), _closed_at_the_end(iterator):
         while n < options.max_batches:
             batch = None if exhausted else next(iterator, _END)
             exhausted = exhausted or batch is _END
@@ -136,6 +136,17 @@ def _stream(
 
 
 _END = object()
+
+
+@contextmanager
+def _closed_at_the_end(iterator: Iterator[Any]) -> Iterator[None]:
+    """Close a generator now: left to the garbage collector, it would restore random states in mid-training."""
+    try:
+        yield
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
 
 
 def _make_engines(
