@@ -166,8 +166,12 @@ class Steps:
 
     def begin(self, what: str) -> None:
         """The step before is done and `what` starts."""
-        self._progress.update(self._task, description=f"{self._model}: {what}", advance=int(self._begun))
+        text = f"{self._model}: {what}"
+        self._progress.update(self._task, description=text, advance=int(self._begun))
         self._begun = True
+        if not self._progress.console.is_terminal:
+            # a log file shows no bar
+            print(text, file=sys.stderr, flush=True)
 
 
 def _device(name: str) -> torch.device:

@@ -219,7 +219,12 @@ class Runner:
         with quiet():
             trainer = self.trainer(callback)
             trainer.should_stop = True  # everything up to the first training step, and no step
-            trainer.fit(module, DataLoader(self.batches, batch_size=None))  # type: ignore[arg-type]
+            try:
+                trainer.fit(module, DataLoader(self.batches, batch_size=None))  # type: ignore[arg-type]
+            except SystemExit:
+                if trainer.interrupted:  # how Lightning ends on Ctrl-C
+                    raise KeyboardInterrupt from None
+                raise
 
 
 class CappedLoader:

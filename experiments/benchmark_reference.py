@@ -19,7 +19,7 @@ class Covariances:
     first minibatch's mean, where fp64 products would take minutes; sums over minibatches are fp64 always.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], double_dim: int = 1024) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], double_dim: int = 512) -> None:
         self._layers = layers
         self._double_dim = double_dim
         self._shift: dict[str, Tensor] = {}

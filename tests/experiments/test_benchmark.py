@@ -1,0 +1,215 @@
+"""The benchmark measures what it says: references pinned to dense SVDs, PEFT left to itself, times of real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from experiments import benchmark_init, benchmark_memory
+from experiments.benchmark import SIZES, command_line, main, parse_args
+from experiments.benchmark_init import Runner
+from experiments.benchmark_reference import Covariances, captured_variance
+from experiments.benchmark_setup import build_classifier, make_images, randomise_realistically
+from tests.svd_helpers import captured_variance as reference_captured
+from tests.svd_helpers import decaying, reference
+
+SMALL = "--model test_vit --image-size 32 --batch-size 4 --r 4"
+TARGETS = [f"model.blocks.{i}.{kind}" for i in range(6) for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    images = make_images(None, 4, 4, 32, seed=0)
+    return Runner(build_classifier("test_vit", 32, None, 0), images.batches, torch.device("cpu"), r=4)
+
+
+def test_init_prints_one_json_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "init.json"
+    text = f"init {SMALL} --batches 4 --heldout-batches 2 --repeats 2 --no-memory --json --profile --output {file}"
+    document = main(text.split())
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(file.read_text()) == json.loads(json.dumps(document))
+    assert {"processor", "threads", "load_average", "versions"} <= set(printed["machine"])
+    result = printed["models"][0]
+    assert result["layers"] == len(TARGETS)
+    assert "scikit-learn" in result["images"]
+    assert 0 < result["variance_in_top_32"] <= 1
+    assert len(result["forward"]["wall"]) == 3
+    ours, peft = result["methods"]
+    assert [ours["name"], peft["name"]] == ["ours (default)", "PEFT"]
+    assert ours["n_batches"] <= 4
+    assert (peft["n_batches"], peft["n_forwards"], peft["stopped_by_itself"]) == (4, 5, False)
+    assert ours["bit_identical"] is True
+    assert peft["bit_identical"] is None
+    assert len(ours["wall"]) == 2
+    assert ours["peft_over_ours"] == pytest.approx(peft["seconds"]["median"] / ours["seconds"]["median"])
+    assert 0 < ours["state_bytes"] <= 1.01 * ours["state_bytes_predicted"]
+    for row in (ours, peft):
+        assert set(row["captured_per_layer"]) == set(row["heldout_per_layer"]) == set(TARGETS)
+        for key in ("captured", "heldout"):
+            assert 0.3 < row[key]["min"] <= row[key]["median"] <= 1 + 1e-9
+        assert row["over_forward"]["median"] > 0.5
+    assert any(row["function"] == "on_fit_start" for row in result["profile"]["default"])
+
+
+def test_all_tokens_through_the_exact_engine_are_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"init {SMALL} --batches 3 --engine exact --tokens-per-sample all --peft-batches 0 --no-memory --repeats 1"
+    rows = main(text.split())["models"][0]["methods"]
+    assert [row["name"] for row in rows] == ["ours (exact)"]
+    assert rows[0]["captured"]["min"] >= 0.9999
+    out = capsys.readouterr().out
+    assert "ours (exact)" in out
+    assert "scikit-learn" in out
+
+
+def test_forward_is_timed_per_minibatch_and_leaves_the_classifier_alone(runner: Runner) -> None:
+    before = {name: value.clone() for name, value in runner.classifier.state_dict().items()}
+    timings = runner.forward(3)
+    assert len(timings) == 3
+    assert timings[0].wall < timings[1].wall < timings[2].wall
+    runner.ours(2)
+    runner.peft(2, TARGETS)
+    after = runner.classifier.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_peft_stops_by_itself_where_it_converges(runner: Runner) -> None:
+    outcome = runner.peft(50, TARGETS, tau=0.01)
+    assert outcome.stopped
+    assert outcome.n_batches < 50
+    capped = runner.peft(3, TARGETS, tau=0.999999)
+    assert not capped.stopped
+    assert capped.n_batches == 3
+    assert set(capped.components) == set(TARGETS)
+    assert all(v.shape[0] == 8 for v in capped.components.values())
+
+
+def test_covariances_match_a_dense_svd() -> None:
+    layer = nn.Linear(24, 3)
+    model = nn.Sequential(layer)
+    x = decaying(300, 24)
+    for double_dim in (1, 64):
+        covariances = Covariances({"0": layer}, double_dim)
+        for part in x.split(50):
+            covariances.add(lambda part=part: model(part))
+        sigma, v = reference(x)
+        spectrum = torch.linalg.eigvalsh(covariances.covariance("0")).flip(0)
+        np.testing.assert_allclose(spectrum.sqrt(), sigma, rtol=1e-5)
+        other = torch.linalg.qr(torch.randn(24, 5)).Q.T
+        values, share = covariances.captured({"best": {"0": v[:5].float()}, "other": {"0": 3 * other}})
+        assert values["best"]["0"] == pytest.approx(1, abs=1e-6)
+        # of the rows' span: scaled rows capture no more
+        assert values["other"]["0"] == pytest.approx(reference_captured(x, other), rel=1e-5)
+        assert share == pytest.approx(1)
+    assert not layer._forward_pre_hooks
+
+
+def test_constant_inputs_are_captured() -> None:
+    assert captured_variance(torch.zeros(4, 4), torch.zeros(4), torch.eye(4)[:2]) == 1
+
+
+def test_random_weights_have_power_law_spectra() -> None:
+    model = nn.Sequential(nn.Linear(48, 32), nn.LayerNorm(32), nn.Linear(32, 8))
+    randomise_realistically(model, seed=0, power=0.7)
+    sigma = torch.linalg.svdvals(model[0].weight.detach())  # type: ignore[operator,union-attr]
+    np.testing.assert_allclose(sigma / sigma[0], torch.arange(1, 33) ** -0.7, rtol=1e-4)
+    assert float(model[0].weight.detach().square().sum()) == pytest.approx(32)  # type: ignore[operator,union-attr]
+    assert all(float(module.bias.abs().min()) > 0 for module in model)  # type: ignore[operator,union-attr]
+
+
+def test_images_come_from_the_folder_and_are_normalised(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.new("RGB", (40, 30), (i * 40, 128, 255)).save(tmp_path / f"{i}.png")
+    images = make_images(tmp_path, 3, 2, 16, seed=1)
+    assert images.source == f"6 images drawn from the 6 in folder {tmp_path.name}"
+    blue = torch.cat([batch[0][:, 2] for batch in images.batches])
+    np.testing.assert_allclose(blue, (1 - 0.406) / 0.225, rtol=1e-5)
+    again = make_images(tmp_path, 3, 2, 16, seed=1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(images.batches, again.batches, strict=True))
+
+
+def test_memory_is_the_difference_of_peaks(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Runner, "forward", lambda self, n: calls.append(f"forward {n}"))
+    monkeypatch.setattr(Runner, "ours", lambda self, **arguments: calls.append(f"ours {arguments}"))
+    peaks = iter([100, 175])
+
+    def reset() -> None:
+        calls.append("reset")
+
+    value = benchmark_memory._difference(runner, "ours", 2, {"max_batches": 2}, reset, lambda: next(peaks))
+    assert value == 75
+    assert calls == ["reset", "forward 2", "reset", "ours {'max_batches': 2}"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_the_peak_sees_torch_and_can_be_reset() -> None:
+    def peak(n: int) -> int:
+        benchmark_memory._reset_resident()
+        before = benchmark_memory._peak_resident()
+        torch.ones(n * 2**18)
+        return benchmark_memory._peak_resident() - before
+
+    assert 190 * 2**20 < peak(200) < 230 * 2**20
+    assert peak(10) < 30 * 2**20
+
+
+def test_resize_times_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    document = main(["resize", "--model", "test_vit", "--image-size", "32", "--r", "4", "--repeats", "1"])
+    result = document["models"][0]
+    assert result["layers"] == len(TARGETS)
+    assert result["changed"] > 0
+    assert result["wall"][0] == pytest.approx(sum(part["wall"][0] for part in result["parts"].values()))
+    assert "rebuild optimizers" in capsys.readouterr().out
+
+
+def test_short_names_and_the_callbacks_defaults() -> None:
+    options = parse_args(["init", "--models", "tiny,test_vit"])
+    assert options.model_names == [SIZES["tiny"], "test_vit"]
+    # what is not given is left to the callback
+    assert options.callback_options == {"tau": 0.99}
+    options = parse_args(["init", "--tokens-per-sample", "32"])
+    assert options.callback_options == {"tau": 0.99, "tokens_per_sample": 32}
+    assert options.peft_batches == options.batches == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("init --batches 0", "--batches must be at least 1, got 0"),
+        ("init --rho 0.5", "--rho must be at least 1, got 0.5"),
+        ("init --tokens-per-sample few", "--tokens-per-sample must be a positive number or 'all', got 'few'"),
+        ("init --model a --models b", "--model a and --models b exclude each other"),
+        ("init --model test_vit --image-size 32 --images nowhere", "--images nowhere is not a folder"),
+        ("init --model test_vit --engine best --device cpu --image-size 32 --batches 1", "engine must be one of"),
+        ("init --model vit_tinny", "vit_tinny"),
+    ],
+)
+def test_mistakes_are_one_sentence(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(text.split()) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ")
+    assert message in err[-1]
+
+
+def test_interruption_is_clean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    # in the Trainer, which turns it into SystemExit
+    monkeypatch.setattr(benchmark_init, "run_forward", interrupted)
+    file = tmp_path / "x.json"
+    arguments = ["init", "--model", "test_vit", "--image-size", "32", "--batches", "1", "--batch-size", "1", "--output"]
+    assert command_line([*arguments, str(file)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
+    assert not file.exists()
