@@ -209,7 +209,12 @@ def fit_to_checkpoint(
                 "checkpoint of the base model into the module before fit, without ckpt_path"
             )
         return False
-    known = dict(module.named_modules())
+    known = dict(module.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for path, m in known.items():
+        first.setdefault(id(m), path)
+    # a layer under several names has its weights in the checkpoint as often
+    incoming = {first[id(known[path])] if path in known else path: rank for path, rank in incoming.items()}
     targets = [path for path in incoming if target_of(path) == path]
     unknown = [path for path in targets if path not in known]
     if unknown:

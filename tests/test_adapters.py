@@ -263,3 +263,82 @@ def test_single_trained_parameters_are_named_in_a_warning(tmp_path: Path) -> Non
     module.net.cls_token.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"parameters \['cls_token'\] train"):
         save_pretrained(module.net, tmp_path)
+
+
+def test_layer_under_two_names_is_adapted_under_both(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(IN, IN)
+            self.block = nn.ModuleDict({"again": self.first})
+            self.head = nn.Linear(IN, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.block["again"](torch.relu(self.first(x)))))
+
+    class Module(Classifier):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            super().__init__(Twice())
+
+    module = Module()
+    run = trainer(EVAInitCallback(r=4), max_epochs=2)
+    run.fit(module, loader())
+    assert module.net.first is module.net.block["again"]
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    module.eval()
+    before = module(X)
+    assert torch.equal(Module.load_from_checkpoint(tmp_path / "two.ckpt").eval()(X), before)
+    merge_and_unload(module)
+    torch.testing.assert_close(module(X), before, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_head_trains() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body, self.head = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Linear(8, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    module = Tied()
+    inject(module, r=2)
+    assert module.head.weight.requires_grad
+    assert not module.body.base_layer.weight.requires_grad
+
+
+def test_removing_ours_keeps_other_adapters_of_the_layer() -> None:
+    from eva_lightning.adapters.layers import remove
+
+    net = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["0", "3"], init_lora_weights=False), adapter_name="old")
+    net.add_adapter("new", LoraConfig(r=2, target_modules=["0", "3"]))
+    net.set_adapter("new")
+    base = net.get_base_model()[0].base_layer
+    remove(net, find_adapters(net)["0"])
+    assert "old" in net.get_base_model()[0].lora_A
+    assert torch.equal(net.get_base_model()[0](X), base(X)), "no adapter is active there"
+    net.set_adapter("old")
+    assert not torch.equal(net.get_base_model()[0](X), base(X)), "the other adapter still works"
+
+
+def test_attributes_of_the_users_module_are_left_alone() -> None:
+    class Own(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"model_type": "mine"}
+
+        @property
+        def peft_config(self) -> Any:
+            raise RuntimeError("mine")
+
+    module = Own()
+    callback = EVAInitCallback(rho=2, r=4)
+    trainer(callback).fit(module, loader())
+    assert callback.state is not None
+    assert module.config == {"model_type": "mine"}
+
+
+def test_last_layer_wins_over_a_customary_name_deep_inside() -> None:
+    net = nn.ModuleDict({"attn": nn.ModuleDict({"out": nn.Linear(4, 4)}), "to_classes": nn.Linear(4, 2)})
+    assert find_head(net) == ["to_classes"]
+    early = nn.ModuleDict({"classifier": nn.Linear(4, 2), "encoder": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    assert find_head(early) == ["classifier"]

@@ -550,3 +550,118 @@ def test_engines_agree_on_what_matters(engine: str) -> None:
     c = (x - x.mean(0)).T @ (x - x.mean(0))
     captured = torch.trace(a @ c @ a.T) / torch.linalg.eigvalsh(c)[-4:].sum()
     assert captured >= (0.9999 if engine == "exact" else 0.995)
+
+
+# --- modules that are built late, and callbacks that look at the weights ---------------------------------------------
+
+
+class BuiltInSetup(Classifier):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Identity())
+
+    def setup(self, stage: str) -> None:
+        torch.manual_seed(0)
+        self.net = mlp()
+
+
+class BuiltInConfigureModel(Classifier):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Identity())
+        self.last = nn.Linear(3, 3)
+
+    def configure_model(self) -> None:
+        if isinstance(self.net, nn.Identity):
+            torch.manual_seed(0)
+            self.net = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.net(x))
+
+
+class LoadsInSetup(Classifier):
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.net.load_state_dict(mlp().state_dict())
+
+
+@pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel, LoadsInSetup])
+@pytest.mark.parametrize("given", [False, True])
+def test_modules_that_change_in_their_own_hooks(kind: Any, given: bool) -> None:
+    module = kind()
+    callback = FreezeAfterInit(rho=2, r=4)
+    trainer(callback).fit(module, loader())
+    if given:
+        module = kind()
+        callback = FreezeAfterInit(rho=2, r=4, state=callback.state)
+        trainer(callback).fit(module, loader())
+    assert callback.missing == []
+    assert len(find_adapters(module)) == (4 if kind is BuiltInConfigureModel else 3)
+    assert not any(k in vars(module) for k in ("configure_model", "on_load_checkpoint"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_weight_averages_follow_the_redistributed_ranks(name: str, first: bool) -> None:
+    import lightning.pytorch.callbacks as callbacks
+
+    if not hasattr(callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    average = getattr(callbacks, name)(**({"swa_lrs": 0.01} if name.startswith("Sto") else {"decay": 0.5}))
+    eva = EVAInitCallback(rho=2, r=4)
+    module = build()
+    order = [eva, average] if first else [average, eva]
+    trainer(*order, max_epochs=3).fit(module, loader())
+    assert eva.state is not None
+    assert {n: layer.rank for n, layer in find_adapters(module).items()} == {
+        n: r for n, r in eva.state.ranks.items() if r
+    }
+    assert any(layer.b.any() for layer in find_adapters(module).values())
+
+
+def test_reused_callback_forgets_the_module_before() -> None:
+    callback = EVAInitCallback(rho=2, r=4, target_modules=["3"])
+    trainer(callback).fit(build(), loader())
+    net = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["0", "3"]))
+    module = Classifier(net)
+    trainer(callback).fit(module, loader())
+    assert callback.state is not None
+    assert list(callback.state.ranks) == ["net.3"]
+    failing = Classifier(get_peft_model(mlp(), LoraConfig(r=4, target_modules=["0", "3"])))
+    with pytest.raises(ValueError, match="empty"):
+        trainer(callback).fit(failing, DataLoader([]))
+    assert len(find_adapters(failing)) == 2, "the user's adapters are still there"
+
+
+def test_callback_and_module_can_be_pickled_and_copied_after_fit() -> None:
+    import pickle
+
+    module, callback = build(), EVAInitCallback(rho=2, r=4)
+    trainer(callback).fit(module, loader())
+    x = correlated(8)
+    module.trainer = None  # type: ignore[assignment]
+    module.eval()
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert pickle.loads(pickle.dumps(callback)).state.ranks == callback.state.ranks  # type: ignore[union-attr]
+
+
+def test_random_state_is_not_touched_again_after_a_failure() -> None:
+    class Failing(Classifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError) as kept:
+        trainer(EVAInitCallback(r=4)).fit(Failing(), loader())
+    torch.manual_seed(123)
+    expected = torch.get_rng_state()
+    del kept
+    import gc
+
+    gc.collect()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_lazy_layers_get_a_clear_error() -> None:
+    net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"parameter 'net.0.weight' of a lazy layer has no shape yet"):
+        trainer(EVAInitCallback(r=2)).fit(Classifier(net), loader())

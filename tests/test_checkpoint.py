@@ -219,3 +219,38 @@ def test_module_is_not_left_watching() -> None:
     module = build()
     trainer(EVAInitCallback(rho=2, r=4)).fit(module, loader())
     assert "on_load_checkpoint" not in vars(module)
+
+
+@pytest.mark.parametrize("how", ["weights only", "a Trainer without the callback"])
+def test_every_checkpoint_of_the_module_describes_its_adapters(how: str, tmp_path: Path) -> None:
+    module = Plain()
+    run = trainer(EVAInitCallback(rho=2, r=4, alpha=32.0))
+    run.fit(module, loader())
+    if how != "weights only":
+        run = trainer(max_epochs=1)
+        run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "c.ckpt", weights_only=how == "weights only")
+    loaded = Plain.load_from_checkpoint(tmp_path / "c.ckpt")
+    assert {layer.module.scaling["default"] for layer in find_adapters(loaded).values()} == {8.0}
+    assert torch.equal(loaded.eval()(X), module.eval()(X))
+
+
+def test_adapter_only_holds_for_weights_only_checkpoints_too(tmp_path: Path) -> None:
+    module = Plain()
+    run = trainer(EVAInitCallback(rho=2, r=4, adapter_only_checkpoints=True))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "c.ckpt", weights_only=True)
+    assert not any("base_layer" in k for k in torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(Plain.load_from_checkpoint(tmp_path / "c.ckpt").eval()(X), module.eval()(X))
+
+
+def test_checkpoint_without_a_description_is_not_guessed(tmp_path: Path) -> None:
+    module = Plain()
+    run = trainer(EVAInitCallback(rho=2, r=4, alpha=32.0))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    stripped = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    del stripped["eva_lightning"]
+    torch.save(stripped, tmp_path / "stripped.ckpt")
+    with pytest.raises(ValueError, match="does not say how its adapters were made, and Plain has none"):
+        Plain.load_from_checkpoint(tmp_path / "stripped.ckpt")

@@ -92,8 +92,6 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
         base = layer.base
         layer.merge()
         replace_everywhere(module, layer.module, base)
-    if "peft_config" in vars(module):
-        delattr(module, "peft_config")
     return module
 
 

@@ -43,14 +43,11 @@ class Injection:
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
-    _had_config: bool = field(repr=False, default=False)
 
     def undo(self, module: nn.Module) -> None:
         """Put the base layers and every ``requires_grad`` flag back: the module is what it was before."""
         for layer in find_adapters(module).values():
             replace_everywhere(module, layer.module, layer.base)
-        if not self._had_config and "peft_config" in vars(module):
-            delattr(module, "peft_config")
         for owner, parameters in self._attention_parameters:
             owner._parameters.clear()
             owner._parameters.update(parameters)
@@ -104,10 +101,7 @@ def inject(
     attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = [
         (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
     ]
-    had_config = hasattr(module, "peft_config")
-    injection = Injection(
-        targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters, _had_config=had_config
-    )
+    injection = Injection(targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters)
     try:
         _inject(module, targets, r, alpha, use_dora, use_rslora, lora_dropout)
         layers = find_adapters(module)
@@ -181,7 +175,16 @@ def _inject(
             m.train(modes[id(m.get_base_layer())])  # type: ignore[operator]
             setattr(m, CONFIG_ATTRIBUTE, config)
             m.register_forward_pre_hook(_accept_keyword, with_kwargs=True)
-    module.peft_config = {"default": config}  # type: ignore[assignment]
+    _adapt_aliases(module)
+
+
+def _adapt_aliases(module: nn.Module) -> None:
+    """A layer that stands under several names gets its adapter under all of them; PEFT sees the first only."""
+    adapted = {id(m.get_base_layer()): m for m in module.modules() if hasattr(m, "lora_A")}  # type: ignore[operator]
+    for parent in module.modules():
+        for name, child in list(parent._modules.items()):
+            if id(child) in adapted and not hasattr(parent, "lora_A"):
+                setattr(parent, name, adapted[id(child)])
 
 
 def _accept_keyword(

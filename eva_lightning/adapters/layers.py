@@ -75,7 +75,7 @@ def canonical_names(module: nn.Module) -> Any:
     prefixes = [
         (f"{path}." if path else "") + "base_model.model."
         for path, m in module.named_modules()
-        if hasattr(m, "peft_config") and hasattr(m, "base_model") and hasattr(m, "get_base_model")
+        if any(c.__name__ == "PeftModel" for c in type(m).__mro__)
     ]
 
     def canonical(name: str) -> str:
@@ -94,7 +94,14 @@ def target_of(path: str) -> str:
 
 
 def remove(module: nn.Module, layer: AdapterLayer) -> None:
-    """Put the base layer back wherever ``layer`` stands in ``module``; the function computed stays W x."""
+    """Put the base layer back wherever ``layer`` stands in ``module``; the function computed stays W x.
+
+    A PEFT layer that holds other adapters too stays, without this one and with none active.
+    """
+    if any(name != layer.adapter for name in layer.module.lora_A):
+        layer.module.set_adapter([])
+        layer.module.delete_adapter(layer.adapter)
+        return
     replace_everywhere(module, layer.module, layer.base)
 
 
@@ -175,7 +182,9 @@ def restored_on_failure(module: nn.Module) -> Iterator[None]:
         )
         for x in find_adapters(module).values()
     ]
-    configs = [(c, copy.copy(vars(c))) for group in _configs(module).values() for c in group.values()]
+    configs = [
+        (c, copy.copy(vars(c))) for c in {id(x.config): x.config for x in find_adapters(module).values()}.values()
+    ]
     parameters = [(p, p.data.clone()) for x in find_adapters(module).values() for p in (x.a, x.b)]
     try:
         yield
@@ -213,11 +222,17 @@ def _active_adapter(layer: Any, name: str) -> str | None:
 
 
 def _configs(module: nn.Module) -> dict[str, Mapping[str, Any]]:
-    return {
-        path: m.peft_config
-        for path, m in module.named_modules()
-        if isinstance(getattr(m, "peft_config", None), Mapping) and m.peft_config
-    }
+    found = {path: _peft_config(m) for path, m in module.named_modules()}
+    return {path: group for path, group in found.items() if group}
+
+
+def _peft_config(module: nn.Module) -> Mapping[str, Any]:
+    try:
+        group: Any = module.peft_config
+    except Exception:  # a property of the user's that happens to have that name
+        return {}
+    is_peft = isinstance(group, Mapping) and all(hasattr(config, "peft_type") for config in group.values())
+    return group if is_peft else {}
 
 
 def _config_of(path: str, adapter: str, configs: Mapping[str, Mapping[str, Any]]) -> Any:

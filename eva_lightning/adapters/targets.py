@@ -58,8 +58,11 @@ def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> l
         found = _ask(module, accessor, layers)
         if found:
             return found
+    last = list(layers)[-1:]
     named = [n for n in layers if _customary(n)]
-    return [named[-1]] if named else list(layers)[-1:]
+    if not named or (last and _outside_blocks(last[0]) and last[0].count(".") < named[-1].count(".")):
+        return last
+    return [named[-1]]
 
 
 def language_model_heads(module: nn.Module) -> list[str]:
@@ -187,7 +190,11 @@ def _ask(module: nn.Module, accessor: str, layers: Mapping[str, nn.Module]) -> l
 
 def _customary(name: str) -> bool:
     parts = name.split(".")
-    return parts[-1] in HEAD_NAMES and not any(p.isdigit() for p in parts)
+    return parts[-1] in HEAD_NAMES and _outside_blocks(name)
+
+
+def _outside_blocks(name: str) -> bool:
+    return not any(part.isdigit() for part in name.split("."))
 
 
 def _modules_of(value: object) -> list[nn.Module]:
