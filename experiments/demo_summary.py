@@ -144,12 +144,23 @@ def paired_differences(results: Sequence[RunResult], baseline: str = "lora") -> 
     return rows
 
 
+def _enumerated(items: Sequence[Any]) -> str:
+    """``1``, ``1 and 2``, ``1, 2 and 3``."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def verdict_sentence(difference: PairedDifference) -> str:
-    """What the paired differences of one method say, epoch by epoch, in one sentence."""
-    parts = [f"{difference.verdict(epoch)} after epoch {epoch}" for epoch in difference.loss]
-    listing = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    """What the paired differences of one method say, in one sentence."""
+    epochs: dict[str, list[int]] = {}
+    for epoch in difference.loss:
+        epochs.setdefault(difference.verdict(epoch), []).append(epoch)
+    parts = [
+        f"{verdict} after epoch{'s' if len(which) > 1 else ''} {_enumerated(which)}"
+        for verdict, which in epochs.items()
+    ]
     against = f"{METHODS[difference.method]} against {METHODS[difference.baseline]}"
-    return f"{against}, held-out loss over {difference.n_pairs} paired seeds: {listing}."
+    return f"{against}, held-out loss over {difference.n_pairs} paired seeds: {'; '.join(parts)}."
 
 
 def same_rate_sentences(tuning: Mapping[str, Any], baseline: str = "lora") -> list[str]:

@@ -45,7 +45,7 @@ p { margin: .5rem 0; max-width: 75ch; }
 .note { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .45rem .55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 td small { color: var(--soft); }
@@ -62,7 +62,8 @@ ul { margin: .5rem 0; padding-left: 1.2rem; }
 """
 
 _RESULTS_NOTE = """<p class="note">Upper line: held-out cross-entropy; lower line: accuracy. Shaded: lowest mean loss of
-the column, which says nothing about significance. Trained parameters include head and biases. Set-up: median seconds
+the column, which says nothing about significance. Rate: learning rate. Trained: parameters,
+with head and biases. Set-up: median seconds
 from the pre-trained model to the first training step, with Lightning's own start, which is all that full fine-tuning
 needs.</p>"""
 _PAIRED_NOTE = """<p class="note">EVA minus LoRA on the same labels and batches: negative loss means that EVA is better.
@@ -127,7 +128,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _results_table(rows: Sequence[MethodSummary]) -> str:
     epochs = list(rows[0].loss)
     best = {epoch: min(row.loss[epoch].mean for row in rows) for epoch in epochs}
-    head = ["Method", "Learning rate", "Trained parameters", "Set-up", *(f"Epoch {epoch}" for epoch in epochs)]
+    head = ["Method", "Rate", "Trained", "Set-up", *(f"Epoch {epoch}" for epoch in epochs)]
     body = []
     for row in rows:
         cells = [
@@ -240,7 +241,7 @@ def _decomposition_figures(runs: Sequence[RunResult]) -> str:
             embed(
                 plots.convergence(curve, 0.99, "Convergence of the streaming SVD, first seed"),
                 "Captured variance per layer as minibatches come in",
-                f"The decomposition stopped after {first.eva['n_batches']} minibatches, {first.eva['seconds']:.2f} s.",
+                f"The decomposition used {first.eva['n_batches']} minibatches and took {first.eva['seconds']:.2f} s.",
             )
         )
     return "".join(figures)

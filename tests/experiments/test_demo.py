@@ -216,7 +216,7 @@ def test_summary_agrees_with_scipy() -> None:
     assert difference.wins == {1: 3, 2: 0}
     assert difference.verdict(1) == "ahead"
     assert difference.verdict(2) == "no clear difference"
-    assert "3 paired seeds: ahead after epoch 1 and no clear difference after epoch 2" in verdict_sentence(difference)
+    assert "3 paired seeds: ahead after epoch 1; no clear difference after epoch 2." in verdict_sentence(difference)
 
 
 def test_pairs_use_common_seeds_only_and_one_seed_decides_nothing() -> None:
