@@ -202,13 +202,13 @@ class Runner:
         return Outcome(timing, forwards - 1, forwards, not loader.capped, components, fingerprint)
 
     def trainer(self, callback: pl.Callback) -> pl.Trainer:
-        """A Trainer with nothing but `callback`."""
+        """A Trainer with `callback` that ends before the first training step."""
         return pl.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,
             precision=self.precision,  # type: ignore[arg-type]
             max_epochs=1,
-            callbacks=[callback],
+            callbacks=[callback, _StopBeforeTraining()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -218,13 +218,22 @@ class Runner:
     def _fit(self, module: pl.LightningModule, callback: pl.Callback) -> None:
         with quiet():
             trainer = self.trainer(callback)
-            trainer.should_stop = True  # everything up to the first training step, and no step
             try:
                 trainer.fit(module, DataLoader(self.batches, batch_size=None))  # type: ignore[arg-type]
             except SystemExit:
                 if trainer.interrupted:  # how Lightning ends on Ctrl-C
                     raise KeyboardInterrupt from None
                 raise
+
+
+class _StopBeforeTraining(pl.Callback):
+    """Everything up to the first training step, and no step."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = True  # before fit() it would be reset
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        raise RuntimeError("the benchmark must not train: this version of Lightning ignores should_stop")
 
 
 class CappedLoader:

@@ -134,33 +134,37 @@ def build_classifier(model: str, image_size: int, weights: Path | None, seed: in
 
 
 @torch.no_grad()
-def randomise_realistically(model: nn.Module, seed: int, power: float = 0.7) -> None:
+def randomise_realistically(model: nn.Module, seed: int, power: float = 0.4) -> None:
     """Give a freshly built ViT weights whose spectra decay as those of trained ones do, roughly.
 
     Freshly drawn matrices have flat spectra, LayerScale starts at 1e-5 and biases at 0: every direction would carry
     the same variance and no block would change its input. Here the singular values of every matrix fall as
-    ``i**-power`` between random orthogonal factors, at a gain that keeps activations of order one; norms, biases and
-    LayerScale vary per channel. The activations' spectra also depend on the images: the benchmark prints their decay.
+    ``i**-power`` between random orthogonal factors, at a gain that keeps activations of order one. Patch filters are
+    band-passes as trained ones are, or brightness would be all that is left of an image; queries and keys are larger,
+    or attention would average over all tokens; norms, biases and LayerScale vary per channel. The activations' spectra
+    also depend on the images: the benchmark prints their decay.
     """
     generator = torch.Generator().manual_seed(seed)
     head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    for module in model.modules():
+    for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            weight = module.weight.view(module.weight.shape[0], -1)
-            weight.copy_(_power_law(weight.shape[0], weight.shape[1], power, generator))
-            if module.bias is not None:
-                module.bias.copy_(0.1 * torch.randn(module.bias.shape, generator=generator))
+        if isinstance(module, nn.Conv2d):
+            module.weight.copy_(_band_passes(module.weight.shape, generator))
+        elif isinstance(module, nn.Linear):
+            module.weight.copy_(_power_law(module.weight.shape[0], module.weight.shape[1], power, generator))
+            if name.endswith("qkv"):
+                module.weight[: 2 * module.weight.shape[0] // 3] *= 2.0
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             module.weight.copy_((0.4 * torch.randn(module.weight.shape, generator=generator)).exp())
-            if module.bias is not None:
-                module.bias.copy_(0.1 * torch.randn(module.bias.shape, generator=generator))
         elif type(module).__name__ == "LayerScale":
-            gamma = module.gamma
-            gamma.copy_(0.1 + 0.3 * torch.rand(gamma.shape, generator=generator))  # type: ignore[operator,arg-type]
-    for name in ("pos_embed", "cls_token", "reg_token"):
-        embedding = getattr(model, name, None)
+            gamma: Any = module.gamma
+            gamma.copy_(0.1 + 0.3 * torch.rand(gamma.shape, generator=generator))
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+    for embedding_name in ("pos_embed", "cls_token", "reg_token"):
+        embedding = getattr(model, embedding_name, None)
         if isinstance(embedding, nn.Parameter):
             embedding.copy_(0.3 * torch.randn(embedding.shape, generator=generator))
 
@@ -173,6 +177,18 @@ def _power_law(rows: int, columns: int, power: float, generator: torch.Generator
     values = torch.arange(1, k + 1, dtype=torch.float32) ** -power
     values *= rows**0.5 / values.norm()
     return (left * values) @ right.T
+
+
+def _band_passes(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random filters ``(out, in, h, w)`` whose amplitude rises with frequency f and falls beyond 0.2 cycles a pixel.
+
+    Photographs' amplitude falls as 1/f, so responses have similar variance from the lowest frequencies to that.
+    """
+    height, width = shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :])
+    gain = frequency.clamp_min(0.25 / max(height, width)) * torch.exp(-((frequency / 0.2) ** 2))
+    filters = torch.fft.irfft2(torch.fft.rfft2(torch.randn(shape, generator=generator)) * gain, s=(height, width))
+    return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

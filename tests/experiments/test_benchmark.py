@@ -122,7 +122,7 @@ def test_random_weights_have_power_law_spectra() -> None:
     sigma = torch.linalg.svdvals(model[0].weight.detach())  # type: ignore[operator,union-attr]
     np.testing.assert_allclose(sigma / sigma[0], torch.arange(1, 33) ** -0.7, rtol=1e-4)
     assert float(model[0].weight.detach().square().sum()) == pytest.approx(32)  # type: ignore[operator,union-attr]
-    assert all(float(module.bias.abs().min()) > 0 for module in model)  # type: ignore[operator,union-attr]
+    assert all(float(module.bias.detach().abs().min()) > 0 for module in model)  # type: ignore[operator,union-attr]
 
 
 def test_images_come_from_the_folder_and_are_normalised(tmp_path: Path) -> None:
