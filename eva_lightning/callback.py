@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
@@ -204,10 +205,7 @@ class EVAInitCallback(pl.Callback):
         with self._undone_on_failure(pl_module):
             if not has_adapters(pl_module):
                 self._inject(pl_module)
-            changed = self._initialise(trainer, pl_module)
-        if changed:
-            rebuild_optimizers(trainer, pl_module)
-            refresh_averages(trainer, pl_module)
+            self._initialise(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._let_go()
@@ -240,8 +238,9 @@ class EVAInitCallback(pl.Callback):
     def _injection_arguments(self) -> dict[str, Any]:
         return {**self._inject_options, "target_modules": self.target_modules, "exclude": self.exclude}
 
-    def _initialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before_sharding: bool = False) -> bool:
-        """Decompose, redistribute, write A and B; returns whether parameters were replaced by others."""
+    def _initialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before_sharding: bool = False) -> None:
+        """Decompose, redistribute, write A and B, and give the optimizers the new parameters."""
+        started = time.perf_counter()
         layers = self._layers(pl_module)
         before = _trainable(pl_module)
         if self._given is not None:
@@ -253,9 +252,12 @@ class EVAInitCallback(pl.Callback):
         self.state = plan.state
         ckpt.mark_done(pl_module, "initialised")
         vars(pl_module).pop(_INJECTION, None)
+        if changed and not before_sharding:
+            rebuild_optimizers(trainer, pl_module)
+            refresh_averages(trainer, pl_module)
+        self.state.seconds = time.perf_counter() - started
         if self.verbose:
             self._report(plan, before, _trainable(pl_module), find_skipped(pl_module))
-        return changed
 
     def _layers(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
         layers = find_adapters(pl_module)
@@ -346,7 +348,7 @@ class EVAInitCallback(pl.Callback):
 
     @rank_zero_only
     def _report(self, plan: Plan, before: int, after: int, skipped: dict[str, str]) -> None:
-        print_summary(plan, before, after, self._injection, skipped)
+        print_summary(plan, before, after, self._injection, skipped, self._streaming.max_batches)
 
 
 def after_configure_model(pl_module: pl.LightningModule, then: Callable[[], None]) -> Callable[[], None]:

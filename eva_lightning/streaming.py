@@ -129,10 +129,12 @@ def _stream(
             if progress is not None:
                 progress(n, share)
             if converged and share >= options.delta:
-                break
+                break  # for all layers at once: one that went on alone would be measured on other data
     if n == 0:
         raise ValueError("the training data loader gave no minibatch; EVA needs at least one to look at")
-    return _collect(capture, stopping, converged, kinds, n, time.perf_counter() - started, minor, options)
+    state = _collect(capture, stopping, converged, kinds, n, minor, options)
+    state.seconds = time.perf_counter() - started
+    return state
 
 
 _END = object()
@@ -188,7 +190,6 @@ def _collect(
     converged: Mapping[str, bool],
     kinds: Mapping[str, str],
     n_batches: int,
-    seconds: float,
     minor: bool,
     options: StreamingOptions,
 ) -> EVAState:
@@ -208,7 +209,6 @@ def _collect(
         n_samples={n: results[of[n]].n_samples for n in names},
         converged={n: bool(converged.get(of[n], False)) for n in names},
         n_batches=n_batches,
-        seconds=seconds,
         shared_with={n: of[n] for n in names if of[n] != n},
         convergence={n: list(curve) for n, curve in stopping.history.items()},
         meta={"engine": "+".join(sorted(set(kinds.values()))), "tau": options.tau, "delta": options.delta},

@@ -13,10 +13,16 @@ from rich.table import Table
 
 from eva_lightning.adapters import Injection
 from eva_lightning.apply import Plan
+from eva_lightning.state import EVAState
 
 
 def print_summary(
-    plan: Plan, before: int, after: int, injection: Injection | None, skipped: Mapping[str, str] | None = None
+    plan: Plan,
+    before: int,
+    after: int,
+    injection: Injection | None,
+    skipped: Mapping[str, str] | None = None,
+    max_batches: int = 0,
 ) -> None:
     """Print what was done: layers, ranks, trainable parameters, minibatches, seconds; and what was left as it is."""
     state = plan.state
@@ -35,8 +41,7 @@ def print_summary(
         table.add_row("adapters", f"injected; head {', '.join(injection.head) or 'none'} trains in full")
         if injection.frozen_head:
             table.add_row("frozen head", f"{', '.join(injection.frozen_head)}, unless named with head=")
-    share = sum(state.converged.values()) / max(1, len(state.converged))
-    table.add_row("minibatches", f"{state.n_batches}, {share:.0%} of the layers converged")
+    table.add_row("minibatches", f"{state.n_batches}, {_why_stopped(state, max_batches)}")
     table.add_row("seconds", f"{state.seconds:.2f}")
     if plan.capped:
         table.add_row("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}")
@@ -46,6 +51,14 @@ def print_summary(
         name, reason = next(iter(skipped.items()))
         table.add_row("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}")
     Console().print(table)
+
+
+def _why_stopped(state: EVAState, max_batches: int) -> str:
+    share = sum(state.converged.values()) / max(1, len(state.converged))
+    if share == 1:
+        return "all layers converged"
+    reason = "the most allowed" if state.n_batches >= max_batches else "all there are"
+    return f"{share:.0%} of the layers converged" if share >= float(state.meta.get("delta", 1)) else reason
 
 
 @contextmanager
