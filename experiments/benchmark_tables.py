@@ -12,7 +12,7 @@ from rich.table import Table
 
 def print_tables(document: dict[str, Any]) -> None:
     """Print what ``python -m experiments.benchmark`` measured."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     machine = document["machine"]
     line = f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
     if machine["load_average"]:
@@ -28,7 +28,7 @@ def print_tables(document: dict[str, Any]) -> None:
     table = Table(title=f"EVA initialisation, r = {settings['r']}, rho = {settings['rho']:g}", title_justify="left")
     for heading in ("model", "method", "minibatches", "seconds", "÷ forward", "CPU ÷ forward", "captured ÷ exact",
                     "held-out", "peak memory", "PEFT ÷ ours"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("model", "method") else "right")
+        table.add_column(heading, justify="left" if heading in ("model", "method") else "right", no_wrap=True)
     for result in document["models"]:
         for row in result["methods"]:
             ratio = row.get("peft_over_ours")
