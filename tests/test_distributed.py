@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +74,64 @@ def test_two_processes_agree_with_one_on_the_union(strategy: str, engine: str, t
         v = single.state.components[name][: len(a)]
         overlap = (a @ v.T).square().sum() / len(a)
         assert overlap > (0.9999 if engine == "exact" else 0.98), name
+
+
+SHARDED = """
+import json, sys
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from modules import Classifier, dataset, mlp
+from eva_lightning import EVAInitCallback
+
+class Sharded(Classifier):
+    def configure_model(self):
+        for layer in self.net:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+torch.manual_seed(0)
+module = Sharded(mlp())
+module.net[1] = torch.nn.Identity()
+callback = EVAInitCallback(rho=2, r=4, tau=1.0, verbose=False)
+strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, callbacks=[callback],
+                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(module, DataLoader(dataset(96), 8))
+found = {
+    "ranks": callback.state.ranks,
+    "n_samples": callback.state.n_samples,
+    "sharded": {type(p).__name__ for p in module.parameters()} == {"DTensor"},
+    "shapes": {n: list(p.shape) for n, p in module.named_parameters() if "lora_A" in n},
+    "moved": any(bool(p.full_tensor().any()) for n, p in module.named_parameters() if "lora_B" in n),
+}
+with open(f"{sys.argv[1]}-{trainer.global_rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_fsdp2_gets_its_ranks_before_sharding(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["sharded"]
+    assert first["moved"]
+    assert set(first["n_samples"].values()) == {96}
+    assert len(set(first["ranks"].values())) > 1
+    shapes = {n.split(".lora_A")[0]: s[0] for n, s in first["shapes"].items()}
+    assert shapes == first["ranks"]
