@@ -232,6 +232,8 @@ def adapter_distance(a: Tensor, b: Tensor) -> Distance:
     """Distance between two A matrices of shape ``(r, dim)`` (paper Tables 5 and 6).
 
     A, because B is zero before training. Matching rows are compared with their sign, which training does not lose.
+    A move of the same length turns short rows further than long ones: rows start at length 1 with EVA and at about
+    0.58 with LoRA, so part of EVA's higher cosine to its start is due to that alone.
 
     Raises:
         ValueError: the shapes differ.
