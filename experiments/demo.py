@@ -3,8 +3,9 @@
     python -m experiments.demo
 
 pre-trains a small Vision Transformer on the digits 0-4, fine-tunes it on 200 labelled images of the digits 5-9 with
-every method and ten seeds, prints a table and writes ``runs/demo/report.html``. Finished work is kept under
-``runs/demo``: after Ctrl-C the same command goes on where it stopped. ``--fresh`` computes everything anew.
+every method and ten seeds, at tuned and at lower learning rates, prints tables and writes
+``runs/demo/report.html``. Finished work is kept under ``runs/demo``: after Ctrl-C the same command goes on where it
+stopped. ``--fresh`` computes everything anew.
 
 The learning rates come from ``configs/demo.yaml``. They were chosen, one per method and by the same rule, with
 
@@ -37,6 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.demo_runs import (
+    ADAPTERS,
     METHODS,
     Pretrained,
     Pretraining,
@@ -64,6 +66,7 @@ from experiments.demo_summary import (
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_TUNING_SEED = 1000
+CAREFUL = 10  # the second comparison divides LoRA's tuned rate by this
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -293,14 +296,20 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     """The main job: all methods on paired seeds, table, report."""
     rates = read_learning_rates(options.config)
     recipe = Pretraining(epochs=options.pretrain_epochs)
-    runs = [
-        Run(method, rates[method], seed, n_labels=options.labels, epochs=options.epochs)
-        for seed in range(options.seeds)
-        for method in METHODS
-    ]
+    careful = rates["lora"] / CAREFUL
+    tuned_runs, careful_runs = (
+        [
+            Run(method, rate[method], seed, n_labels=options.labels, epochs=options.epochs)
+            for seed in range(options.seeds)
+            for method in rate
+        ]
+        for rate in (rates, dict.fromkeys(ADAPTERS, careful))
+    )
+    runs = tuned_runs + careful_runs
     console.print(
         f"[bold]EVA demo.[/bold] A small ViT learns the digits 0-4, then {options.labels} labels of the digits "
-        f"{_listed(runs[0].classes)}: {len(METHODS)} methods x {options.seeds} seeds."
+        f"{_listed(runs[0].classes)}: {len(METHODS)} methods x {options.seeds} seeds at tuned learning rates, then the "
+        f"{len(ADAPTERS)} adapters again at a tenth of LoRA's."
     )
     outcome = compute(runs, recipe, options, console)
 
@@ -311,13 +320,19 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
         console.print(
             f"Of {len(runs)} fine-tuning runs, {outcome.n_cached} were finished before; --fresh repeats them."
         )
-    rows, differences = summarise(outcome.results), paired_differences(outcome.results)
-    console.print("\n[bold]Held-out loss, and below it accuracy in %[/bold]: mean ± standard error over seeds")
-    console.print(main_table(rows))
-    console.print("\n[bold]EVA minus LoRA on the same seeds[/bold]: loss, accuracy in points, seeds with lower loss")
-    console.print(paired_table(differences))
-    for difference in differences:
-        console.print(verdict_sentence(difference), highlight=False)
+    tuned, gentle = outcome.results[: len(tuned_runs)], outcome.results[len(tuned_runs) :]
+    for results, what in (
+        (tuned, "at the learning rate tuned for each method"),
+        (gentle, f"at a tenth of LoRA's tuned rate ({careful:g}), where training has not converged"),
+    ):
+        console.print(f"\n[bold]Held-out loss, and below it accuracy in %[/bold], {what}: mean ± standard error")
+        console.print(main_table(summarise(results)))
+        differences = paired_differences(results)
+        console.print("[bold]EVA minus LoRA on the same seeds[/bold]: loss, accuracy in points, seeds with lower loss")
+        console.print(paired_table(differences))
+        for difference in differences:
+            console.print(verdict_sentence(difference), highlight=False)
+    console.print()
     for sentence in same_rate_sentences(read_tuning(options.config)):
         console.print(sentence, highlight=False)
     console.print(
@@ -329,7 +344,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     facts = Facts.collect(
         command=_command(options),
         versions=versions(),
-        seeds=[run.seed for run in runs if run.method == "lora"],
+        seeds=list(range(options.seeds)),
         pretraining=recipe,
         pretrained=pretrained,
         pretrained_was_cached=outcome.pretrained_was_cached,
@@ -337,9 +352,9 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
         seconds=outcome.seconds,
         tuning=read_tuning(options.config),
     )
-    results = [dataclasses.asdict(result) for result in outcome.results]
-    (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    report = write_report(options.out / "report.html", outcome.results, facts)
+    everything = [dataclasses.asdict(result) for result in outcome.results]
+    (options.out / "results.json").write_text(json.dumps(everything, indent=1), encoding="utf-8")
+    report = write_report(options.out / "report.html", tuned, facts, gentle)
     console.print(f"[bold]Report:[/bold] {report}   (all numbers: {options.out / 'results.json'})", soft_wrap=True)
 
 

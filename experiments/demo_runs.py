@@ -30,6 +30,7 @@ from torch import nn
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
 
 METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "eva_rho1": "EVA ρ=1", "eva_rho2": "EVA ρ=2"}
+ADAPTERS = tuple(method for method in METHODS if method != "full")
 _RHO = {"eva_rho1": 1.0, "eva_rho2": 2.0}
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -279,18 +279,38 @@ def _facts_list(facts: Facts, results: Sequence[RunResult]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items()) + "</dl>"
 
 
-def render(results: Sequence[RunResult], facts: Facts) -> str:
+def _comparison(results: Sequence[RunResult]) -> list[str]:
+    """Table, paired differences and learning curves of one set of runs."""
+    differences = paired_differences(results)
+    verdicts = "".join(f"<li>{escape(verdict_sentence(difference))}</li>" for difference in differences)
+    parts = [_results_table(summarise(results)), _RESULTS_NOTE]
+    if differences:
+        parts += [
+            "<h3>EVA against LoRA, seed by seed</h3>",
+            _paired_table(differences),
+            f"<ul>{verdicts}</ul>",
+            _PAIRED_NOTE,
+        ]
+    parts += ["<h3>Learning curves</h3>", f'<div class="figures">{_curve_figures(results)}</div>']
+    return [*parts, '<p class="note">Line: mean over seeds; band: one standard error.</p>']
+
+
+def render(results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResult] = ()) -> str:
     """The page as a string.
+
+    Args:
+        results: the runs at tuned learning rates.
+        facts: everything else.
+        careful: the adapters' runs at a lower rate, the same for all.
 
     Raises:
         ValueError: there are no results.
     """
     if not results:
         raise ValueError("results must hold at least one run, got none")
-    rows, differences = summarise(results), paired_differences(results)
+    rows = summarise(results)
     run, n_seeds = results[0].run, len(facts.seeds)
     redistributed = by_method(results).get("eva_rho2", [])
-    verdicts = "".join(f"<li>{escape(verdict_sentence(difference))}</li>" for difference in differences)
     summary = (
         "A small Vision Transformer was pre-trained on real 8×8 scans of the digits 0 to 4. It was then fine-tuned on "
         f"{run.n_labels} labelled scans of the digits 5 to 9 by full fine-tuning, by LoRA and by EVA, without (ρ=1) "
@@ -301,20 +321,19 @@ def render(results: Sequence[RunResult], facts: Facts) -> str:
     parts = [
         "<h1>EVA on handwritten digits</h1>",
         f"<p>{summary}</p>",
-        _facts_list(facts, results),
-        "<h2>Results</h2>",
-        _results_table(rows),
-        _RESULTS_NOTE,
+        _facts_list(facts, [*results, *careful]),
+        "<h2>Results at tuned learning rates</h2>",
+        *_comparison(results),
     ]
-    if differences:
+    if careful:
         parts += [
-            "<h2>EVA against LoRA, seed by seed</h2>",
-            _paired_table(differences),
-            f"<ul>{verdicts}</ul>",
-            _PAIRED_NOTE,
+            f"<h2>Results at a lower rate, {careful[0].run.learning_rate:g} for every adapter</h2>",
+            (
+                "<p>A rate that is too low for these ten epochs, as when the budget is short or nobody tuned: how far "
+                "does each initialisation get?</p>"
+            ),
+            *_comparison(careful),
         ]
-    parts += ["<h2>Learning curves</h2>", f'<div class="figures">{_curve_figures(results)}</div>']
-    parts.append('<p class="note">Line: mean over seeds; band: one standard error.</p>')
     if redistributed:
         parts += ["<h2>What EVA found</h2>", f'<div class="figures">{_decomposition_figures(redistributed)}</div>']
     parts += [
@@ -335,8 +354,8 @@ def render(results: Sequence[RunResult], facts: Facts) -> str:
     )
 
 
-def write_report(path: Path, results: Sequence[RunResult], facts: Facts) -> Path:
-    """Write the page to ``path`` and return it."""
+def write_report(path: Path, results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResult] = ()) -> Path:
+    """Write the page (see :func:`render`) to ``path`` and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, facts), encoding="utf-8")
+    path.write_text(render(results, facts, careful), encoding="utf-8")
     return path
