@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from svd_helpers import captured_variance, decaying, digits
 
-from eva_lightning.svd import CosineRule, DoublingRule, ExactSVD, IncrementalSVD, StreamingSVD, make_stopping_rule
+from eva_lightning.svd import (
+    CosineRule,
+    DoublingRule,
+    ExactSVD,
+    IncrementalSVD,
+    Solution,
+    StreamingSVD,
+    convergence,
+    make_stopping_rule,
+)
 from eva_lightning.svd.convergence import smallest_cosine
 
 
@@ -15,14 +26,31 @@ def test_doubling_rule_compares_with_half_the_minibatches() -> None:
     rule, engine = DoublingRule(0.99), ExactSVD(64, 8)
     for t, batch in enumerate(x.split(100), 1):
         engine.update(batch)
-        assert rule.due(t) == (t in (1, 2, 4, 8, 16))
+        assert rule.due(t) == (t in (2, 4, 8, 16))
         if rule.due(t):
             rule.check(t, {"layer": engine})
-    assert [t for t, _ in rule.history["layer"]] == [2, 4, 8, 16]
+    assert [t for t, _ in rule.history["layer"]] == [4, 8, 16]
     for t, value in rule.history["layer"]:
         half = ExactSVD(64, 8)
         half.update(x[: t * 50])
         assert value == pytest.approx(captured_variance(x[: t * 100], half.result().components), abs=1e-5)
+
+
+def test_doubling_rule_wants_two_quiet_doublings_and_enough_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdicts(values: list[float], **options: int) -> list[bool]:
+        script = iter([{}, *({"x": value} for value in values)])
+        monkeypatch.setattr(
+            convergence, "solve", lambda *_, **__: Solution({"x": SimpleNamespace(components=None)}, next(script))
+        )
+        rule = DoublingRule(0.99, **options)
+        return [rule.check(2**i, {})["x"] for i in range(1, len(values) + 2)][1:]
+
+    # at 4, 8, 16, 32 minibatches; 1 - q halves with every doubling of a shuffled stream
+    assert verdicts([0.96, 0.979, 0.9895, 0.9948]) == [False, False, False, True]
+    assert verdicts([0.98, 0.991]) == [False, True]
+    assert verdicts([0.995, 0.996]) == [False, True]
+    assert verdicts([0.90, 0.992, 0.93, 0.991, 0.992]) == [False, False, False, False, True]
+    assert verdicts([0.995, 0.996, 0.996], min_batches=16) == [False, False, True]
 
 
 def test_doubling_rule_converges_on_a_stationary_stream_and_not_on_a_moving_one() -> None:

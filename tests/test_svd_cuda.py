@@ -1,4 +1,4 @@
-"""Both engines on a CUDA device give what they give on the CPU."""
+"""All engines on a CUDA device give what they give on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eva_lightning.svd import make_engine
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", ["exact", "incremental"])
+@pytest.mark.parametrize("name", ["exact", "incremental", "sketch"])
 @pytest.mark.parametrize("dim", [96, 640])
 def test_cuda_equals_cpu(name: str, dim: int) -> None:
     x = decaying(1500, dim)

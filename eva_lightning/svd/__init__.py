@@ -14,7 +14,7 @@ from eva_lightning.svd.factory import (
 from eva_lightning.svd.incremental import IncrementalSVD
 from eva_lightning.svd.result import StreamingSVD, SVDResult
 from eva_lightning.svd.sketch import SketchSVD
-from eva_lightning.svd.solve import Solution, solve
+from eva_lightning.svd.solving import Solution, solve
 
 __all__ = [
     "ENGINES",

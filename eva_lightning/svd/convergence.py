@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from eva_lightning.svd.result import StreamingSVD, SVDResult
-from eva_lightning.svd.solve import solve
+from eva_lightning.svd.solving import solve
 from eva_lightning.svd.subspace import CAPTURED_TOLERANCE
 
 
@@ -62,8 +62,8 @@ class DoublingRule:
         self._previous: dict[str, Tensor] = {}
 
     def due(self, n_batches: int) -> bool:
-        """True at 1 (where the first components are noted), 2, 4, 8, ..."""
-        return n_batches > 0 and n_batches & (n_batches - 1) == 0
+        """True at the powers of two from a quarter of `min_batches` on, where the first components are noted."""
+        return n_batches >= max(self.min_batches // 4, 1) and n_batches & (n_batches - 1) == 0
 
     def check(self, n_batches: int, engines: Mapping[str, StreamingSVD], across_ranks: bool = False) -> dict[str, bool]:
         """Per layer with tokens: converged. One seen for the first or second time has not.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _BLOCKED_MIN_DIM = 192
-_BLOCKS = 4
+_BLOCKS = 6
+_MIRROR_MAX_DIM = 1024
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -71,13 +72,13 @@ class ExactSVD:
         self._second: Tensor | None = None  # (dim, dim) fp32; below the block diagonal stale until mirrored
         self._sum: Tensor | None = None  # (dim,) fp64
         self._mirrored = True
-        self._warm: Tensor | None = None  # (dim, k) eigenvectors of the previous result
+        self._warm: dict[bool, tuple[int, Tensor]] = {}  # across ranks or not -> tokens and basis of the previous solve
         self._result: SVDResult | None = None
 
     @staticmethod
     def estimate_bytes(dim: int, k: int) -> int:
         """Bytes of the state of one engine, before it is allocated."""
-        return 4 * dim * dim + 12 * dim + 8 * dim * k
+        return 4 * dim * dim + 12 * dim + 4 * dim * (k + iterated_columns(dim, k))
 
     @staticmethod
     def message_bytes(dim: int, k: int) -> int:
@@ -180,7 +181,7 @@ class ExactSVD:
         distributed.sum_(row_sum, group)
         self._shift, self.n_samples = shift, sum(counts)
         # A warm start from local history would differ between ranks in its last bits.
-        self._warm, self._result = None, None
+        self._warm, self._result = {}, None
         return self
 
     @full_precision
@@ -198,12 +199,14 @@ class ExactSVD:
         if self._result is None:
             self._state()
             mean, total = self.moments()
-            values, vectors = mean.new_zeros(self.k), complete_rows(mean.new_zeros(0, self.dim).float(), self.k).T
+            values, basis = mean.new_zeros(self.k), complete_rows(mean.new_zeros(0, self.dim).float(), self.k).T
             if total > 0:
-                values, vectors = top_eigenpairs(self.product, self.dim, self.k, mean.device, self._warm)
+                start = self.warm_start(self.n_samples)
+                values, basis = top_eigenpairs(self.product, self.dim, self.k, mean.device, start)
                 # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
                 values[max(self.n_samples - 1, 0) :] = 0
-            self.remember(decomposition(values, vectors.T, total, mean, self.n_samples), final=True)
+            result = decomposition(values, basis[:, : self.k].T, total, mean, self.n_samples)
+            self.remember(result, basis, final=True)
         assert self._result is not None
         return self._result
 
@@ -297,26 +300,31 @@ class ExactSVD:
             q: Shape ``(dim, p)``, fp32.
         """
         second, row_sum, _ = self._state()
-        self._mirror()
+        if self.dim < _MIRROR_MAX_DIM:
+            self._mirror()
         if q.shape[1] == self.dim:
             second, q = second.to(row_sum.dtype), q.to(row_sum.dtype)
         coefficients = (row_sum @ q.to(row_sum.dtype)) / self.n_samples
-        return (second @ q).sub_(torch.outer(row_sum, coefficients))
+        return _symmetric_product(second, q, self._mirrored).sub_(torch.outer(row_sum, coefficients))
 
     @property
     def device(self) -> torch.device:
         """Where the state lives."""
         return self._device or torch.device("cpu")
 
-    @property
-    def warm_start(self) -> Tensor | None:
-        """Eigenvectors of the previous solve, shape ``(dim, m)``."""
-        return self._warm
+    def warm_start(self, n_samples: int, across_ranks: bool = False) -> Tensor | None:
+        """Where to start a solve, shape ``(dim, m)``: the previous eigenvectors, or all columns iterated then if there
+        were as many tokens as now. Solves across ranks remember their own, which is the same on all ranks.
+        """
+        if across_ranks not in self._warm:
+            return None
+        n, basis = self._warm[across_ranks]
+        return basis if n == n_samples else basis[:, : self.k]
 
-    def remember(self, result: SVDResult, final: bool) -> None:
-        """Start the next solve from `result`; if it is `final`, also return it until the next update."""
-        self._warm = result.components.T
-        if final:
+    def remember(self, result: SVDResult, basis: Tensor, final: bool, across_ranks: bool = False) -> None:
+        """Start the next solve from `basis`; if `result` is `final`, also return it until the next update."""
+        self._warm[across_ranks] = (result.n_samples, basis)
+        if final and not across_ranks:
             self._result = result
 
 
@@ -350,9 +358,20 @@ def _block_bounds(dim: int) -> list[tuple[int, int]]:
 
 
 def _accumulate(second: Tensor, centred: Tensor) -> None:
-    """Add ``Y^T Y`` to the blocks on and above the diagonal: 10 of 16 block products instead of all."""
+    """Add ``Y^T Y`` to the blocks on and above the diagonal: 21 of 36 block products instead of all."""
     for start, stop in _block_bounds(second.shape[0]):
         second[start:stop, start:].addmm_(centred[:, start:stop].T, centred[:, start:])
+
+
+def _symmetric_product(second: Tensor, q: Tensor, mirrored: bool) -> Tensor:
+    """``second @ q`` from the blocks on and above the diagonal: mirroring a wide matrix takes longer than a product."""
+    if mirrored:
+        return second @ q
+    z = torch.zeros_like(q)
+    for start, stop in _block_bounds(second.shape[0]):
+        z[start:stop].addmm_(second[start:stop, start:], q[start:])
+        z[stop:].addmm_(second[start:stop, stop:].T, q[start:stop])
+    return z
 
 
 def _recentre(second: Tensor, row_sum: Tensor, n: int, offset: Tensor) -> None:

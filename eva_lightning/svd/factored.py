@@ -262,7 +262,7 @@ def _truncate(rows: Tensor, kept: int, warm: Factor | None) -> Tensor:
             if bool(norms.min() > 0):
                 start = (warm.scaled / norms).T
         values, vectors = top_eigenpairs(lambda q: rows.T @ (rows @ q), dim, kept, rows.device, start)
-        sigma, v = values.sqrt().float(), vectors.T
+        sigma, v = values.sqrt().float(), vectors[:, :kept].T
     strong = sigma > _EPS * sigma[0]
     return (sigma[:, None] * canonical_sign(v))[strong]
 

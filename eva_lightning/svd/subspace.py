@@ -13,6 +13,7 @@ from eva_lightning.svd.inputs import wide_dtype
 OVERSAMPLING = 16
 CAPTURED_TOLERANCE = 1e-6
 _TAIL_TOLERANCE = 1e-4
+_ROUGH = 1e-4
 _ROUNDING = 1e-7
 _MAX_ITERATIONS = 100
 _NARROW = 96
@@ -36,7 +37,7 @@ def gaussian(rows: int, columns: int, device: torch.device, seed: int = 0) -> Te
     return torch.randn(rows, columns, generator=generator).to(device)
 
 
-def orthonormal_columns(z: Tensor) -> Tensor:
+def orthonormal_columns(z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Orthonormal basis of the span of the columns of `z`, by Cholesky-QR.
 
     The first m columns of the basis span what the first m columns of `z` span. Columns are scaled to unit length
@@ -46,6 +47,7 @@ def orthonormal_columns(z: Tensor) -> Tensor:
 
     Args:
         z: Shape ``(..., dim, p)`` with p <= dim.
+        dtype: Of the last product; fp64 by default, and fp32 where orthogonal to about 1e-5 is enough.
     """
     norms = torch.linalg.vector_norm(z, dim=-2, keepdim=True)
     z = z / norms.clamp_min(torch.finfo(z.dtype).tiny)
@@ -55,7 +57,8 @@ def orthonormal_columns(z: Tensor) -> Tensor:
     if not bool(usable.any()):
         return torch.linalg.qr(z).Q
     identity = torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device).expand_as(factor)
-    basis = (wide @ torch.linalg.solve_triangular(factor, identity, upper=False).mT).to(z.dtype)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT
+    basis = (wide @ inverse if dtype is None else z.to(dtype) @ inverse.to(dtype)).to(z.dtype)
     if not bool(usable.all()):
         basis[~usable] = torch.linalg.qr(z[~usable]).Q
     return basis
@@ -87,12 +90,14 @@ class Eigenpairs:
 
     Attributes:
         values: Descending, shape ``(count, k)``, fp64.
-        vectors: Orthonormal columns, shape ``(count, dim, k)``, fp32.
-        start_variance: ``tr(V C V^T)`` of the warm start V, shape ``(count,)``; NaN where there was none.
+        basis: Orthonormal columns, of which the first k are the eigenvectors and the rest are the best estimates of the
+            next ones, shape ``(count, dim, iterated_columns(dim, k))``, fp32.
+        start_variance: ``tr(V C V^T)`` of the first k columns V of the warm start, shape ``(count,)``; NaN where there
+            was none.
     """
 
     values: Tensor
-    vectors: Tensor
+    basis: Tensor
     start_variance: Tensor
 
 
@@ -109,10 +114,11 @@ def top_eigenpairs(
         start: Warm start, shape ``(dim, m)``, orthonormal columns.
 
     Returns:
-        Eigenvalues ``(k,)``, descending, fp64, and eigenvectors ``(dim, k)``, fp32.
+        Eigenvalues ``(k,)``, descending, fp64, and a basis that starts with the eigenvectors, see
+        :class:`Eigenpairs`.
     """
     pairs = batched_top_eigenpairs(lambda q, _: apply(q[0])[None], [start], dim, k, device)
-    return pairs.values[0], pairs.vectors[0]
+    return pairs.values[0], pairs.basis[0]
 
 
 def batched_top_eigenpairs(
@@ -129,15 +135,16 @@ def batched_top_eigenpairs(
     k + 16 columns are iterated (all of a narrow matrix, for which one Rayleigh-Ritz step is exact). A matrix is done
     when the geometric extrapolation of the Ritz values says that less than a fifth of `tolerance` of the sum of the top
     k is missing, which keeps the captured variance above ``1 - tolerance`` (tested over flat, decaying, spiked and
-    rank-deficient spectra). At the default tolerance, also less than 1e-4 of every tail ``sum_{i<=j<=k}`` must be
-    missing, so that one dominating direction cannot hide that those below it are still unresolved. Directions of nearly
-    equal eigenvalues may stay rotated among each other: that changes no captured variance.
+    rank-deficient spectra), and less than 1e-4 of every tail ``sum_{i<=j<=k}``, so that one dominating direction cannot
+    hide that those below it are still unresolved. From a tolerance of 1e-4 on, when only the sum matters, the tails are
+    not looked at, and the extrapolation is trusted from the second product on. Directions of nearly equal eigenvalues
+    may stay rotated among each other: that changes no captured variance.
 
     Args:
         apply: ``apply(q, active)`` multiplies the matrices numbered `active` with q, shape ``(len(active), dim, p)``.
-        starts: Per matrix a warm start, shape ``(dim, m)``, orthonormal columns, or None. Fresh random columns are
-            always added: a warm basis alone is blind to directions orthogonal to it, such as those of a class it has
-            not seen.
+        starts: Per matrix a warm start, shape ``(dim, m)``, orthonormal columns, or None. Random columns are added up
+            to k + 16: a warm basis alone is blind to directions orthogonal to it, such as those of a class it has not
+            seen, so give more than k columns only if they come from the same matrix.
         dim: Width of the matrices.
         k: Number of eigenpairs, k <= dim.
         device: Where to work.
@@ -145,31 +152,25 @@ def batched_top_eigenpairs(
         agree: Maps the flags of which matrices are done to flags that are the same on all ranks.
     """
     p, wide, count = iterated_columns(dim, k), wide_dtype(device), len(starts)
-    if p == dim:
-        q = torch.eye(dim, device=device).repeat(count, 1, 1)  # products with it round nothing
-    else:
-        q = gaussian(dim, p, device).repeat(count, 1, 1)
-        for basis, start in zip(q, starts, strict=True):
-            if start is not None:
-                basis[:, : min(start.shape[1], k)] = start[:, :k]
+    rough = tolerance >= _ROUGH
+    q = _first_basis(starts, dim, p, device)
+    if not rough and p < dim:
         q = orthonormal_columns(q)
     values = torch.empty(count, k, dtype=wide, device=device)
-    vectors = torch.empty(count, dim, k, device=device)
-    start_variance = torch.full((count,), float("nan"), dtype=wide, device=device)
+    basis = torch.empty(count, dim, p, device=device)
     tails = gains = torch.zeros(count, k, dtype=wide, device=device)
     active = list(range(count))
     for iteration in range(_MAX_ITERATIONS):
         z = apply(q, active)
-        h = q.mT.to(wide) @ z.to(wide)
         if iteration == 0:
-            for i, start in enumerate(starts):
-                if start is None:
-                    continue
-                if p == dim:
-                    v = start[:, :k].to(wide)
-                    start_variance[i] = (v * (h[i] @ v)).sum()
-                else:
-                    start_variance[i] = h[i].diagonal()[: min(start.shape[1], k)].sum()
+            start_variance = _start_variance(q, z, starts, k)
+            if rough and p < dim:
+                # Not worth a Ritz step: what the start captures bounds the sum of the top k from below.
+                tails = gains = tails + start_variance.nan_to_num(0.0)[:, None]
+                q = orthonormal_columns(z, z.dtype)
+                continue
+        exact = z.dtype if rough and p < dim else wide
+        h = (q.mT.to(exact) @ z.to(exact)).to(wide)
         ritz_values, rotation = torch.linalg.eigh((h + h.mT) / 2)
         ritz_values, rotation = ritz_values.flip(1), rotation.flip(2).to(q.dtype)
         previous, tails = tails, ritz_values[:, :k].flip(1).cumsum(1).flip(1)
@@ -179,25 +180,55 @@ def batched_top_eigenpairs(
         finished = [i for i, flag in zip(active, done.tolist(), strict=True) if flag]
         if finished:
             values[finished] = ritz_values[done, :k].clamp_min(0)
-            vectors[finished] = orthonormal_columns(q[done] @ rotation[done, :, :k])
+            basis[finished] = orthonormal_columns(q[done] @ rotation[done])
             if len(finished) == len(active):
                 break
             active = [i for i, flag in zip(active, done.tolist(), strict=True) if not flag]
             z, rotation, tails, gains = z[~done], rotation[~done], tails[~done], gains[~done]
-        q = orthonormal_columns(z @ rotation)
-    return Eigenpairs(values, vectors, start_variance)
+        q = orthonormal_columns(z @ rotation, z.dtype if rough else None)
+    return Eigenpairs(values, basis, start_variance)
+
+
+def _first_basis(starts: Sequence[Tensor | None], dim: int, p: int, device: torch.device) -> Tensor:
+    """Warm starts and nearly orthonormal random columns orthogonal to them, shape ``(len(starts), dim, p)``."""
+    if p == dim:
+        return torch.eye(dim, device=device).repeat(len(starts), 1, 1)  # products with it round nothing
+    q = gaussian(dim, p, device).div_(dim**0.5).repeat(len(starts), 1, 1)
+    for width in {start.shape[1] for start in starts if start is not None}:
+        chosen = [i for i, start in enumerate(starts) if start is not None and start.shape[1] == width]
+        warm = torch.stack([start for start in starts if start is not None and start.shape[1] == width])[..., :p]
+        fresh = q[chosen, :, warm.shape[2] :]
+        q[chosen] = torch.cat([warm, fresh - warm @ (warm.mT @ fresh)], dim=2)
+    return q
+
+
+def _start_variance(q: Tensor, z: Tensor, starts: Sequence[Tensor | None], k: int) -> Tensor:
+    """``tr(V^T C V)`` of the first k columns V of every start, from ``z = C q`` where q starts with V or is the
+    identity; NaN without V.
+    """
+    variance = torch.full((len(starts),), float("nan"), dtype=wide_dtype(z.device), device=z.device)
+    for i, start in enumerate(starts):
+        if start is not None:
+            v = start[:, :k]
+            product = z[i] @ v.to(z.dtype) if q.shape[1] == q.shape[2] else z[i, :, : v.shape[1]]
+            variance[i] = (v * product).to(variance.dtype).sum()
+    return variance
 
 
 def _converged(
     iteration: int, tails: Tensor, gains: Tensor, previous_gains: Tensor, largest: Tensor, tolerance: float
 ) -> Tensor:
     """Per matrix, from the tails of its Ritz values and their last two gains, all of shape ``(count, k)``."""
-    rough = tolerance > 10 * CAPTURED_TOLERANCE
-    if iteration < (1 if rough else 2):
-        return torch.zeros(len(tails), dtype=torch.bool, device=tails.device)
-    # A gain that shrinks by the factor q per step leaves gain * q / (1 - q) to come; q < 1/2 is not trusted so early.
-    rate = (gains / previous_gains.clamp_min(1e-300)).clamp(0.5, 1.0)
+    # A gain that shrinks by the factor q per step leaves gain * q / (1 - q) to come. This early, a small q is doubtful.
+    rate = gains / previous_gains.clamp_min(1e-300)
+    if tolerance >= _ROUGH:
+        # Measured on ViT activations, a step from a warm start leaves less than a tenth of its gain.
+        rate = rate[:, 0].clamp(0.1, 1.0)
+        missing = gains[:, 0] * rate / (1 - rate).clamp_min(1e-12)
+        return (missing <= tolerance * tails[:, 0]) & (iteration >= 1)
+    rate = rate.clamp(0.5, 1.0)
     missing = gains * rate / (1 - rate).clamp_min(1e-12)
-    allowed = torch.full_like(tails, float("inf") if rough else _TAIL_TOLERANCE)
+    allowed = torch.full_like(tails, _TAIL_TOLERANCE)
     allowed[:, 0] = tolerance / 5
-    return ((missing <= allowed * tails) | (gains <= _ROUNDING * largest)).all(dim=1)
+    resolved = (missing <= allowed * tails) | (gains <= _ROUNDING * largest)
+    return resolved.all(dim=1) & (iteration >= 2)

@@ -133,8 +133,10 @@ def _solve_batch(
         dim, k, device = chosen[0].dim, chosen[0].k, chosen[0].device
         given = [components.get(layer) for layer in varying]
         starts = [
-            engine.warm_start if rows is None else rows.to(device, torch.float32).T
-            for engine, rows in zip(chosen, given, strict=True)
+            engine.warm_start(moments.n[numbers[layer]], ranks.across)
+            if rows is None
+            else rows.to(device, torch.float32).T
+            for layer, engine, rows in zip(varying, chosen, given, strict=True)
         ]
         offsets = [moments.offset[numbers[layer]] for layer in varying]
 
@@ -149,18 +151,18 @@ def _solve_batch(
         mean = moments.mean[i]
         if total > 0:
             at = varying.index(layer)
-            values, rows = pairs.values[at], pairs.vectors[at].T
+            values, basis = pairs.values[at], pairs.basis[at]
             if layer in components:
                 optimum = float(values.sum())
                 solution.captured[layer] = float(pairs.start_variance[at]) / optimum if optimum > 0 else 1.0
             # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
             values[max(n - 1, 0) :] = 0
         else:
-            values, rows = mean.new_zeros(engine.k), complete_rows(mean.new_zeros(0, engine.dim).float(), engine.k)
+            values, basis = mean.new_zeros(engine.k), complete_rows(mean.new_zeros(0, engine.dim).float(), engine.k).T
             if layer in components:
                 solution.captured[layer] = 1.0
-        result = decomposition(values, rows, total, mean, n)
-        engine.remember(result, final=tolerance <= CAPTURED_TOLERANCE and not ranks.across)
+        result = decomposition(values, basis[:, : engine.k].T, total, mean, n)
+        engine.remember(result, basis, tolerance <= CAPTURED_TOLERANCE, ranks.across)
         solution.results[layer] = result
 
 
