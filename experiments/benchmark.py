@@ -261,12 +261,13 @@ def measure_init(name: str, device: torch.device, options: argparse.Namespace, s
     if not options.no_memory:
         _memory(runner, targets, callback, outcomes, options, steps, result)
     if options.profile:
-        from experiments.benchmark_init import profile_ours
+        from experiments.benchmark_init import profile_ours, ratio_within
 
-        result["profile"] = {}
+        result["profile"], result["within_profile"] = {}, {}
         for engine, arguments in callback.items():
             steps.begin(f"profile of ours ({engine})")
             result["profile"][engine] = profile_ours(lambda a=arguments: runner.ours(options.batches, **a))  # type: ignore[misc]
+            result["within_profile"][engine] = ratio_within(result["profile"][engine])
     return result
 
 

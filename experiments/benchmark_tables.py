@@ -33,7 +33,7 @@ def print_tables(document: dict[str, Any]) -> None:
         for row in result["methods"]:
             ratio = row.get("peft_over_ours")
             peft = result["methods"][-1]
-            bound = "" if peft["stopped_by_itself"] else "≥ "
+            bound, cap = ("", "") if peft["stopped_by_itself"] else ("≥ ", f" (cap {peft['n_batches']})")
             table.add_row(
                 result["model"],
                 row["name"],
@@ -44,7 +44,7 @@ def print_tables(document: dict[str, Any]) -> None:
                 _accuracy_text(row.get("captured")),
                 _accuracy_text(row.get("heldout")),
                 f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else "",
-                "" if ratio is None else f"{bound}{ratio:.1f}",
+                "" if ratio is None else f"{bound}{ratio:.1f}{cap}",
             )
     console.print(table)
     console.print(
@@ -55,6 +55,8 @@ def print_tables(document: dict[str, Any]) -> None:
         console.print(_notes(result, settings["weights"]))
         for engine, rows in result.get("profile", {}).items():
             console.print(_profile(engine, rows))
+            within = result["within_profile"][engine]
+            console.print(f"Within this run, which noise between runs cannot touch: total ÷ forward {within:.3f}.")
 
 
 def _notes(result: Mapping[str, Any], weights: str) -> str:

@@ -57,6 +57,7 @@ def test_init_prints_one_json_document(capsys: pytest.CaptureFixture[str], tmp_p
             assert 0.3 < row[key]["min"] <= row[key]["median"] <= 1 + 1e-9
         assert row["over_forward"]["median"] > 0.5
     assert any(row["function"] == "on_fit_start" for row in result["profile"]["default"])
+    assert result["within_profile"]["default"] > 1
 
 
 def test_all_tokens_through_the_exact_engine_are_exact(capsys: pytest.CaptureFixture[str]) -> None:
