@@ -76,8 +76,9 @@ class EVAInitCallback(pl.Callback):
         delta: share of the layers that must have converged, in (0, 1].
         max_batches: most minibatches to stream.
         tokens_per_sample: tokens to use per sample; ``None`` uses all.
-        engine: "exact" (covariance), "incremental" (the paper's Algorithm 2) or "auto": exact while its state fits
-            ``memory_budget``.
+        engine: "exact" (covariance), "incremental" (the paper's Algorithm 2), "sketch" (randomized range finder, for
+            very wide layers) or "auto": exact, and the sketch for layers that are much wider than the others or would
+            not fit ``memory_budget`` (:func:`eva_lightning.svd.choose_engines`).
         stopping: "captured" (captured variance over doubling intervals), "cosine" (the paper's rule) or "auto", which
             goes with the engine.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
@@ -89,7 +90,7 @@ class EVAInitCallback(pl.Callback):
         state: an :class:`EVAState` or the path of a saved one: no streaming.
         seed: for the random parts (token choice, "rotate", "permute", "redistribute").
         adapter_only_checkpoints: leave frozen weights out of Lightning checkpoints.
-        memory_budget: bytes the engines' state may take before "auto" makes the widest layers incremental.
+        memory_budget: bytes the engines' states may take together.
         verbose: print what was done, once.
 
     Attributes:

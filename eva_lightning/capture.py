@@ -44,8 +44,8 @@ class InputCapture:
     Attributes:
         layers: canonical name -> the inputs to watch.
         engines: canonical name -> engine; those of sharing layers stay empty until they stop sharing.
-        tokens_per_sample: how many tokens of each sample to use, drawn anew for every minibatch; ``None`` for all.
-        seed: seeds that draw.
+        tokens_per_sample: how many tokens of each sample to use, other ones in every minibatch; ``None`` for all.
+        seed: seeds the order in which they are used.
         never_share: layers to decompose on their own.
     """
 
@@ -147,10 +147,12 @@ class InputCapture:
         n = self.tokens_per_sample
         if n is None or tokens <= n:
             return None
-        # one draw a minibatch for all layers with that many tokens: deterministic, and independent of layer order
+        # going round one permutation shows every position equally often: where position embeddings dominate, as in the
+        # first block of a vision transformer, fresh draws would weigh them by chance
         if tokens not in self._chosen:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_batches)
-            self._chosen[tokens] = torch.randperm(tokens, generator=generator)[:n].sort().values
+            order = torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed))
+            window = torch.arange(n * (self.n_batches - 1), n * self.n_batches) % tokens
+            self._chosen[tokens] = order[window].sort().values
         return self._chosen[tokens]
 
 

@@ -155,7 +155,9 @@ def _make_engines(
     layers: Mapping[str, LayerInputs], options: StreamingOptions, minor: bool
 ) -> tuple[dict[str, StreamingSVD], dict[str, str]]:
     dims = {name: inputs.width for name, inputs in layers.items()}
-    kinds = choose_engines(dims, options.k, "exact" if minor else options.engine, options.memory_budget)
+    device = _device(next(iter(layers.values())).module)
+    engine = "exact" if minor else options.engine
+    kinds = choose_engines(dims, options.k, engine, options.memory_budget, device=device)
     engines = {
         name: make_engine(kinds[name], dims[name], min(options.k, dims[name]), _device(inputs.module))
         for name, inputs in layers.items()

@@ -11,7 +11,7 @@ from eva_lightning.adapters.targets import nearest
 from eva_lightning.initialization import INITS
 from eva_lightning.ranks import METRICS
 
-ENGINES = ("auto", "exact", "incremental")
+ENGINES = ("auto", "exact", "incremental", "sketch")
 STOPPING = ("auto", "captured", "cosine")
 BIASES = ("none", "all", "lora_only")
 
@@ -37,8 +37,10 @@ def check_options(**options: Any) -> None:
     for name in ("forward_fn", "mask_fn"):
         if o[name] is not None and not callable(o[name]):
             raise TypeError(f"{name} must be a function or None, got {o[name]!r}")
-    if o["init"] == "minor" and o["engine"] == "incremental":
-        raise ValueError("init='minor' needs the whole spectrum, which engine='incremental' does not keep; use 'exact'")
+    if o["init"] == "minor" and o["engine"] in ("incremental", "sketch"):
+        raise ValueError(
+            f"init='minor' needs the whole spectrum, which engine={o['engine']!r} does not keep; use 'exact'"
+        )
 
 
 def _number(name: str, value: Any, expected: str, test: Any) -> None:

@@ -186,6 +186,10 @@ def test_tokens_per_sample() -> None:
     other = stream(net, batches, tokens_per_sample=5, seed=1)
     assert not torch.equal(few.components["0"], other.components["0"])
     assert_captures(few.components["0"], x.reshape(-1, IN), 0.99)
+    # five of twenty tokens in four minibatches: every position once
+    position = torch.arange(20.0).view(1, 20, 1).expand(16, 20, IN)
+    even = stream(net, [position] * 4, tokens_per_sample=5)
+    assert even.total_variance["0"] == pytest.approx(float((position[:1] - 9.5).square().sum()) * 16, rel=1e-4)
     whole = stream(net, batches, tokens_per_sample=100)
     assert whole.n_samples["0"] == 64 * 20
 
@@ -196,7 +200,7 @@ def test_mask_and_token_choice_together_are_exact() -> None:
     net = nn.Sequential(nn.Linear(IN, IN))
     poisoned = x.masked_fill(~mask[..., None], 1e4)
     state = stream(net, [(poisoned, mask)], mask_fn=lambda b: b[1], tokens_per_sample=6)
-    index = torch.randperm(10, generator=torch.Generator().manual_seed(1)).narrow(0, 0, 6).sort().values
+    index = torch.randperm(10, generator=torch.Generator().manual_seed(0)).narrow(0, 0, 6).sort().values
     chosen = mask[:, index]
     assert state.n_samples["0"] == int(chosen.sum())
     assert_decomposes(state, "0", x[:, index][chosen])
