@@ -134,7 +134,7 @@ def pretraining_key(recipe: Pretraining) -> str:
 def run_key(run: Run, recipe: Pretraining) -> str:
     """Name of a run's result: its settings, the model it starts from, the code that trains it and library versions."""
     package = _ROOT / "eva_lightning"
-    unused = {package / "vision", package / "rl", package / "plots.py"}
+    unused = {package / name for name in ("vision", "rl", "plots.py", "analysis.py")}
     sources = [path for path in package.rglob("*.py") if path not in unused and unused.isdisjoint(path.parents)]
     return _key(run, [*sources, Path(__file__)], pretraining=pretraining_key(recipe))
 
