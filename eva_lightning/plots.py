@@ -217,6 +217,7 @@ def learning_curves(
     xlabel: str = "epoch",
     title: str | None = None,
     percent: bool = False,
+    order: Sequence[str] = (),
 ) -> Figure:
     """Mean over runs with a band of one standard error, one line per method.
 
@@ -225,13 +226,16 @@ def learning_curves(
         ylabel, xlabel: what the axes show, with units.
         title: text above the figure.
         percent: values are shares, shown as percentages.
+        order: methods in the order that gives them their colours, so that figures with other methods agree.
 
     Raises:
         ValueError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
     """
     _require(curves, "curves")
     figure, axes = _axes(6.0, 3.8)
-    for i, (label, values) in enumerate(curves.items()):
+    colours = list(dict.fromkeys([*order, *curves]))
+    for label, values in curves.items():
+        i = colours.index(label)
         values = np.asarray(values, dtype=float)
         if values.ndim != 2:
             raise ValueError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
