@@ -147,7 +147,7 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.2g}" if share < 1e-4 else f"{100 * share:.2g} %")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.2g}" if share < 1e-4 else f"{100 * share:.3g} %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
     _legend_outside(axes, "inputs of")
