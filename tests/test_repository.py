@@ -21,7 +21,9 @@ MAX_BYTES = 5_000_000
 
 # Written so that no pattern matches itself here.
 FORBIDDEN = {
-    "a package registry's host": r"pyp[i]\.org|pythonhoste[d]\.org|download\.pytorc[h]\.org|registry\.npmj[s]|deb\.debia[n]\.org",
+    "a package registry's host": (
+        r"pyp[i]\.org|pythonhoste[d]\.org|download\.pytorc[h]\.org|registry\.npmj[s]|deb\.debia[n]\.org"
+    ),
     "a path of one machine": (
         r"(?<![\w.])/(?:roo[t]|hom[e]/\w+|User[s]/\w+|wor[k]|opt/pyp[i]|opt/wheel[s])(?=[/\s\"'`:,;)]|$)"
     ),
