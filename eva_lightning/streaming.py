@@ -123,13 +123,15 @@ def _stream(
                 with context():
                     no_grad_forward(forward_fn, model, batch)
                 capture.end()
-            if stopping.due(n):
-                converged = stopping.check(n, _own_engines(capture), across_ranks=_world_size() > 1)
-            share = sum(converged.values()) / max(1, len(converged))
             if progress is not None:
-                progress(n, share)
-            if converged and share >= options.delta:
-                break  # for all layers at once: one that went on alone would be measured on other data
+                progress(n, sum(converged.values()) / max(1, len(converged)))
+            if not stopping.due(n):
+                continue
+            converged = stopping.check(n, _own_engines(capture), across_ranks=_world_size() > 1)
+            # for all layers at once: one that went on alone would be measured on other data; and for all ranks at
+            # once, whatever the last bit says on unequal machines
+            if _all_ranks(bool(converged) and sum(converged.values()) >= options.delta * len(converged)):
+                break
     if n == 0:
         raise ValueError("the training data loader gave no minibatch; EVA needs at least one to look at")
     state = _collect(capture, stopping, converged, kinds, n, minor, options)
