@@ -92,10 +92,6 @@ class InputCapture:
             raise SharingChanged(uneven | self._broken)
         self._started.update(self._calls)
 
-    def engine_of(self, name: str) -> StreamingSVD:
-        """The engine that holds the decomposition of ``name``'s inputs."""
-        return self.engines[self.owner.get(name, name)]
-
     def _hook(self, name: str, inputs: LayerInputs) -> Callable[..., None]:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._observe(name, inputs, *inputs.read(name, args, kwargs, self.mask))
