@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from eva_lightning.vision._suggest import unknown
+from eva_lightning._suggest import unknown
 from eva_lightning.vision.splits import PROTOCOLS, open_task
 from experiments.run_folder import RunFolder
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ._suggest import unknown
+from eva_lightning._suggest import unknown
+
 from .weights import Weights
 
 #: Short names of the models in the EVA paper (section 4.4) -> timm.

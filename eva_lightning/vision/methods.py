@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 
-from ._suggest import unknown
+from eva_lightning._suggest import unknown
+
 from .module import ImageClassifier
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ._suggest import unknown
+from eva_lightning._suggest import unknown
+
 from .tasks import SPLITS, VTABTask, expected_size, get_task
 
 ARCHIVE = "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub)"

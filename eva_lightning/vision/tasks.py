@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ._suggest import unknown
+from eva_lightning._suggest import unknown
 
 Group = Literal["natural", "specialized", "structured"]
 

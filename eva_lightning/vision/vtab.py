@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ._suggest import unknown
+from eva_lightning._suggest import unknown
+
 from .cache import cached_images, decode_all
 from .images import load_image
 from .splits import Split, open_task
