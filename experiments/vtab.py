@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from eva_lightning._suggest import unknown
 from eva_lightning.vision.splits import PROTOCOLS, open_task
 from experiments.run_folder import RunFolder
+from experiments.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -35,50 +36,46 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 INCIDENTAL = ("root", "output", "name", "overwrite", "workers", "accelerator", "devices", "cache", "progress")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything one run is asked to do; also the layout of ``config.yaml``."""
 
-    root: str = _option(MISSING, "folder that holds the VTAB-1K task folders")
-    task: str = _option(MISSING, "task, such as caltech101")
-    model: str = _option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14")
-    weights: str = _option("pretrained", "pretrained (Hugging Face hub), none (random), or a weight file")
-    method: str = _option("eva", "linear, fft, lora, dora, eva or eva-dora")
-    rank: int = _option(16, "LoRA rank; EVA's mean rank per layer")
-    rho: float = _option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)")
-    alpha: float = _option(1.0, "LoRA's alpha; updates are scaled by alpha / rank")
-    bias: str = _option("all", "biases to train with adapters: all, lora_only or none")
-    init: str = _option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute")
-    metric: str = _option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance")
-    tau: float = _option(0.99, "EVA: convergence threshold, in (0, 1]")
-    delta: float = _option(1.0, "EVA: share of the layers that must have converged, in (0, 1]")
-    max_batches: int | None = _option(None, "EVA: most minibatches to stream")
-    epochs: int = _option(30, "training epochs")
-    warmup_epochs: float = _option(3.0, "epochs of linear warm-up")
-    lr: float = _option(1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)")
-    weight_decay: float = _option(0.05, "AdamW's weight decay")
-    dropout: float = _option(0.0, "dropout on the adapters' inputs")
-    batch_size: int = _option(64, "images per optimizer step")
-    accumulate: int = _option(1, "split a batch into this many passes, for small memories")
-    split: str = _option("train800val200", "train800val200 (tested on test) or train800 (on val200, for tuning)")
-    image_size: int = _option(224, "height and width of the images, in pixels")
-    normalization: str = _option("imagenet", "imagenet or none")
-    seed: int = _option(0, "seed of head, data order and EVA's random parts")
-    limit_train: int | None = _option(None, "use only the first so many training images; marked in the metrics")
-    limit_test: int | None = _option(None, "use only the first so many test images; marked in the metrics")
-    precision: str = _option("auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision")
-    accelerator: str = _option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...")
-    devices: int = _option(1, "number of devices")
-    workers: int = _option(0, "image decoding threads")
-    cache: str | None = _option(None, "folder for decoded images, or none; OUTPUT/cache if not given")
-    output: str = _option("runs", "folder that holds the runs")
-    name: str | None = _option(None, "name of the run's folder; made of task, model, method, lr and seed if not given")
-    overwrite: bool = _option(False, "delete a run of this name first; without it, runs are resumed or reprinted")
-    progress: bool = _option(True, "show progress bars")
+    root: str = option(MISSING, "folder that holds the VTAB-1K task folders")
+    task: str = option(MISSING, "task, such as caltech101")
+    model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14")
+    weights: str = option("pretrained", "pretrained (Hugging Face hub), none (random), or a weight file")
+    method: str = option("eva", "linear, fft, lora, dora, eva or eva-dora")
+    rank: int = option(16, "LoRA rank; EVA's mean rank per layer")
+    rho: float = option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)")
+    alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank")
+    bias: str = option("all", "biases to train with adapters: all, lora_only or none")
+    init: str = option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute")
+    metric: str = option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance")
+    tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]")
+    delta: float = option(1.0, "EVA: share of the layers that must have converged, in (0, 1]")
+    max_batches: int | None = option(None, "EVA: most minibatches to stream")
+    epochs: int = option(30, "training epochs")
+    warmup_epochs: float = option(3.0, "epochs of linear warm-up")
+    lr: float = option(1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)")
+    weight_decay: float = option(0.05, "AdamW's weight decay")
+    dropout: float = option(0.0, "dropout on the adapters' inputs")
+    batch_size: int = option(64, "images per optimizer step")
+    accumulate: int = option(1, "split a batch into this many passes, for small memories")
+    split: str = option("train800val200", "train800val200 (tested on test) or train800 (on val200, for tuning)")
+    image_size: int = option(224, "height and width of the images, in pixels")
+    normalization: str = option("imagenet", "imagenet or none")
+    seed: int = option(0, "seed of head, data order and EVA's random parts")
+    limit_train: int | None = option(None, "use only the first so many training images; marked in the metrics")
+    limit_test: int | None = option(None, "use only the first so many test images; marked in the metrics")
+    precision: str = option("auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision")
+    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...")
+    devices: int = option(1, "number of devices")
+    workers: int = option(0, "image decoding threads")
+    cache: str | None = option(None, "folder for decoded images, or none; OUTPUT/cache if not given")
+    output: str = option("runs", "folder that holds the runs")
+    name: str | None = option(None, "name of the run's folder; made of task, model, method, lr and seed if not given")
+    overwrite: bool = option(False, "delete a run of this name first; without it, runs are resumed or reprinted")
+    progress: bool = option(True, "show progress bars")
 
     def __post_init__(self) -> None:
         for kind, value, choices in (
@@ -134,23 +131,7 @@ class Settings:
 
 def parse(args: Sequence[str] | None = None) -> Settings:
     """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="python -m experiments.vtab", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    hints = get_type_hints(Settings)
-    for option in fields(Settings):
-        flag = "--" + option.name.replace("_", "-")
-        text = option.metadata["help"]
-        if hints[option.name] is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=bool, default=option.default, help=text)
-        elif option.default is MISSING:
-            parser.add_argument(flag, type=hints[option.name], required=True, help=text)
-        else:
-            parser.add_argument(flag, type=hints[option.name], default=option.default, help=text)
-    values = parser.parse_args(None if args is None else list(args)).as_dict()
-    values.pop("config", None)
-    return Settings(**values)
+    return parse_settings(Settings, "python -m experiments.vtab", (__doc__ or "").splitlines()[0], args)
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
@@ -391,12 +372,7 @@ def _headline(metrics: dict[str, Any]) -> str:
 
 def command_line(args: Sequence[str] | None = None) -> int:
     """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
-    try:
-        main(args)
-    except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return in_terminal(main, args)
 
 
 if __name__ == "__main__":
