@@ -1,0 +1,308 @@
+"""Demonstrations on disk: one compressed ``.npz`` file per task and ``index.json``, which says what is in them.
+
+A file appears under a name that the index does not use yet, then the index is replaced, then the old file goes: who
+reads at any moment, or after a crash at any moment, finds an index and the very files it describes. The same
+demonstrations give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .environments import ACTION_DIM, STATE_DIM
+from .tasks import resolve_task
+
+INDEX = "index.json"
+_FORMAT = 1
+_ARRAYS = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
+_COLLECT = "python -m experiments.metaworld collect --tasks {task} --out {folder}"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskDemonstrations:
+    """N episodes of T steps of one task.
+
+    Attributes:
+        task: Full name of the task.
+        observations: ``(N, T + 1, 39)`` float32; the last one follows the last action.
+        actions: ``(N, T, 4)`` float32, as executed: in [-1, 1], with noise.
+        expert_actions: ``(N, T, 4)`` float32, what the expert wanted at the same observation: in [-1, 1], no noise.
+        rewards: ``(N, T)`` float32, for the action of the same step.
+        successes: ``(N, T)`` bool, whether the task was solved after the action of the same step.
+        goals: ``(N,)`` int64, numbers of the training goals.
+    """
+
+    task: str
+    observations: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    expert_actions: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float32]
+    successes: npt.NDArray[np.bool_]
+    goals: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 3:
+            raise ValueError(f"{self.task}: actions have shape (N, T, {ACTION_DIM}), got {self.actions.shape}")
+        n, steps = self.actions.shape[:2]
+        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "observations": ((n, steps + 1, STATE_DIM), np.float32),
+            "actions": ((n, steps, ACTION_DIM), np.float32),
+            "expert_actions": ((n, steps, ACTION_DIM), np.float32),
+            "rewards": ((n, steps), np.float32),
+            "successes": ((n, steps), np.bool_),
+            "goals": ((n,), np.int64),
+        }
+        for name, (shape, dtype) in expected.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                wanted = f"{np.dtype(dtype)} {shape}"
+                raise ValueError(f"{self.task}: {name} must be {wanted}, got {array.dtype} {array.shape}")
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def horizon(self) -> int:
+        """Steps per episode."""
+        return int(self.actions.shape[1])
+
+    @property
+    def returns(self) -> npt.NDArray[np.float64]:
+        """``(N,)``: undiscounted sum of the rewards of each episode."""
+        return self.rewards.sum(axis=1, dtype=np.float64)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the episodes that were solved at any step."""
+        return float(self.successes.any(axis=1).mean()) if len(self) else float("nan")
+
+    def first(self, episodes: int | None) -> TaskDemonstrations:
+        """The first `episodes` episodes (all for None)."""
+        if episodes is None or episodes >= len(self):
+            return self
+        return TaskDemonstrations(self.task, **{name: getattr(self, name)[:episodes] for name in _ARRAYS})
+
+
+def join(parts: list[TaskDemonstrations]) -> TaskDemonstrations:
+    """The episodes of all `parts`, which are of one task and horizon, in order."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    return TaskDemonstrations(parts[0].task, **arrays)
+
+
+@dataclass(frozen=True)
+class DemonstrationMeta:
+    """How demonstrations came about: what two collections must share to be of one kind.
+
+    Attributes:
+        noise: Standard deviation of the Gaussian noise on the expert's actions.
+        seed: Seed of goals and noise.
+        versions: Package -> version that produced the first episode.
+    """
+
+    noise: float
+    seed: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What the index says about one task.
+
+    Attributes:
+        file: Name of its file, within the folder.
+        sha256: Checksum of that file.
+        episodes: Number of episodes.
+        horizon: Steps per episode.
+        noise, seed, versions: See :class:`DemonstrationMeta`.
+        success_rate: Share of the episodes that were solved at any step.
+        mean_return, max_return: Over the episodes, undiscounted.
+    """
+
+    file: str
+    sha256: str
+    episodes: int
+    horizon: int
+    noise: float
+    seed: int
+    success_rate: float
+    mean_return: float
+    max_return: float
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DemonstrationIndex:
+    """The tasks of a folder of demonstrations, by name in alphabetical order."""
+
+    folder: Path
+    tasks: Mapping[str, TaskEntry]
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.tasks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, task: str) -> TaskEntry:
+        """The entry of `task`.
+
+        Raises:
+            FileNotFoundError: The folder has no such demonstrations; says how to get them.
+        """
+        if task not in self.tasks:
+            have = f"it has {', '.join(self.tasks)}" if self.tasks else "it has none"
+            if len(self.tasks) > 6:
+                have = f"it has {len(self.tasks)} other tasks"
+            command = _COLLECT.format(task=task, folder=self.folder)
+            raise FileNotFoundError(
+                f"no demonstrations of {task} in {self.folder} ({have}): collect them with {command}"
+            )
+        return self.tasks[task]
+
+
+def read_index(folder: str | Path) -> DemonstrationIndex:
+    """The index of a folder of demonstrations.
+
+    Raises:
+        FileNotFoundError: There is none; says how to make one.
+        ValueError: It is damaged, or of a later version of this project.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        command = _COLLECT.format(task="mt40", folder=folder)
+        raise FileNotFoundError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+        names = {item.name for item in fields(TaskEntry)}
+        tasks = {
+            task: TaskEntry(**{name: value for name, value in entry.items() if name in names})
+            for task, entry in sorted(content["tasks"].items())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: delete {Path(folder)} and collect again") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version}, this version of the project reads format {_FORMAT}")
+    return DemonstrationIndex(Path(folder), tasks)
+
+
+def load_task(folder: str | Path, task: str, episodes: int | None = None) -> TaskDemonstrations:
+    """The demonstrations of one task, checked against the index.
+
+    Args:
+        folder: Folder of demonstrations.
+        task: Task, such as ``push-v3``.
+        episodes: Only the first so many.
+
+    Raises:
+        FileNotFoundError: Folder, task or file is missing.
+        ValueError: The file is not the one the index describes, or has too few episodes.
+    """
+    task = resolve_task(task)
+    entry = read_index(folder)[task]
+    if episodes is not None and not 1 <= episodes <= entry.episodes:
+        raise ValueError(f"{folder} has {entry.episodes} episodes of {task}, asked for {episodes}")
+    path = Path(folder) / entry.file
+    again = f"delete it and run {_COLLECT.format(task=task, folder=folder)} --episodes {entry.episodes}"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"demonstration file {path} is missing: collect it again, or {again}") from None
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise ValueError(f"demonstration file {path} is damaged (its SHA-256 is not the one in {INDEX}): {again}")
+    return decode(task, content).first(episodes)
+
+
+def decode(task: str, content: bytes) -> TaskDemonstrations:
+    """Demonstrations from the bytes of a file.
+
+    Raises:
+        ValueError: They are not the bytes of a file of demonstrations.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return TaskDemonstrations(task, **{name: arrays[name] for name in _ARRAYS})
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"not a file of demonstrations of {task}: {error}") from error
+
+
+def encode(demonstrations: TaskDemonstrations, compress: bool = True) -> bytes:
+    """The bytes of a file; the same for the same demonstrations."""
+    buffer = io.BytesIO()
+    save = np.savez_compressed if compress else np.savez
+    save(buffer, **{name: getattr(demonstrations, name) for name in _ARRAYS})
+    return buffer.getvalue()
+
+
+def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: DemonstrationMeta) -> TaskEntry:
+    """Write, or replace, the demonstrations of one task and note them in the index.
+
+    Only one process may write into a folder at a time.
+
+    Args:
+        folder: Folder of demonstrations, created if needed.
+        demonstrations: At least one episode.
+        meta: How they came about.
+
+    Raises:
+        ValueError: There is no episode, or the folder's index is damaged.
+    """
+    if not len(demonstrations):
+        raise ValueError(f"no episode of {demonstrations.task} to write")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = dict(read_index(folder).tasks) if (folder / INDEX).is_file() else {}
+    task, content = demonstrations.task, encode(demonstrations)
+    sha256 = hashlib.sha256(content).hexdigest()
+    before = tasks.get(task)
+    name = f"{task}.npz"
+    if before is not None and before.file == name and before.sha256 != sha256:
+        name = f"{task}-{sha256[:8]}.npz"
+    returns = demonstrations.returns
+    entry = TaskEntry(
+        file=name,
+        sha256=sha256,
+        episodes=len(demonstrations),
+        horizon=demonstrations.horizon,
+        noise=meta.noise,
+        seed=meta.seed,
+        success_rate=demonstrations.success_rate,
+        mean_return=float(returns.mean()),
+        max_return=float(returns.max()),
+        versions=dict(meta.versions),
+    )
+    write_atomically(folder / name, content)
+    tasks[task] = entry
+    index: dict[str, Any] = {"format": _FORMAT, "tasks": {name: asdict(tasks[name]) for name in sorted(tasks)}}
+    write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    if before is not None and before.file != name:
+        (folder / before.file).unlink(missing_ok=True)
+    return entry
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds what it held before, or all of it, even if the machine stops meanwhile."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

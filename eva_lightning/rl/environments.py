@@ -1,0 +1,183 @@
+"""One Meta-World task as this project uses it: goal visible, reward v2, goals by number, nothing else random.
+
+Facts of metaworld 3.1 that this hides: ``reset(seed=)`` is ignored, so that goals are set through ``set_task``;
+experts and policies leave [-1, 1], which changes the reward; and success can be lost again within an episode, so that
+it is reported per step and judged by the caller ("at any step" throughout this project).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .rendering import no_video_reason, rendering_backend
+from .tasks import resolve_task
+
+if TYPE_CHECKING:
+    from metaworld.types import Task
+
+#: Steps of an episode, as in the paper.
+HORIZON = 200
+#: Steps after which metaworld itself refuses to go on.
+MAX_HORIZON = 500
+STATE_DIM = 39
+ACTION_DIM = 4
+
+_CAMERA = "corner2"
+
+
+class MetaWorldEnvironment:
+    """A task with 50 numbered goals; ``reset(i)`` followed by the same actions gives the same bits every time.
+
+    A goal fixes where the objects start and where they have to go. Episodes end after `horizon` steps and for no other
+    reason. What happened in earlier episodes has no influence.
+
+    Goals come from ``MT1`` task lists: list ``2 * seed`` to train, list ``2 * seed + 1`` to evaluate. Evaluation goals
+    of any seed are therefore disjoint from the training goals of every seed.
+
+    Example::
+
+        with MetaWorldEnvironment("push-v3", split="eval") as environment:
+            observation = environment.reset(goal=0)
+            observation, reward, success, truncated = environment.step(np.zeros(4))
+
+    Args:
+        task: Task, such as ``push-v3``.
+        seed: Seed of the goals, in [0, 2^31).
+        split: Goals to train on or to evaluate on.
+        horizon: Steps per episode, from 1 to 500.
+        render_size: Height and width of rendered frames, in pixels; None if nothing is rendered.
+
+    Attributes:
+        task: Full name of the task.
+        horizon: As given.
+        n_goals: Number of goals, 50.
+
+    Raises:
+        ValueError: An argument is wrong, or frames are wanted and this machine cannot draw.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        seed: int = 0,
+        split: Literal["train", "eval"] = "train",
+        horizon: int = HORIZON,
+        render_size: int | None = None,
+    ) -> None:
+        self.task = resolve_task(task)
+        check_horizon(horizon)
+        if split not in ("train", "eval"):
+            raise ValueError(f"split must be train or eval, got {split!r}")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed must be at least 0 and below 2^31, got {seed}")
+        if render_size is not None and render_size < 1:
+            raise ValueError(f"render_size must be at least 1, got {render_size}")
+        if render_size is not None and rendering_backend() is None:
+            raise ValueError(no_video_reason())
+        self.horizon = horizon
+        self._goals = _goals(self.task, 2 * seed + (split == "eval"))
+        self.n_goals = len(self._goals)
+        self._render_size = render_size
+        self._steps: int | None = None
+        self._env: Any = _make(self.task, render_size)
+
+    def reset(self, goal: int) -> npt.NDArray[np.float64]:
+        """Start an episode.
+
+        Args:
+            goal: Number of the goal, taken modulo `n_goals`.
+
+        Returns:
+            First observation ``(39,)``: 18 numbers of now, the same 18 of the previous frame, the goal's position.
+        """
+        self._env.set_task(self._goals[goal % self.n_goals])
+        self._steps = 0
+        observation: npt.NDArray[np.float64] = self._env.reset()[0]
+        return observation
+
+    def step(self, action: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], float, bool, bool]:
+        """Do one of the `horizon` steps of an episode.
+
+        Args:
+            action: ``(4,)``, clipped to [-1, 1]: movement in x, y, z and closing of the gripper.
+
+        Returns:
+            Observation ``(39,)``, reward in [0, 10], whether the task is solved at this step, and whether this was the
+            episode's last step.
+
+        Raises:
+            ValueError: The episode is over or was not started, or `action` has another shape.
+        """
+        if self._steps is None or self._steps >= self.horizon:
+            raise ValueError(f"the episode of {self.task} is over after {self._steps or 0} steps: call reset")
+        clipped = np.clip(action, -1.0, 1.0)
+        if clipped.shape != (ACTION_DIM,):
+            raise ValueError(f"an action has shape ({ACTION_DIM},), got {clipped.shape}")
+        observation, reward, _, _, info = self._env.step(clipped)
+        self._steps += 1
+        return observation, float(reward), bool(info["success"]), self._steps >= self.horizon
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """A picture of now, ``(render_size, render_size, 3)``.
+
+        Raises:
+            ValueError: The environment was made without `render_size`.
+        """
+        if self._render_size is None:
+            raise ValueError("frames need render_size: MetaWorldEnvironment(task, render_size=240)")
+        frame: npt.NDArray[np.uint8] = self._env.render()
+        # this camera is mounted upside down: half a turn, not a mirror image
+        return np.ascontiguousarray(frame[::-1, ::-1])
+
+    def close(self) -> None:
+        """Free the simulator and its OpenGL context; more than once is fine."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+            self._steps = None
+
+    def __enter__(self) -> MetaWorldEnvironment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_horizon(horizon: int) -> None:
+    """Refuse a number of steps that an episode cannot have.
+
+    Raises:
+        ValueError: `horizon` is below 1 or above 500.
+    """
+    if not 1 <= horizon <= MAX_HORIZON:
+        raise ValueError(f"horizon must be from 1 to {MAX_HORIZON} (metaworld's limit), got {horizon}")
+
+
+def _make(task: str, render_size: int | None) -> Any:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    kind = ALL_V3_ENVIRONMENTS[task]
+    if render_size is None:
+        return kind(reward_function_version="v2")
+    return kind(
+        reward_function_version="v2",
+        render_mode="rgb_array",
+        camera_name=_CAMERA,
+        width=render_size,
+        height=render_size,
+    )
+
+
+@functools.lru_cache(maxsize=128)
+def _goals(task: str, seed: int) -> tuple[Task, ...]:
+    import metaworld
+
+    return tuple(metaworld.MT1(task, seed=seed).train_tasks)
