@@ -1,0 +1,369 @@
+"""The Decision Transformer: trajectories as sequences of returns, states, actions and rewards, actions predicted.
+
+Pure torch: nothing here knows of Lightning, of adapters or of an environment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eva_lightning._suggest import unknown
+
+#: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
+MODALITIES = ("return", "state", "action", "reward")
+TOKENS_PER_STEP = len(MODALITIES)
+STATE_TOKEN = MODALITIES.index("state")
+
+POSITIONS = ("global", "timestep")
+
+#: A dimension of the state that varies less than this is divided by this: goals and gripper fingers of a task may be
+#: nearly constant, and dividing by their standard deviation would blow up noise.
+MINIMUM_STD = 0.02
+#: Normalised states are clipped to this: an unseen task may leave the range of the training tasks.
+CLIP = 10.0
+
+
+class Normalisation(nn.Module):
+    """From raw units to what the network sees: standardised states, scaled returns and rewards.
+
+    States become ``clip((s - mean) / max(std, 0.02), -10, 10)``. The statistics are not in the ``state_dict``: they are
+    hyper-parameters of the module that owns this one.
+
+    Args:
+        state_mean: Mean of each dimension of the state, over the pre-training data.
+        state_std: Standard deviation of each dimension.
+        return_scale: Returns-to-go are divided by this.
+        reward_scale: Rewards are divided by this.
+
+    Raises:
+        ValueError: The statistics differ in length, or a scale is not above 0.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+
+    def __init__(
+        self,
+        state_mean: Sequence[float],
+        state_std: Sequence[float],
+        return_scale: float = 1000.0,
+        reward_scale: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if len(state_mean) != len(state_std):
+            raise ValueError(
+                f"state_mean and state_std must be of one length, got {len(state_mean)} and {len(state_std)}"
+            )
+        for name, value in (("return_scale", return_scale), ("reward_scale", reward_scale)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        std = torch.tensor(list(state_std), dtype=torch.float32).clamp(min=MINIMUM_STD)
+        self.register_buffer("state_mean", torch.tensor(list(state_mean), dtype=torch.float32), persistent=False)
+        self.register_buffer("state_std", std, persistent=False)
+        self.return_scale = return_scale
+        self.reward_scale = reward_scale
+
+    def states(self, states: Tensor) -> Tensor:
+        """Raw states ``(..., state_dim)``, standardised and clipped."""
+        return ((states - self.state_mean) / self.state_std).clamp(-CLIP, CLIP)
+
+    def returns(self, returns_to_go: Tensor) -> Tensor:
+        """Raw returns-to-go, of any shape, scaled."""
+        return returns_to_go / self.return_scale
+
+    def rewards(self, rewards: Tensor) -> Tensor:
+        """Raw rewards, of any shape, scaled."""
+        return rewards / self.reward_scale
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for each layer.
+
+    Attributes:
+        keys, values: One tensor ``(B, heads, capacity, head_dim)`` per layer, filled from the left.
+        length: Tokens filled in.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def clear(self) -> None:
+        """Forget every token; the memory stays."""
+        self.length = 0
+
+
+class Block(nn.Module):
+    """A GPT-2 block: attention and a two-layer network, each behind a layer norm and beside a residual connection.
+
+    Args:
+        width: Features of a token.
+        heads: Attention heads; divides `width`.
+        dropout: Dropout on attention weights and on both residual branches.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, T, width)`` to tokens ``(B, T, width)``, each seeing itself and those before it."""
+        q, k, v = self._heads(x)
+        dropout = self.dropout if self.training else 0.0
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
+
+    def extend(self, x: Tensor, cache: KeyValueCache, layer: int, last_only: bool = False) -> Tensor:
+        """:meth:`forward` of the tokens that follow those in `cache`, which takes in their keys and values.
+
+        Args:
+            x: New tokens ``(B, n, width)``.
+            cache: Keys and values of the ``cache.length`` tokens before; its length is left for the caller to move on.
+            layer: This block's place in the cache.
+            last_only: Give the last token alone, ``(B, 1, width)``: all that is needed behind the last layer.
+        """
+        n, length = x.shape[1], cache.length
+        q, k, v = self._heads(x)  # (B, heads, n, head_dim)
+        if length:
+            end = length + n
+            cache.keys[layer][:, :, length:end] = k
+            cache.values[layer][:, :, length:end] = v
+            k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
+        elif cache.keys:
+            cache.keys[layer][:, :, :n] = k
+            cache.values[layer][:, :, :n] = v
+        if last_only:
+            return self._rest(x[:, -1:], F.scaled_dot_product_attention(q[:, :, -1:], k, v))
+        if not length:
+            return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        seen = torch.ones(n, length + n, dtype=torch.bool, device=x.device).tril(length)
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, t, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, head_dim)
+        return q, k, v
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        attended = attended.transpose(1, 2).reshape(x.shape)
+        x = x + F.dropout(self.proj(attended), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(self.norm2(x)), approximate="tanh")
+        return x + F.dropout(self.fc2(hidden), self.dropout, self.training)
+
+
+class DecisionTransformer(nn.Module):
+    """A GPT-2-like network that predicts a step's action from the returns-to-go, states, actions and rewards so far.
+
+    A step is four tokens, in the order return-to-go, state, action, reward, each embedded by a linear layer of its own;
+    the action is read off the state's token, which has seen the whole past but not its own action. Padding follows the
+    real steps, so the causal mask alone keeps it from them: no other mask is needed, and flash attention serves
+    wherever torch has it. Inputs are normalised already (:class:`Normalisation`).
+
+    Positions: the paper says "global position embedding". In the code of Schmied et al., which the paper builds on, the
+    flag of that name (``global_pos_embds``) turns on GPT-2's own table, one learned vector per place of a *token* in
+    the sequence, so in the context window; without it every token gets place 0. It is a flag besides the embedding of
+    the episode's time step (Chen et al.), which its released configurations use, the flag being off in them.
+    ``"global"`` is the former alone, the default here; ``"timestep"`` is the latter alone, one vector per step of the
+    episode, shared by its four tokens. The former knows nothing of the time of the episode, so it has no place that it
+    was not trained on.
+
+    Size: the paper's architecture has 12,741,124 parameters here: 12,609,536 of them in the four blocks, the paper's
+    "12M" (Table 24). Its other figure, "16M" (section E.2), is not what four layers of width 512 come to; with the
+    larger tables of Schmied et al. (1,024 places, 1,000 time steps) it would be 13.7M.
+
+    Example::
+
+        model = DecisionTransformer(state_dim=39, action_dim=4)
+        actions = model(states, actions, rewards, returns_to_go, timesteps)  # (B, K, 4)
+
+    Args:
+        state_dim: Length of a state.
+        action_dim: Length of an action.
+        width: Features of a token.
+        layers: Number of blocks.
+        heads: Attention heads; divides `width`.
+        context: Longest window, in steps; a step is four tokens.
+        dropout: Dropout on embeddings, attention weights and residual branches.
+        positions: ``"global"`` (place of the token in the window) or ``"timestep"`` (step of the episode).
+        max_timesteps: Steps of the longest episode; used by ``"timestep"``.
+
+    Raises:
+        ValueError: A size is below 1, `heads` does not divide `width`, or `dropout` is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        width: int = 512,
+        layers: int = 4,
+        heads: int = 8,
+        context: int = 50,
+        dropout: float = 0.2,
+        positions: str = "global",
+        max_timesteps: int = 500,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("state_dim", state_dim),
+            ("action_dim", action_dim),
+            ("width", width),
+            ("layers", layers),
+            ("heads", heads),
+            ("context", context),
+            ("max_timesteps", max_timesteps),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if width % heads:
+            raise ValueError(f"heads must divide width {width}, got {heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if positions not in POSITIONS:
+            raise ValueError(unknown("positions", positions, POSITIONS))
+        self.state_dim, self.action_dim = state_dim, action_dim
+        self.width, self.heads, self.context, self.dropout = width, heads, context, dropout
+        self.positions = positions
+        self.embed_return = nn.Linear(1, width)
+        self.embed_state = nn.Linear(state_dim, width)
+        self.embed_action = nn.Linear(action_dim, width)
+        self.embed_reward = nn.Linear(1, width)
+        self.embed_norm = nn.LayerNorm(width)
+        self.embed_position = nn.Embedding(TOKENS_PER_STEP * context if positions == "global" else max_timesteps, width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.predict_action = nn.Linear(width, action_dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # GPT-2's: what adds to the residual stream starts smaller the more layers add to it
+                residual = name.endswith(("proj", "fc2"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted action of every step of windows of ``K <= context`` steps.
+
+        Args:
+            states: ``(B, K, state_dim)``, normalised.
+            actions: ``(B, K, action_dim)``; a step's own action has no influence on its prediction.
+            rewards: ``(B, K)``, normalised.
+            returns_to_go: ``(B, K)``, normalised.
+            timesteps: ``(B, K)`` step of the episode; needed for ``positions="timestep"``.
+            mask: ``(B, K)``, True for the real steps, which come first. Predictions of the others are 0.
+
+        Returns:
+            ``(B, K, action_dim)``.
+
+        Raises:
+            ValueError: The window is longer than the context.
+        """
+        x = self.embed_steps(states, actions, rewards, returns_to_go)  # (B, K, 4, width)
+        x = self.place(x.flatten(1, 2), timesteps)  # (B, 4K, width)
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        predicted: Tensor = self.predict_action(self.norm(x[:, STATE_TOKEN::TOKENS_PER_STEP]))
+        return predicted if mask is None else predicted * mask.unsqueeze(-1)
+
+    def embed_steps(self, states: Tensor, actions: Tensor, rewards: Tensor, returns_to_go: Tensor) -> Tensor:
+        """Tokens ``(B, K, 4, width)`` of ``K`` steps, not yet placed."""
+        tokens = (
+            self.embed_return(returns_to_go.unsqueeze(-1)),
+            self.embed_state(states),
+            self.embed_action(actions),
+            self.embed_reward(rewards.unsqueeze(-1)),
+        )
+        embedded: Tensor = self.embed_norm(torch.stack(tokens, dim=2))
+        return embedded
+
+    def place(self, tokens: Tensor, timesteps: Tensor | None = None, start: int = 0) -> Tensor:
+        """Add the position embedding to `tokens` ``(B, T, width)``, the first of which is token `start` of the window.
+
+        Raises:
+            ValueError: The window is longer than the context, or time steps are needed and not given.
+        """
+        end = start + tokens.shape[1]
+        if end > TOKENS_PER_STEP * self.context:
+            raise ValueError(f"a window must have at most {self.context} steps, got {-(-end // TOKENS_PER_STEP)}")
+        if self.positions == "global":
+            return tokens + self.embed_position.weight[start:end]
+        if timesteps is None:
+            raise ValueError("a model with positions='timestep' needs the timesteps of the window")
+        steps = timesteps.repeat_interleave(TOKENS_PER_STEP, dim=1)[:, start % TOKENS_PER_STEP :]
+        placed: Tensor = tokens + self.embed_position(steps[:, : tokens.shape[1]])
+        return placed
+
+    def new_cache(self, batch_size: int) -> KeyValueCache:
+        """An empty cache for `batch_size` windows, of the model's device and precision."""
+        weight = self.predict_action.weight
+        shape = (batch_size, self.heads, TOKENS_PER_STEP * self.context, self.width // self.heads)
+        make = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in range(2 * len(self.blocks))]
+        return KeyValueCache(make[::2], make[1::2])
+
+    def act(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Action predicted at the last of the placed `tokens` ``(B, T, width)``, a state: ``(B, action_dim)``.
+
+        Equal to :meth:`forward` in evaluation mode at that token, with less work: behind the attention of the last
+        layer there is only one token left.
+
+        Args:
+            tokens: What follows the tokens in `cache`, or the whole window.
+            cache: Takes in the new tokens; None for none.
+        """
+        past = KeyValueCache() if cache is None else cache
+        x = tokens
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = block.extend(x, past, layer, last_only=layer == len(self.blocks) - 1)
+        past.length += tokens.shape[1]
+        predicted: Tensor = self.predict_action(self.norm(x[:, -1]))
+        return predicted
+
+    def training_flops(self, batch_size: int, steps: int | None = None) -> float:
+        """Floating-point operations of one training step (forward and backward), as model FLOP utilisation counts them.
+
+        Six per weight and token (embeddings and head at the tokens they see) and ``12 * T * width`` per layer and token
+        for attention over ``T`` tokens, the causal half not taken off.
+
+        Args:
+            batch_size: Windows per step.
+            steps: Steps of a window; the context for None.
+        """
+        k = self.context if steps is None else steps
+        tokens = k * TOKENS_PER_STEP
+        per_block = 12 * self.width**2
+        ends = self.width * (self.state_dim + 2 * self.action_dim + 2)  # the four embeddings and the head
+        attention = 12 * len(self.blocks) * tokens * self.width
+        per_window = tokens * (6 * len(self.blocks) * per_block + attention) + k * 6 * ends
+        return float(batch_size * per_window)
+
+
+def token_mask(mask: Tensor) -> Tensor:
+    """Mask of steps ``(B, K)`` to mask of tokens ``(B, 4K)``, as the layers of the blocks see them."""
+    return mask.repeat_interleave(TOKENS_PER_STEP, dim=1)

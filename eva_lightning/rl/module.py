@@ -1,0 +1,314 @@
+"""A Decision Transformer as a plain LightningModule: mean squared error, AdamW, warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from eva_lightning._suggest import unknown
+
+from .decision_transformer import DecisionTransformer, Normalisation, token_mask
+
+Batch = Mapping[str, Tensor]
+
+#: Hyper-parameters that say what the weights are for; a checkpoint cannot be used with others.
+ARCHITECTURE = ("state_dim", "action_dim", "width", "layers", "heads", "positions", "max_timesteps")
+NORMALISATION = ("state_mean", "state_std", "return_scale", "reward_scale")
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, lowest: float) -> float:
+    """Factor on the learning rate: linear from ``1 / warmup_steps`` to 1, then a half cosine down to `lowest`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class DecisionTransformerModule(L.LightningModule):
+    """Predicts the action of every step of a window of a trajectory; trained on the mean squared error.
+
+    A batch is a mapping with ``states`` ``(B, K, state_dim)``, ``actions`` ``(B, K, action_dim)``, ``rewards``,
+    ``returns_to_go`` and ``timesteps`` ``(B, K)``, in raw units, ``mask`` ``(B, K)`` (True for real steps, which come
+    first) and, for targets other than ``actions``, ``target_actions``. Nothing here knows of adapters. Every argument
+    is a hyper-parameter, so a checkpoint says all there is to say. The defaults are the paper's (section E.2).
+
+    Logged: ``train_loss`` per step; ``val_loss/<task>`` (by the batch's ``task`` index) and their mean ``val_loss``.
+
+    Example::
+
+        data = TrajectoryDataModule("data/metaworld", MT40)
+        module = DecisionTransformerModule(**data.statistics)
+        L.Trainer(max_steps=1_000_000, precision="bf16-mixed").fit(module, data)
+
+    Args:
+        state_mean, state_std: Statistics of the pre-training data's states; None standardises nothing.
+        state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps: See
+            :class:`~eva_lightning.rl.decision_transformer.DecisionTransformer`.
+        return_scale, reward_scale: Returns-to-go and rewards are divided by these.
+        lr: Peak learning rate.
+        weight_decay: AdamW's weight decay, on every trained parameter.
+        warmup_steps: Steps of linear warm-up; at most a tenth of all steps, so that short runs have a decay.
+        min_lr: Learning rate after the last step.
+        gradient_clip: Largest norm of the gradient, where the trainer is given none; None for no clipping.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        state_mean: Sequence[float] | None = None,
+        state_std: Sequence[float] | None = None,
+        state_dim: int = 39,
+        action_dim: int = 4,
+        width: int = 512,
+        layers: int = 4,
+        heads: int = 8,
+        context: int = 50,
+        dropout: float = 0.2,
+        positions: str = "global",
+        max_timesteps: int = 500,
+        return_scale: float = 1000.0,
+        reward_scale: float = 10.0,
+        lr: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 4000,
+        min_lr: float = 1e-6,
+        gradient_clip: float | None = 0.25,
+    ) -> None:
+        super().__init__()
+        # plain floats: checkpoints are opened with weights_only=True
+        state_mean = [0.0] * state_dim if state_mean is None else [float(value) for value in state_mean]
+        state_std = [1.0] * state_dim if state_std is None else [float(value) for value in state_std]
+        if not len(state_mean) == len(state_std) == state_dim:
+            raise ValueError(
+                f"state_mean and state_std must have {state_dim} values, got {len(state_mean)} and {len(state_std)}"
+            )
+        if not 0 <= min_lr <= lr:
+            raise ValueError(f"min_lr must be between 0 and lr {lr}, got {min_lr}")
+        if weight_decay < 0 or warmup_steps < 0:
+            raise ValueError(f"weight_decay and warmup_steps must be at least 0, got {weight_decay}, {warmup_steps}")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be above 0 or None, got {gradient_clip}")
+        self.save_hyperparameters()
+        self.lr, self.weight_decay, self.min_lr = lr, weight_decay, min_lr
+        self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
+        self.normalisation = Normalisation(state_mean, state_std, return_scale, reward_scale)
+        self.model = DecisionTransformer(
+            state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps
+        )
+        self._validation: dict[int, Tensor] = {}
+
+    @property
+    def context(self) -> int:
+        """Longest window, in steps."""
+        return self.model.context
+
+    @property
+    def head_name(self) -> str:
+        """Name of the output layer within this module."""
+        return "model.predict_action"
+
+    def embedding_names(self) -> tuple[str, ...]:
+        """Names of the embedding layers, which the paper leaves without adapters ("all but the embedding layer")."""
+        names = ("embed_return", "embed_state", "embed_action", "embed_reward", "embed_position")
+        return tuple(f"model.{name}" for name in names)
+
+    @staticmethod
+    def mask_fn(batch: Batch) -> Tensor:
+        """Which tokens count, ``(B, 4K)`` bool: EVA's ``mask_fn``, leaving padding out of the decomposition."""
+        return token_mask(batch["mask"])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Predicted actions ``(B, K, action_dim)`` of a batch in raw units."""
+        predicted: Tensor = self.model(
+            self.normalisation.states(batch["states"]),
+            batch["actions"],
+            self.normalisation.rewards(batch["rewards"]),
+            self.normalisation.returns(batch["returns_to_go"]),
+            batch["timesteps"],
+            batch["mask"],
+        )
+        return predicted
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error over the real steps and the dimensions of the action."""
+        squared, count = self._squared_errors(batch)
+        return squared.sum() / count.sum().clamp(min=1)
+
+    def _squared_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of each window: sum of squared errors and number of values, ``(B,)`` each."""
+        mask = batch["mask"]
+        # in fp32 also where the network computes in bf16: its 8 bits are too few for small differences
+        error = self(batch).float() - batch.get("target_actions", batch["actions"]).float()
+        squared = (error.square() * mask.unsqueeze(-1)).sum(dim=(1, 2))
+        return squared, mask.sum(dim=1) * error.shape[-1]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["mask"]))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums over."""
+        self._validation = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up squared errors per task."""
+        squared, count = self._squared_errors(batch)
+        tasks = batch.get("task")
+        if tasks is None:
+            tasks = torch.full_like(count, dataloader_idx)
+        for index in tasks.unique().tolist():
+            sums = torch.stack((squared[tasks == index].sum().double(), count[tasks == index].sum().double()))
+            self._validation[index] = self._validation.get(index, 0) + sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss of each task and their mean."""
+        losses = {}
+        names = getattr(getattr(self.trainer, "datamodule", None), "tasks", ())
+        for index, sums in sorted(self._validation.items()):
+            squared, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            name = names[index] if index < len(names) else str(index)
+            losses[f"val_loss/{name}"] = (squared / count).float()
+        if losses:
+            mean = torch.stack(list(losses.values())).mean()
+            self.log_dict(losses)
+            self.log("val_loss", mean, prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the trainable parameters and a learning rate set per step."""
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = min(self.warmup_steps, total // 10)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        lowest = self.min_lr / self.lr
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, lowest))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, else by this module's ``gradient_clip``."""
+        value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
+        if value is not None:
+            self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, **overrides: Any) -> DecisionTransformerModule:
+        """A module with the weights of `checkpoint` and, unless overridden, its hyper-parameters.
+
+        Args:
+            checkpoint: A checkpoint of a trainer or of :func:`save_weights`.
+            overrides: Hyper-parameters of the training to come (``lr``, ``dropout``, ...). Architecture and
+                normalisation may be named to be checked; a shorter ``context`` takes the first places of the window.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no checkpoint of a Decision Transformer, or one of another architecture,
+                normalisation or shorter context; or an override has no such name.
+        """
+        found = read_checkpoint(checkpoint)
+        hparams, weights = dict(found["hyper_parameters"]), dict(found["state_dict"])
+        for name, value in overrides.items():
+            if name not in hparams:
+                raise ValueError(unknown("hyper-parameter", name, hparams))
+            if name in ARCHITECTURE and value != hparams[name]:
+                raise ValueError(
+                    f"{checkpoint} is of another architecture: {name} must be {hparams[name]}, got {value}"
+                )
+            if name in NORMALISATION and not _close(value, hparams[name]):
+                raise ValueError(
+                    f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "
+                    f"expected {_short(hparams[name])}, got {_short(value)}"
+                )
+        context = overrides.get("context", hparams["context"])
+        if context > hparams["context"]:
+            raise ValueError(
+                f"context must be at most the {hparams['context']} steps of {checkpoint}'s training, got {context}"
+            )
+        module = cls(**{**hparams, **overrides})
+        positions = "model.embed_position.weight"
+        if positions in weights:
+            weights[positions] = weights[positions][: module.model.embed_position.num_embeddings]
+        expected = module.state_dict()
+        wrong = sorted(
+            name for name in {*expected, *weights}
+            if name not in expected or name not in weights or expected[name].shape != weights[name].shape
+        )  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"{checkpoint} is of another architecture: {len(wrong)} of its weights are missing, unknown or of "
+                f"another shape, such as {wrong[0]}"
+            )
+        module.load_state_dict(weights)
+        return module
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """What a checkpoint of a :class:`DecisionTransformerModule` holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such checkpoint.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
+        )
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
+    needed = {"context", *ARCHITECTURE, *NORMALISATION}
+    hparams = found.get("hyper_parameters") if isinstance(found, dict) else None
+    if not isinstance(hparams, dict) or not needed <= set(hparams) or "state_dict" not in found:
+        raise ValueError(f"{file} is no checkpoint of a Decision Transformer: its hyper-parameters are not in it")
+    return found
+
+
+def save_weights(module: DecisionTransformerModule, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint with weights and hyper-parameters alone, that ``from_pretrained`` and ``load_from_checkpoint``
+    open: a third of the size of a trainer's, a sixth in float16.
+
+    Args:
+        module: The module, without adapters (merge them first).
+        file: Where to write; replaced in one go.
+        dtype: Precision of the weights in the file; reading gives fp32.
+
+    Returns:
+        The file.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "state_dict": {name: value.detach().cpu().to(dtype) for name, value in module.state_dict().items()},
+        "hyper_parameters": dict(module.hparams),
+        "pytorch-lightning_version": L.__version__,
+    }
+    temporary = file.with_name(file.name + ".part")
+    torch.save(content, temporary)
+    temporary.replace(file)
+    return file
+
+
+def _close(first: Any, second: Any) -> bool:
+    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (first, second))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(f"{number:.3g}" for number in value[:3]) + (", ...]" if len(value) > 3 else "]")
+    return f"{value:g}"
