@@ -321,7 +321,7 @@ class DecisionTransformer(nn.Module):
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """An empty cache for `batch_size` windows, of the model's device and precision."""
-        weight = self.predict_action.weight
+        weight = self.norm.weight  # a layer that no adapter wraps
         shape = (batch_size, self.heads, TOKENS_PER_STEP * self.context, self.width // self.heads)
         make = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in range(2 * len(self.blocks))]
         return KeyValueCache(make[::2], make[1::2])
