@@ -87,11 +87,9 @@ class TaskDemonstrations:
         """Share of the episodes that were solved at any step."""
         return float(self.successes.any(axis=1).mean()) if len(self) else float("nan")
 
-    def first(self, episodes: int | None) -> TaskDemonstrations:
-        """The first `episodes` episodes (all for None)."""
-        if episodes is None or episodes >= len(self):
-            return self
-        return TaskDemonstrations(self.task, **{name: getattr(self, name)[:episodes] for name in _ARRAYS})
+    def episodes(self, start: int = 0, stop: int | None = None) -> TaskDemonstrations:
+        """Episodes `start` to `stop` (excluded), without copying them."""
+        return TaskDemonstrations(self.task, **{name: getattr(self, name)[start:stop] for name in _ARRAYS})
 
 
 def join(parts: list[TaskDemonstrations]) -> TaskDemonstrations:
@@ -217,14 +215,14 @@ def load_task(folder: str | Path, task: str, episodes: int | None = None) -> Tas
     if episodes is not None and not 1 <= episodes <= entry.episodes:
         raise ValueError(f"{folder} has {entry.episodes} episodes of {task}, asked for {episodes}")
     path = Path(folder) / entry.file
-    again = f"delete it and run {_COLLECT.format(task=task, folder=folder)} --episodes {entry.episodes}"
+    again = f"make it again with {_COLLECT.format(task=task, folder=folder)} --episodes {entry.episodes}"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"demonstration file {path} is missing: collect it again, or {again}") from None
+        raise FileNotFoundError(f"demonstration file {path} is missing: {again}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise ValueError(f"demonstration file {path} is damaged (its SHA-256 is not the one in {INDEX}): {again}")
-    return decode(task, content).first(episodes)
+    return decode(task, content).episodes(stop=episodes)
 
 
 def decode(task: str, content: bytes) -> TaskDemonstrations:
