@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, inject
+from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.layers import add_layers, remove, restored_on_failure, sync_configs, target_of
 
 KEY = "eva_lightning"
@@ -88,7 +89,7 @@ class _DescribedSaving:
         self.module, self.injection, self.adapter_only = module, dict(injection), adapter_only
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        if find_adapters(self.module):
+        if find_adapters(self.module) or is_adalora(self.module):
             save_into(checkpoint, self.module, describe(self.module, self.injection, self.adapter_only))
         type(self.module).on_save_checkpoint(self.module, checkpoint)
 
@@ -202,6 +203,9 @@ def fit_to_checkpoint(
     incoming = {m["path"]: int(t.shape[0]) for k, t in weights.items() if (m := _A_KEY.match(k))}
     description = checkpoint.get(KEY) or {}
     present = {layer.path: layer for layer in find_adapters(module).values()}
+    if not incoming and (description.get("injection") or {}).get("adalora") is not None:
+        _fit_to_adalora(module, weights, description)
+        return True
     if not incoming:
         if present:
             raise ValueError(
@@ -248,6 +252,17 @@ def fit_to_checkpoint(
     if description and isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
         describe_on_save(module, description["injection"])
     return True
+
+
+def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: Mapping[str, Any]) -> None:
+    """AdaLoRA keeps its ranks and masks components: a fresh module needs the same layers, no resizing."""
+    if not is_adalora(module):
+        inject(module, **description["injection"])
+    if description["base_fingerprint"] is not None:
+        _fill_base_weights(module, weights, description["base_fingerprint"])
+    mark_done(module, "restored")
+    if isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
+        describe_on_save(module, description["injection"])
 
 
 def base_fingerprint(module: nn.Module) -> str:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from eva_lightning.adapters.adalora import is_adalora
+from eva_lightning.adapters.injection import INITIAL_A, INITIAL_B
 from eva_lightning.adapters.layer import AdapterLayer
 from eva_lightning.adapters.layers import describe_layers, find_adapters, lora_layers, replace_everywhere
 
@@ -18,7 +23,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
 
     ``PeftModel.from_pretrained(base, directory)`` on a freshly built ``model`` without adapters then computes what
     ``model`` computes. Pass the network itself (``module.net``), not the LightningModule around it, to get names that
-    fit the bare network. Layers that trained in full, and batch norms with their statistics, go in as
+    fit the bare network. PiSSA and OLoRA, which have taken a part of the base weight away, go in as plain LoRA of twice
+    the rank: the change since their start. Layers that trained in full, and batch norms with their statistics, go in as
     ``modules_to_save``.
 
     Args:
@@ -38,13 +44,18 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     layers = lora_layers(model)
-    if not find_adapters(model):
+    if not find_adapters(model) and not is_adalora(model):
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save")
     if len({id(layer.config) for layer in layers}) > 1:
         raise ValueError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
     config = copy.deepcopy(layers[0].config)
     names = [_plain(name) for name, _ in model.named_modules()]
     describe_layers(config, [(_plain(layer.path), layer) for layer in layers], names)
+    moved = any(hasattr(layer.module, INITIAL_A) for layer in layers)
+    if is_adalora(model):
+        config.rank_pattern = None  # AdaLoRA's are masks; the ranks it gave up are zeros in E
+    elif moved:
+        _double(config)
     # the file holds A and B: PEFT must not initialise anew on loading
     config.init_lora_weights = True
     config.inference_mode = True
@@ -55,7 +66,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         prefix = f"base_model.model.{_plain(layer.path)}"
-        for name, tensor in layer.module.state_dict().items():
+        weights = layer.module.state_dict()
+        for name, tensor in (_as_plain_lora(weights, layer) if moved else weights).items():
             if name.startswith("lora_"):
                 tensors[f"{prefix}.{name.replace(f'.{layer.adapter}', '', 1)}"] = tensor
     for name in whole:
@@ -77,6 +89,24 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
     )
     config.save_pretrained(str(path))
     return path
+
+
+def _double(config: Any) -> None:
+    """Twice every rank, with the same scaling."""
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+
+
+def _as_plain_lora(weights: Mapping[str, Tensor], layer: AdapterLayer) -> dict[str, Tensor]:
+    """``B A - B0 A0`` as one product ``[B, -B0] [A; A0]``."""
+    a, b = f"lora_A.{layer.adapter}.weight", f"lora_B.{layer.adapter}.weight"
+    return {
+        **weights,
+        a: torch.cat([weights[a], weights[INITIAL_A]]),
+        b: torch.cat([weights[b], -weights[INITIAL_B]], dim=1),
+    }
 
 
 def merge_and_unload(module: nn.Module) -> nn.Module:

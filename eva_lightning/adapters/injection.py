@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from eva_lightning._suggest import unknown
+from eva_lightning.adapters.kinds import is_linear
 from eva_lightning.adapters.layer import AdapterLayer
 from eva_lightning.adapters.layers import (
     CONFIG_ATTRIBUTE,
     find_adapters,
+    lora_layers,
     replace_everywhere,
     sync_configs,
 )
@@ -21,6 +26,10 @@ from eva_lightning.adapters.targets import find_targets, language_model_heads
 from eva_lightning.isolation import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
+Initialisation = Literal["lora", "pissa", "olora"]
+
+INITIAL_A, INITIAL_B = "initial_lora_A", "initial_lora_B"
+"""Buffers of layers whose base weight gave up ``B A`` at the start: what an export to plain LoRA has to take off."""
 
 
 @dataclass
@@ -43,11 +52,16 @@ class Injection:
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
+    # PiSSA and OLoRA move a part of the base weight into the adapter
+    _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False, default_factory=list)
 
     def undo(self, module: nn.Module) -> None:
         """Put the base layers and every ``requires_grad`` flag back: the module is what it was before."""
-        for layer in find_adapters(module).values():
-            replace_everywhere(module, layer.module, layer.base)
+        for layer in lora_layers(module):
+            if hasattr(layer.module, CONFIG_ATTRIBUTE):
+                replace_everywhere(module, layer.module, layer.base)
+        for parameter, weight in self._weights:
+            parameter.data = weight
         for owner, parameters in self._attention_parameters:
             owner._parameters.clear()
             owner._parameters.update(parameters)
@@ -68,6 +82,8 @@ def inject(
     use_dora: bool = False,
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
+    initialisation: Initialisation = "lora",
+    adalora: Mapping[str, Any] | None = None,
 ) -> Injection:
     """Give ``module`` LoRA layers in place (A random, B = 0), freeze the rest, leave head and biases trainable.
 
@@ -87,13 +103,26 @@ def inject(
         use_dora: DoRA: a trainable magnitude per output.
         use_rslora: scale by alpha/sqrt(r).
         lora_dropout: dropout on the adapters' input.
+        initialisation: "lora" (A random, B = 0), or "pissa" (the top singular directions of the base weight) or
+            "olora" (its first columns after a QR decomposition), which move ``alpha/r B A`` out of the base weight, so
+            that the function stays. Linear layers only.
+        adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
+            rank they start with.
 
     Raises:
-        ValueError: the module has adapters already, a name matches nothing, or there is nothing to adapt.
+        ValueError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
+            initialisation is unknown or not possible on a layer.
     """
+    if initialisation not in _PEFT_NAMES:
+        raise ValueError(unknown("initialisation", initialisation, _PEFT_NAMES))
     if find_adapters(module):
         raise ValueError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     targets, heads = find_targets(module, target_modules, exclude, head)
+    if initialisation != "lora" or adalora is not None:
+        for name in targets:
+            if not is_linear(module.get_submodule(name)):
+                kind = initialisation if adalora is None else "adalora"
+                raise ValueError(f"{kind} adapts linear layers only, but {name!r} is not one; leave it out")
     frozen = [h for h in heads if h in language_model_heads(module)] if head == "auto" else []
     heads = [h for h in heads if h not in frozen]
     requires_grad = [(p, p.requires_grad) for p in module.parameters()]
@@ -102,13 +131,20 @@ def inject(
         (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
     ]
     injection = Injection(targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters)
+    options: dict[str, Any] = {"use_dora": use_dora, "use_rslora": use_rslora, "lora_dropout": lora_dropout}
+    if initialisation != "lora":
+        options |= {"init_lora_weights": _PEFT_NAMES[initialisation], **_capped(module, targets, r, alpha, use_rslora)}
+        weights: list[Any] = [module.get_submodule(name).weight for name in targets]
+        injection._weights = [(w, w.data.clone()) for w in weights]
     try:
-        _inject(module, targets, r, alpha, use_dora, use_rslora, lora_dropout)
-        layers = find_adapters(module)
+        _inject(module, targets, r, alpha, options, adalora)
+        layers = {layer.name: layer for layer in lora_layers(module) if hasattr(layer.module, CONFIG_ATTRIBUTE)}
         _set_trainable(module, layers, heads, bias, dict(_named_flags(module, requires_grad)))
         for layer in layers.values():
             layer.config.bias = bias
-            if r > layer.in_features:
+            if initialisation != "lora":
+                _remember_start(layer)
+            elif adalora is None and r > layer.in_features:
                 layer.resize(layer.in_features)
         sync_configs(module)
         injection._fast_paths = disable_fast_paths(module)
@@ -139,6 +175,9 @@ def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return changed
 
 
+_PEFT_NAMES: dict[str, Any] = {"lora": True, "pissa": "pissa", "olora": "olora"}
+
+
 class _Holder(nn.Module):
     """A parent for the module, so that PEFT meets exact names and no attributes it might misread (``config``)."""
 
@@ -148,20 +187,20 @@ class _Holder(nn.Module):
 
 
 def _inject(
-    module: nn.Module, targets: list[str], r: int, alpha: float, use_dora: bool, use_rslora: bool, dropout: float
+    module: nn.Module,
+    targets: list[str],
+    r: int,
+    alpha: float,
+    options: Mapping[str, Any],
+    adalora: Mapping[str, Any] | None,
 ) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 
     holder = _Holder(module)
     announce_quantisation(holder)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a number and saved as JSON
-        target_modules=[f"module.{name}" for name in targets],
-        use_dora=use_dora,
-        use_rslora=use_rslora,
-        lora_dropout=dropout,
-    )
+    # alpha: annotated int, used as a number and saved as JSON
+    shared: dict[str, Any] = {"lora_alpha": alpha, "target_modules": [f"module.{name}" for name in targets], **options}
+    config = LoraConfig(r=r, **shared) if adalora is None else AdaLoraConfig(init_r=r, **shared, **adalora)
     modes = {id(m): m.training for m in module.modules()}
     with isolated_rng(), warnings.catch_warnings():
         # PEFT corrects this for each layer by its type, and says so
@@ -176,6 +215,27 @@ def _inject(
             setattr(m, CONFIG_ATTRIBUTE, config)
             m.register_forward_pre_hook(_accept_keyword, with_kwargs=True)
     _adapt_aliases(module)
+
+
+def _capped(module: nn.Module, targets: list[str], r: int, alpha: float, use_rslora: bool) -> dict[str, Any]:
+    """Rank and alpha of layers whose weight has fewer than ``r`` singular directions; the scaling stays."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name in targets:
+        weight: Any = module.get_submodule(name).weight
+        rank = min(r, *weight.shape)
+        if rank < r:
+            pattern = "^" + re.escape(f"module.{name}")
+            ranks[pattern] = rank
+            alphas[pattern] = alpha * (rank / r) ** (0.5 if use_rslora else 1.0)
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _remember_start(layer: AdapterLayer) -> None:
+    """Keep the A and B that left the base weight, in checkpoints too: the layer's change is ``B A`` less these."""
+    with torch.no_grad():
+        layer.module.register_buffer(INITIAL_A, layer.a.detach().clone())
+        layer.module.register_buffer(INITIAL_B, layer.b.detach().clone())
 
 
 def _adapt_aliases(module: nn.Module) -> None:
