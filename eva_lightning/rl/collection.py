@@ -121,7 +121,8 @@ class ExpertRunner:
         from metaworld.policies import ENV_POLICY_MAP
 
         steps = self._conditions.horizon
-        expert = ENV_POLICY_MAP[environment.task]()
+        expert: Any = ENV_POLICY_MAP[environment.task]
+        expert = expert()
         noise = self._conditions.noise * _generator(self._conditions.seed, environment.task, number).standard_normal(
             (steps, ACTION_DIM)
         )
@@ -270,7 +271,8 @@ class _PartialStore:
             meta = DemonstrationMeta(self._conditions.noise, self._conditions.seed, versions)
             write_task(self._folder, join(parts), meta)
         for chunk in chunks:
-            self._path(chunk).unlink()
+            if chunk.stop <= have:
+                self._path(chunk).unlink()
 
     def close(self) -> None:
         """Remove the folders if they are empty."""

@@ -1,0 +1,124 @@
+"""Demonstrations as Minari data sets, which ``minari.load_dataset`` opens.
+
+Minari's own ``DataCollector`` wants an environment that can be made again from its name alone, which a Meta-World task
+with chosen goals is not; its buffers take the files as they are. ``infos`` has an entry per observation: ``success``,
+False at the first, and ``expert_action``, zero at the last. The number of an episode's goal is its option ``goal``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from .demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
+from .environments import ACTION_DIM, STATE_DIM
+from .tasks import resolve_task
+
+_VARIABLE = "MINARI_DATASETS_PATH"
+
+
+def dataset_name(task: str) -> str:
+    """Name of the Minari data set of `task`: ``metaworld/push/expert-v0`` for ``push-v3``."""
+    return f"metaworld/{resolve_task(task).removesuffix('-v3')}/expert-v0"
+
+
+def export_minari(
+    index: DemonstrationIndex, tasks: Sequence[str], path: str | Path | None = None, *, progress: bool = True
+) -> list[str]:
+    """Write one Minari data set per task; data sets of the same names are replaced.
+
+    Args:
+        index: Index of the folder of demonstrations.
+        tasks: Tasks to export.
+        path: Folder for the data sets, as in the environment variable ``MINARI_DATASETS_PATH``; None leaves that, or
+            Minari's default, in force.
+        progress: Show a progress bar on standard error, in a terminal.
+
+    Returns:
+        The names of the data sets, for ``minari.load_dataset`` under the same path.
+
+    Raises:
+        FileNotFoundError: A task was not collected.
+        ValueError: A file of demonstrations is damaged, or a task is unknown.
+    """
+    from minari.storage import get_dataset_path
+
+    entries = [(resolve_task(task), index[resolve_task(task)]) for task in tasks]
+    root = Path(get_dataset_path() if path is None else path).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    steps = track(entries, "exporting to Minari", console=Console(stderr=True), transient=True, disable=not progress)
+    for task, entry in steps:
+        name, demonstrations = dataset_name(task), load_task(index.folder, task)
+        # under its name only when complete; Minari overlooks folders that begin with a dot
+        with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch, _datasets_path(scratch):
+            _export(name, demonstrations, entry)
+            if (root / name).is_dir():
+                shutil.rmtree(root / name)
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(scratch) / name).rename(root / name)
+    return [dataset_name(task) for task, _ in entries]
+
+
+def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> None:
+    import gymnasium
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    buffers = []
+    for number in range(len(demonstrations)):
+        ends = np.zeros(demonstrations.horizon, dtype=np.bool_)
+        ends[-1] = True
+        # one entry per observation, as Minari counts infos: nothing is known of the first one
+        success = np.concatenate([[False], demonstrations.successes[number]])
+        wanted = np.concatenate([demonstrations.expert_actions[number], np.zeros((1, ACTION_DIM), np.float32)])
+        buffers.append(
+            EpisodeBuffer(
+                id=number,
+                seed=entry.seed,
+                options={"goal": int(demonstrations.goals[number])},
+                observations=demonstrations.observations[number],
+                actions=demonstrations.actions[number],
+                rewards=list(demonstrations.rewards[number].astype(np.float64)),
+                terminations=[False] * demonstrations.horizon,
+                truncations=list(ends),
+                infos={"success": success, "expert_action": wanted},
+            )
+        )
+    with warnings.catch_warnings():
+        # author, licence and reference scores are not ours to invent
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"minari\.")
+        minari.create_dataset_from_buffers(
+            name,
+            buffers,
+            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
+            action_space=gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32),
+            algorithm_name=f"metaworld scripted expert, Gaussian noise {entry.noise:g}",
+            description=(
+                f"Meta-World {demonstrations.task}, goal visible, reward v2, {entry.horizon} steps per episode; "
+                f"goals and noise of seed {entry.seed}; success rate {entry.success_rate:.3f} (solved at any step)."
+            ),
+            requirements=[f"{package}=={version}" for package, version in entry.versions.items()],
+        )
+
+
+@contextlib.contextmanager
+def _datasets_path(path: str) -> Iterator[None]:
+    """Minari reads its folder from the environment at every call, and takes no argument for it."""
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = path
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before
