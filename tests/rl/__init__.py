@@ -1,0 +1,1 @@
+"""Names of test files here may be those of test files elsewhere."""
