@@ -278,7 +278,12 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     return found
 
 
-def save_weights(module: DecisionTransformerModule, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_weights(
+    module: DecisionTransformerModule,
+    file: str | Path,
+    dtype: torch.dtype = torch.float32,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a checkpoint with weights and hyper-parameters alone, that ``from_pretrained`` and ``load_from_checkpoint``
     open: a third of the size of a trainer's, a sixth in float16.
 
@@ -286,6 +291,7 @@ def save_weights(module: DecisionTransformerModule, file: str | Path, dtype: tor
         module: The module, without adapters (merge them first).
         file: Where to write; replaced in one go.
         dtype: Precision of the weights in the file; reading gives fp32.
+        about: Where the weights come from, as plain values; kept in the file under ``"about"``.
 
     Returns:
         The file.
@@ -295,6 +301,7 @@ def save_weights(module: DecisionTransformerModule, file: str | Path, dtype: tor
     content = {
         "state_dict": {name: value.detach().cpu().to(dtype) for name, value in module.state_dict().items()},
         "hyper_parameters": dict(module.hparams),
+        "about": dict(about or {}),
         "pytorch-lightning_version": L.__version__,
     }
     temporary = file.with_name(file.name + ".part")
