@@ -200,9 +200,12 @@ def _arm_at_rest(kind: Any) -> Iterator[None]:
         mujoco.mj_forward(self.model, self.data)
         self.init_tcp = self.tcp_center
 
-    assert "_reset_hand" not in vars(kind)
+    own = vars(kind).get("_reset_hand")  # most tasks inherit it
     kind._reset_hand = stay
     try:
         yield
     finally:
-        del kind._reset_hand
+        if own is None:
+            del kind._reset_hand
+        else:
+            kind._reset_hand = own
