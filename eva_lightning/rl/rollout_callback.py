@@ -1,0 +1,186 @@
+"""Success in the simulator, measured during training."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from .environments import HORIZON, check_horizon
+from .policy import Mode
+from .rendering import no_video_reason, rendering_backend
+from .tasks import resolve_task
+from .video import write_video
+
+if TYPE_CHECKING:
+    from .rollouts import RolloutResult
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class RolloutCallback(L.Callback):
+    """Roll the module out in Meta-World whenever it is validated, at most every `every_n_steps` updates.
+
+    Logged are ``rollout/<task>/success`` (share of the episodes solved at any step), ``rollout/<task>/return``, and
+    with several tasks their means ``rollout/success`` and ``rollout/return``. Videos go, as GIF, to a WandbLogger
+    (online or offline) and a TensorBoardLogger, if the trainer has one. Training goes on as if nothing had happened:
+    the module's modes, its weights and every random state stay. With several devices the first one rolls out. Where
+    MuJoCo cannot draw, a warning says what to install and the rest works.
+
+    Example::
+
+        rollouts = RolloutCallback(["push-v3"], episodes=10, every_n_steps=1000, target_returns={"push-v3": 1585.0})
+        L.Trainer(val_check_interval=500, callbacks=[rollouts]).fit(module, data)
+
+    Args:
+        tasks: Tasks to roll out.
+        episodes: Episodes per task.
+        every_n_steps: Optimizer steps between rollouts, at least; validations in between have none.
+        target_returns: Task -> return the policy is asked for.
+        video: Episodes per task to film; True for one.
+        seed: Seed of the evaluation goals.
+        mode, context, environments, horizon, video_size: See :func:`~eva_lightning.rl.rollouts.evaluate`.
+
+    Attributes:
+        results: What was measured last, by task.
+
+    Raises:
+        ValueError: A value is out of range, a task is unknown or has no target return.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        episodes: int,
+        every_n_steps: int,
+        target_returns: Mapping[str, float],
+        video: bool | int = False,
+        *,
+        seed: int = 0,
+        mode: Mode = "exact",
+        context: int | None = None,
+        environments: int = 20,
+        horizon: int = HORIZON,
+        video_size: int = 240,
+    ) -> None:
+        self.tasks = tuple(resolve_task(task) for task in tasks)
+        if not self.tasks:
+            raise ValueError("tasks must name at least one task, got none")
+        check_horizon(horizon)
+        for name, value, lowest in (
+            ("episodes", episodes, 1),
+            ("every_n_steps", every_n_steps, 1),
+            ("video", video, 0),
+        ):
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        self.target_returns = {resolve_task(task): float(value) for task, value in target_returns.items()}
+        missing = [task for task in self.tasks if task not in self.target_returns]
+        if missing:
+            raise ValueError(f"target_returns has no return for {missing[0]}, only for {sorted(self.target_returns)}")
+        self.every_n_steps = every_n_steps
+        self.video = int(video)
+        self.results: dict[str, RolloutResult] = {}
+        self._options: dict[str, Any] = {
+            "episodes": episodes, "seed": seed, "mode": mode, "context": context, "environments": environments,
+            "horizon": horizon, "video_size": video_size,
+        }  # fmt: skip
+        # -1: the first validation, also one before any training, is rolled out
+        self._last_step = -1
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Roll out and log, if it is time."""
+        if trainer.sanity_checking or not self._due(trainer.global_step):
+            return
+        self._last_step = trainer.global_step
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            values = self._roll_out(trainer, pl_module)
+        values = trainer.strategy.broadcast(values)
+        pl_module.log_dict(values, rank_zero_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the last rollout was."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._last_step = int(state_dict.get("last_step", -1))
+
+    def _due(self, step: int) -> bool:
+        return self._last_step < 0 or step // self.every_n_steps > self._last_step // self.every_n_steps
+
+    def _roll_out(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        from .rollouts import evaluate
+
+        film = self._films(trainer)
+        values: dict[str, float] = {}
+        for task in self.tasks:
+            target = self.target_returns[task]
+            result = evaluate(pl_module, task, target_return=target, video_episodes=film, **self._options)
+            self.results[task] = result
+            values[f"rollout/{task}/success"] = result.success_rate
+            values[f"rollout/{task}/return"] = result.mean_return
+            if result.frames:
+                log_video(trainer, f"rollout/{task}/video", result.frames)
+        if len(self.tasks) > 1:
+            results = [self.results[task] for task in self.tasks]
+            values["rollout/success"] = sum(result.success_rate for result in results) / len(results)
+            values["rollout/return"] = sum(result.mean_return for result in results) / len(results)
+        return values
+
+    def _films(self, trainer: L.Trainer) -> int:
+        """Episodes to film: none where nothing takes videos, or nothing can draw."""
+        if not self.video or not any(_takes_videos(logger) for logger in trainer.loggers):
+            return 0
+        if rendering_backend() is None:
+            _LOGGER.warning(no_video_reason())
+            self.video = 0
+        return self.video
+
+
+def log_video(trainer: L.Trainer, key: str, episodes: Sequence[Any]) -> None:
+    """Send episodes, ``(T, H, W, 3)`` uint8 each, as one GIF to every logger of `trainer` that takes videos."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_video(episodes, Path(folder) / "video.gif")
+        for logger in trainer.loggers:
+            kind = _takes_videos(logger)
+            if kind == "wandb":
+                _log_to_wandb(logger, key, file, trainer.global_step)
+            elif kind == "tensorboard":
+                _log_to_tensorboard(logger, key, file, trainer.global_step)
+
+
+def _takes_videos(logger: Any) -> str | None:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    if isinstance(logger, WandbLogger):
+        return "wandb"
+    return "tensorboard" if isinstance(logger, TensorBoardLogger) else None
+
+
+def _log_to_wandb(logger: Any, key: str, file: Path, step: int) -> None:
+    import wandb
+
+    # the file is copied into the run's folder at once; arrays would need moviepy
+    logger.log_metrics({key: wandb.Video(str(file), format="gif")}, step=step)
+
+
+def _log_to_tensorboard(logger: Any, key: str, file: Path, step: int) -> None:
+    from PIL import Image
+
+    try:
+        messages = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+    except ImportError:
+        messages = importlib.import_module("tensorboardX.proto.summary_pb2")
+    with Image.open(file) as image:
+        width, height = image.size
+    # what add_video writes, without the moviepy that it needs
+    picture = messages.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+    summary = messages.Summary(value=[messages.Summary.Value(tag=key, image=picture)])
+    logger.experiment.file_writer.add_summary(summary, step)

@@ -1,0 +1,127 @@
+"""Pictures of episodes as GIF or MP4 files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Frames = npt.NDArray[np.uint8]
+
+#: Simulator steps per second of the robot's time.
+STEPS_PER_SECOND = 80
+#: Steps per frame of a video, by default: real time at 20 frames per second, in a quarter of the size.
+STRIDE = 4
+
+FORMATS = (".gif", ".mp4")
+
+_GAP = 4
+_BAND = 20
+
+
+def check_format(path: str | Path) -> Path:
+    """`path`, if a video can be written there.
+
+    Raises:
+        ValueError: The name does not end in ``.gif`` or ``.mp4``.
+    """
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"a video file must end in {' or '.join(FORMATS)}, got {os.fspath(path)!r}")
+    return Path(path)
+
+
+def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRIDE) -> Path:
+    """Write episodes one after the other, in real time; the file appears when it is complete.
+
+    Args:
+        episodes: Pictures of each, ``(T, H, W, 3)`` uint8, one per step, all of one size.
+        path: Ends in ``.gif`` or ``.mp4``.
+        stride: Steps per frame written; the last picture of an episode is always among them.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The name ends otherwise, `stride` is below 1, or there is no picture.
+    """
+    path = check_format(path)
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if not episodes or not all(len(episode) for episode in episodes):
+        raise ValueError("a video needs at least one picture of each episode, got none")
+    frames = np.concatenate([thinned(episode, stride) for episode in episodes])
+    rate = STEPS_PER_SECOND / stride
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix.lower()}")
+    try:
+        if path.suffix.lower() == ".gif":
+            _write_gif(frames, temporary, rate)
+        else:
+            _write_mp4(frames, temporary, rate)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def thinned(frames: Frames, stride: int) -> Frames:
+    """Every `stride`-th picture ``(T', H, W, 3)``, and the last."""
+    last = len(frames) - 1
+    return frames[sorted({*range(0, last, stride), last})]
+
+
+def side_by_side(before: Frames, after: Frames, labels: tuple[str, str] = ("before", "after")) -> Frames:
+    """Two episodes as one picture each step, labelled; the shorter one waits at its last picture.
+
+    Args:
+        before: ``(T, H, W, 3)`` uint8, on the left.
+        after: ``(T', H, W', 3)`` uint8.
+        labels: What stands above them.
+
+    Returns:
+        ``(max(T, T'), 20 + H, W + 4 + W', 3)``.
+
+    Raises:
+        ValueError: The heights differ.
+    """
+    if before.shape[1] != after.shape[1]:
+        raise ValueError(f"both episodes must have pictures of one height, got {before.shape[1]} and {after.shape[1]}")
+    steps = max(len(before), len(after))
+    left, right = (frames[np.minimum(np.arange(steps), len(frames) - 1)] for frames in (before, after))
+    gap = np.full((steps, left.shape[1], _GAP, 3), 255, np.uint8)
+    pictures = np.concatenate((left, gap, right), axis=2)
+    band = _labels(pictures.shape[2], {0: labels[0], left.shape[2] + _GAP: labels[1]})
+    return np.concatenate((np.broadcast_to(band, (steps, *band.shape)), pictures), axis=1)
+
+
+def _labels(width: int, texts: dict[int, str]) -> Frames:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (width, _BAND), "white")
+    draw = ImageDraw.Draw(image)
+    for place, text in texts.items():
+        draw.text((place + 4, 4), text, fill="black")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _write_gif(frames: Frames, path: Path, rate: float) -> None:
+    import imageio.v3 as iio
+
+    iio.imwrite(path, frames, extension=".gif", plugin="pillow", duration=1000 / rate, loop=0)
+
+
+def _write_mp4(frames: Frames, path: Path, rate: float) -> None:
+    import imageio.v2 as iio
+
+    # players want even sizes
+    height, width = (size + size % 2 for size in frames.shape[1:3])
+    padding = ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
+    options = {"codec": "libx264", "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    writer: Any = iio.get_writer(path, format="FFMPEG", fps=rate, **options)  # type: ignore[arg-type]
+    with writer:
+        for frame in np.pad(frames, padding, mode="edge"):
+            writer.append_data(frame)
