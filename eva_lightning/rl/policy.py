@@ -107,14 +107,15 @@ class DecisionTransformerPolicy:
         if (rewards is None) != (self._step == 0):
             expected = "are needed after the first step" if rewards is None else "must be None at the first step"
             raise ValueError(f"rewards {expected} of an episode, at step {self._step}")
-        training = self.module.training
+        training = [part for part in self.module.modules() if part.training]
         self.module.eval()
         try:
             with torch.inference_mode():
                 self._append(observations, rewards)
                 self._action = self._predict().clamp(-1.0, 1.0)
         finally:
-            self.module.train(training)
+            for part in training:
+                part.training = True
         self._step += 1
         actions: npt.NDArray[np.float64] = self._action.double().cpu().numpy()
         return actions
