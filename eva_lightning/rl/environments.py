@@ -163,6 +163,11 @@ def check_horizon(horizon: int) -> None:
         raise ValueError(f"horizon must be from 1 to {MAX_HORIZON} (metaworld's limit), got {horizon}")
 
 
+def forget_goals() -> None:
+    """Forget the goals drawn in this process, for timings that begin from nothing."""
+    _goals.cache_clear()
+
+
 def _make(task: str, render_size: int | None) -> Any:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 

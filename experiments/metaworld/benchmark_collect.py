@@ -1,0 +1,91 @@
+"""What collecting costs beside the simulator and the experts: the project's `collect` against a bare loop, interleaved.
+
+The bare loop is what one would write by hand: ``MT1``, the environment's class, ``set_task``, ``reset``, the expert, a
+clipped action, ``step``; nothing is kept. Ours adds noise, both actions, compression, checksums and writing to disk.
+Both are timed from nothing to the last episode, task by task, and the ratio is the median over tasks and repeats. The
+bare loop's time is also given without its preparations, which is the stricter comparison.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from eva_lightning.rl.environments import HORIZON, forget_goals
+from eva_lightning.rl.tasks import resolve_task
+
+TASKS = ("faucet-close-v3", "window-close-v3", "push-v3", "handle-press-side-v3")
+
+#: Key of :func:`measure` -> what it should be at least.
+TARGETS: dict[str, float] = {"collect_ratio": 0.9}
+
+
+def measure(
+    tasks: Sequence[str] = TASKS, episodes: int = 40, repeats: int = 3, horizon: int = HORIZON, seed: int = 0
+) -> dict[str, float]:
+    """Time both, in this process.
+
+    Args:
+        tasks: Tasks to collect, one after the other.
+        episodes: Episodes per task and repeat.
+        repeats: Timed runs of each.
+        horizon: Steps per episode.
+        seed: Seed of goals and noise.
+
+    Returns:
+        ``collect_ratio``: our steps per second ÷ those of the bare loop, both with their preparations;
+        ``collect_ratio_strict``: the bare loop's preparations left out; ``collect_steps_per_second`` and
+        ``collect_raw_steps_per_second``: with preparations.
+    """
+    from eva_lightning.rl.collection import collect
+
+    _bare_loop(resolve_task(tasks[0]), 1, horizon, seed)  # imports
+    ours, bare, preparing = [], [], []
+    for _ in range(repeats):
+        for task in map(resolve_task, tasks):
+            with tempfile.TemporaryDirectory() as folder:
+                forget_goals()
+                began = time.perf_counter()
+                collect([task], episodes, Path(folder), seed=seed, horizon=horizon, progress=False)
+                ours.append(time.perf_counter() - began)
+            prepared, ran = _bare_loop(task, episodes, horizon, seed)
+            preparing.append(prepared)
+            bare.append(prepared + ran)
+    steps = episodes * horizon
+    pairs = list(zip(ours, bare, preparing, strict=True))
+    return {
+        "collect_ratio": statistics.median(raw / mine for mine, raw, _ in pairs),
+        "collect_ratio_strict": statistics.median((raw - prepared) / mine for mine, raw, prepared in pairs),
+        "collect_steps_per_second": steps / statistics.median(ours),
+        "collect_raw_steps_per_second": steps / statistics.median(bare),
+    }
+
+
+def _bare_loop(task: str, episodes: int, horizon: int, seed: int) -> tuple[float, float]:
+    """Seconds of the preparations, and of the episodes."""
+    import metaworld
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from metaworld.policies import ENV_POLICY_MAP
+
+    began = time.perf_counter()
+    goals = metaworld.MT1(task, seed=seed).train_tasks
+    environment = ALL_V3_ENVIRONMENTS[task](reward_function_version="v2")
+    expert = ENV_POLICY_MAP[task]()  # type: ignore[abstract]
+    prepared = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Constant.*may be too high")
+        for episode in range(episodes):
+            environment.set_task(goals[episode % len(goals)])
+            observation, _ = environment.reset()
+            for _ in range(horizon):
+                action = np.clip(expert.get_action(observation), -1.0, 1.0)
+                observation, *_ = environment.step(action)
+    ended = time.perf_counter()
+    environment.close()
+    return prepared - began, ended - prepared
