@@ -1,0 +1,214 @@
+"""Success and return of a checkpoint: ``python -m experiments.metaworld evaluate --ckpt CKPT --task push-v3``.
+
+Takes checkpoints of ``pretrain`` and ``finetune``, with or without adapters, and folders of their runs. Success means
+solved at any step of the episode, as in Meta-World's benchmark; success at the last step is given too.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eva_lightning.rl.tasks import parse_tasks
+from experiments.settings import in_terminal, option, parse_settings
+
+if TYPE_CHECKING:
+    from eva_lightning.rl.module import DecisionTransformerModule
+    from eva_lightning.rl.rollouts import RolloutResult
+
+_LOGGER = logging.getLogger("experiments.metaworld.evaluate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to roll out."""
+
+    ckpt: str = option(MISSING, "checkpoint, or folder of a run, of pretrain or finetune")
+    task: str | None = option(None, "task such as push-v3, several with commas between them, cw10 or mt40; the ckpt's")
+    init: str | None = option(
+        None, "for a ckpt with adapters alone: what they were trained on; noted in it by finetune"
+    )
+    episodes: int = option(50, "episodes per task; there are 50 different evaluation goals")
+    seed: int = option(0, "seed of the evaluation goals")
+    target_return: float | None = option(None, "return to ask for; the largest of the task's data if not given")
+    data: str = option("data/metaworld", "demonstrations, for target returns that the checkpoint does not note")
+    mode: str = option("exact", "inference: exact window, or streaming (faster)")
+    context: int | None = option(None, "steps of the window; those of training if not given")
+    environments: int = option(20, "episodes in lock-step, one network call for all")
+    workers: int = option(0, "processes; 0 for none besides this one")
+    horizon: int = option(200, "steps of an episode, at most 500")
+    video: str | None = option(None, "film some episodes to this file, .gif or .mp4")
+    video_episodes: int = option(3, "episodes to film")
+    video_size: int = option(240, "height and width of the film, in pixels")
+    progress: bool = option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        if self.video_episodes < 1:
+            raise ValueError(f"video_episodes must be at least 1, got {self.video_episodes}")
+        if self.video is not None:
+            from eva_lightning.rl.video import check_format
+
+            check_format(self.video)
+
+
+def load_module(
+    checkpoint: str | Path, init: str | Path | None = None
+) -> tuple[DecisionTransformerModule, dict[str, Any]]:
+    """The module of a checkpoint, and what the checkpoint says about itself.
+
+    Args:
+        checkpoint: A checkpoint file, or the folder of a run.
+        init: Checkpoint with the frozen weights, for one that has adapters alone; what it notes itself for None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of a Decision Transformer, or its adapters belong to other weights.
+    """
+    from eva_lightning.checkpoint import KEY, fit_to_checkpoint
+    from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
+
+    file = Path(checkpoint)
+    if file.is_dir():
+        file = file / "weights.ckpt"
+    found = read_checkpoint(file)
+    about: dict[str, Any] = dict(found.get("about") or {})
+    description: Mapping[str, Any] | None = found.get(KEY)
+    if description is None:
+        return DecisionTransformerModule.from_pretrained(file), about
+    hparams = {name: value for name, value in found["hyper_parameters"].items() if not name.startswith("_")}
+    if description["base_fingerprint"] is None:
+        module = DecisionTransformerModule(**hparams)
+    else:
+        source = about.get("init") if init is None else init
+        if source is None:
+            raise ValueError(f"{file} holds adapters alone: name the checkpoint they were trained on with --init")
+        module = DecisionTransformerModule.from_pretrained(source, context=hparams["context"])
+    fit_to_checkpoint(module, found)
+    module.load_state_dict(found["state_dict"])
+    return module, about
+
+
+def target_return(settings: Settings, task: str, about: Mapping[str, Any]) -> float:
+    """The return to ask for: given, noted in the checkpoint, or the largest of the demonstrations.
+
+    Raises:
+        FileNotFoundError: There are no demonstrations of the task, and nothing else says it.
+    """
+    from eva_lightning.rl.demonstrations import read_index
+    from experiments.metaworld.finetune import warn_of_target
+
+    noted = about.get("max_return") or {}
+    means = about.get("mean_return") or {}
+    if settings.target_return is not None:
+        target, mean = settings.target_return, means.get(task)
+    elif task in noted:
+        target, mean = noted[task], means.get(task)
+    else:
+        try:
+            entry = read_index(settings.data)[task]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{settings.ckpt} notes no target return for {task}, and {error}") from error
+        target, mean = entry.max_return, entry.mean_return
+    if mean is not None:
+        warn_of_target(task, target, mean)
+    return float(target)
+
+
+def parse(args: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
+    description = "Success and return of a checkpoint, measured in the simulator."
+    return parse_settings(Settings, "python -m experiments.metaworld evaluate", description, args)
+
+
+def main(args: Sequence[str] | None = None) -> list[RolloutResult]:
+    """Run the command line `args` (``sys.argv`` for None), print a table and return the results.
+
+    Raises:
+        FileNotFoundError: The checkpoint or the demonstrations are missing.
+        ValueError: A setting or the checkpoint is wrong.
+    """
+    settings = parse(args)
+    tasks = None if settings.task is None else parse_tasks(settings.task)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+    from eva_lightning.rl.rendering import no_video_reason, rendering_backend
+    from eva_lightning.rl.rollouts import evaluate
+
+    films = settings.video is not None
+    if films and rendering_backend() is None:
+        _LOGGER.warning(no_video_reason())
+        films = False
+    module, about = load_module(settings.ckpt, settings.init)
+    if tasks is None:
+        if not about.get("tasks"):
+            raise ValueError(f"{settings.ckpt} does not say which tasks it was trained on: name one with --task")
+        tasks = parse_tasks(",".join(about["tasks"]))
+    targets = {task: target_return(settings, task, about) for task in tasks}
+    results = []
+    for task in tasks:
+        result = evaluate(
+            module,
+            task,
+            target_return=targets[task],
+            episodes=settings.episodes,
+            seed=settings.seed,
+            mode=settings.mode,  # type: ignore[arg-type]  # checked by the policy
+            context=settings.context,
+            environments=settings.environments,
+            horizon=settings.horizon,
+            workers=settings.workers,
+            video_episodes=settings.video_episodes if films else 0,
+            video_size=settings.video_size,
+            progress=settings.progress and sys.stdout.isatty(),
+        )
+        results.append(result)
+        if result.frames and settings.video is not None:
+            print(f"{_film(result, settings.video, alone=len(tasks) == 1)}: {len(result.frames)} episodes")
+    _report(results, targets)
+    return results
+
+
+def _film(result: RolloutResult, file: str, alone: bool) -> Path:
+    from eva_lightning.rl.video import write_video
+
+    path = Path(file)
+    return write_video(result.frames, path if alone else path.with_name(f"{path.stem}-{result.task}{path.suffix}"))
+
+
+def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="success: share of the episodes solved at any step (± standard error over episodes)")
+    table.add_column("task")
+    for name in ("success", "at the last step", "return", "target return", "episodes", "steps/s"):
+        table.add_column(name, justify="right")
+    for result in results:
+        table.add_row(
+            result.task,
+            f"{result.success_rate:.2f} ± {result.success_stderr:.2f}",
+            f"{result.final_success_rate:.2f}",
+            f"{result.mean_return:.0f} ± {result.return_stderr:.0f}",
+            f"{targets[result.task]:.0f}",
+            str(len(result)),
+            f"{result.steps / result.seconds:.0f}",
+        )
+    if len(results) > 1:
+        n = len(results)
+        success, final = (sum(r.success_rate for r in results) / n, sum(r.final_success_rate for r in results) / n)
+        table.add_section()
+        table.add_row("mean of the tasks", f"{success:.2f}", f"{final:.2f}", "", "", "", "")
+    Console().print(table)
+
+
+def command_line(args: Sequence[str] | None = None) -> int:
+    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
+    return in_terminal(main, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
