@@ -191,6 +191,8 @@ def collect(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"demonstrations need a folder, and {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     with _only_writer(folder):
         _refuse_other_conditions(folder, conditions)

@@ -33,8 +33,8 @@ renderer.close()
 def rendering_backend() -> Backend | None:
     """What MuJoCo can draw with on this machine: ``"egl"``, ``"osmesa"`` or None.
 
-    Where ``MUJOCO_GL`` names one of the two, only that one is tried; otherwise EGL, which is about twice as fast, and
-    then OSMesa. ``MUJOCO_GL`` is set to the result, which must happen before something is drawn for the first time.
+    EGL, which is about twice as fast, is tried first, unless ``MUJOCO_GL`` names the other one. ``MUJOCO_GL`` is set to
+    the result, which must happen before something is drawn for the first time.
     The first call takes about a second.
     """
     backend = _probed(os.environ.get("MUJOCO_GL", "").strip().lower())
@@ -53,7 +53,7 @@ def no_video_reason() -> str:
 
 @functools.cache
 def _probed(wanted: str) -> Backend | None:
-    candidates = [backend for backend in _BACKENDS if wanted in (backend, "")] or _BACKENDS
+    candidates = sorted(_BACKENDS, key=lambda backend: backend != wanted)
     return next((backend for backend in candidates if _draws(backend)), None)
 
 

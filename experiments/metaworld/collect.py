@@ -7,6 +7,7 @@ Files, and the index beside them, are described in ``eva_lightning.rl.demonstrat
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +79,16 @@ def main(args: Sequence[str] | None = None) -> DemonstrationIndex:
 
 
 def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
-    return in_terminal(main, args)
+    """:func:`main` for a terminal: one sentence on standard error where the input is wrong (exit status 2), a process
+    or the disk fails (1), or the user interrupts (130)."""
+    try:
+        return in_terminal(main, args)
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished episodes are kept, the same command continues", file=sys.stderr)
+        return 130
 
 
 def _report(index: DemonstrationIndex, tasks: Sequence[str], seconds: float) -> None:

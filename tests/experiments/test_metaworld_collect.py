@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eva_lightning.rl.collection import ExpertRunner
 from eva_lightning.rl.demonstrations import read_index
 from experiments.metaworld import __main__ as command
 from experiments.metaworld import collect
@@ -63,6 +64,36 @@ def test_another_noise_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest
     collect.main(run(tmp_path, "--tasks", "reach"))
     assert collect.command_line(run(tmp_path, "--tasks", "push", "--noise", "0.2")) == 2
     assert "holds demonstrations of reach-v3 with noise 0.1, not 0.2" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert collect.command_line(run(tmp_path / "file", "--tasks", "push")) == 2
+    assert capsys.readouterr().err == f"error: demonstrations need a folder, and {tmp_path / 'file'} is a file\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: finished episodes are kept, the same command continues\n"),
+        (RuntimeError("a process ended"), 1, "error: a process ended\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(self: ExpertRunner, chunk: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ExpertRunner, "run", fail)
+    assert collect.command_line(run(tmp_path, "--tasks", "push")) == status
+    assert capsys.readouterr().err == message
 
 
 def test_the_commands_are_listed_and_mistyped_ones_corrected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def _not_probed_yet(monkeypatch: pytest.MonkeyPatch) -> object:
         ("", {"osmesa"}, "osmesa", ["egl", "osmesa"]),
         ("", set(), None, ["egl", "osmesa"]),
         ("osmesa", {"egl", "osmesa"}, "osmesa", ["osmesa"]),
+        ("osmesa", {"egl"}, "egl", ["osmesa", "egl"]),
         ("glfw", {"egl"}, "egl", ["egl"]),
     ],
 )
