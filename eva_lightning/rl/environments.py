@@ -187,8 +187,8 @@ def _make(task: str, render_size: int | None) -> Any:
 def _goals(task: str, seed: int) -> tuple[Task, ...]:
     """The goals of ``MT1(task, seed=seed)``.
 
-    MT1 moves the arm to its place before it draws each goal, which is 1.3 of its 1.6 seconds. No draw depends on that
-    (a test compares all tasks), so that here the arm stays where it is.
+    MT1 moves the arm to its place before it draws each goal, which is 1.3 of its 1.6 seconds. No draw depends on that:
+    here the arm stays where it is. All 50 tasks were compared once, the tests compare some.
     """
     import metaworld
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS

@@ -8,6 +8,8 @@ bare loop's time is also given without its preparations, which is the stricter c
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -23,13 +25,18 @@ from eva_lightning.rl.tasks import resolve_task
 TASKS = ("faucet-close-v3", "window-close-v3", "push-v3", "handle-press-side-v3")
 
 #: Key of :func:`measure` -> what it should be at least.
-TARGETS: dict[str, float] = {"collect_ratio": 0.9}
+TARGETS: dict[str, float] = {"collect_ratio": 0.9, "collect_ratio_workers": 0.9}
 
 
 def measure(
-    tasks: Sequence[str] = TASKS, episodes: int = 40, repeats: int = 3, horizon: int = HORIZON, seed: int = 0
+    tasks: Sequence[str] = TASKS,
+    episodes: int = 40,
+    repeats: int = 3,
+    horizon: int = HORIZON,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> dict[str, float]:
-    """Time both, in this process.
+    """Time both, in this process, and then in several at once.
 
     Args:
         tasks: Tasks to collect, one after the other.
@@ -37,11 +44,13 @@ def measure(
         repeats: Timed runs of each.
         horizon: Steps per episode.
         seed: Seed of goals and noise.
+        workers: Processes of the comparison of several; None for one per core, and no such comparison where that is 1.
 
     Returns:
         ``collect_ratio``: our steps per second ÷ those of the bare loop, both with their preparations;
         ``collect_ratio_strict``: the bare loop's preparations left out; ``collect_steps_per_second`` and
-        ``collect_raw_steps_per_second``: with preparations.
+        ``collect_raw_steps_per_second``: with preparations; ``collect_ratio_workers``, ``collect_workers``: the first
+        ratio with so many processes of ours and as many bare loops side by side, the start of ours included.
     """
     from eva_lightning.rl.collection import collect
 
@@ -57,6 +66,9 @@ def measure(
             prepared, ran = _bare_loop(task, episodes, horizon, seed)
             preparing.append(prepared)
             bare.append(prepared + ran)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    several = _several(tasks, episodes, repeats, horizon, seed, workers) if workers > 1 else {}
     steps = episodes * horizon
     pairs = list(zip(ours, bare, preparing, strict=True))
     return {
@@ -64,7 +76,30 @@ def measure(
         "collect_ratio_strict": statistics.median((raw - prepared) / mine for mine, raw, prepared in pairs),
         "collect_steps_per_second": steps / statistics.median(ours),
         "collect_raw_steps_per_second": steps / statistics.median(bare),
+        **several,
     }
+
+
+def _several(
+    tasks: Sequence[str], episodes: int, repeats: int, horizon: int, seed: int, workers: int
+) -> dict[str, float]:
+    from eva_lightning.rl.collection import collect
+
+    tasks = [resolve_task(task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    ratios = []
+    with context.Pool(workers) as pool:
+        warm_up = [(tasks[0], 1, 1, seed)] * workers
+        pool.starmap(_bare_loop, warm_up, chunksize=1)
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                collect(tasks, episodes, Path(folder), seed=seed, horizon=horizon, workers=workers, progress=False)
+                ours = time.perf_counter() - began
+            began = time.perf_counter()
+            pool.starmap(_bare_loop, [(task, episodes, horizon, seed) for task in tasks], chunksize=1)
+            ratios.append((time.perf_counter() - began) / ours)
+    return {"collect_ratio_workers": statistics.median(ratios), "collect_workers": workers}
 
 
 def _bare_loop(task: str, episodes: int, horizon: int, seed: int) -> tuple[float, float]:

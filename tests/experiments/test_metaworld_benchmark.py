@@ -11,12 +11,14 @@ from experiments.metaworld import benchmark, benchmark_collect
 
 
 def test_collecting_is_timed_against_a_bare_loop() -> None:
-    figures = benchmark_collect.measure(tasks=("reach",), episodes=2, repeats=1, horizon=10)
+    figures = benchmark_collect.measure(tasks=("reach",), episodes=2, repeats=1, horizon=10, workers=2)
     assert set(figures) == {
         "collect_ratio",
         "collect_ratio_strict",
         "collect_steps_per_second",
         "collect_raw_steps_per_second",
+        "collect_ratio_workers",
+        "collect_workers",
     }
     assert set(benchmark_collect.TARGETS) <= set(figures)
     assert all(value > 0 for value in figures.values())

