@@ -118,7 +118,7 @@ class DecisionTransformerModule(L.LightningModule):
 
     def embedding_names(self) -> tuple[str, ...]:
         """Names of the embedding layers, which the paper leaves without adapters ("all but the embedding layer")."""
-        names = ("embed_return", "embed_state", "embed_action", "embed_reward", "embed_position")
+        names = ("embed_return", "embed_state", "embed_action", "embed_reward")
         return tuple(f"model.{name}" for name in names)
 
     @staticmethod

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +313,8 @@ class BatchKeys(Sampler[tuple[int, int, int]]):
         batch_size: Samples per batch; the last may have fewer unless `drop_last`.
         drop_last: Leave out a last, smaller batch.
         rank, world_size: This process takes every `world_size`-th batch.
-        resume: Epoch and number of its batches that are done.
+        done: Asked at the start of an epoch: how many batches this process has had, over all epochs. It goes on from
+            there; without, it gives the whole epoch that was set.
     """
 
     def __init__(
@@ -323,14 +324,14 @@ class BatchKeys(Sampler[tuple[int, int, int]]):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        resume: tuple[int, int] = (0, 0),
+        done: Callable[[], int] | None = None,
     ) -> None:
         self.n_samples, self.batch_size = n_samples, batch_size
         self.rank, self.world_size = rank, world_size
-        self.resume = resume
-        self.epoch = 0
         total = n_samples // batch_size if drop_last else -(-n_samples // batch_size)
         self.n_batches = (total - rank + world_size - 1) // world_size if not drop_last else total // world_size
+        self.done = done
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -341,10 +342,22 @@ class BatchKeys(Sampler[tuple[int, int, int]]):
         return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        begin = self.resume[1] if self.epoch == self.resume[0] else 0
+        # not by Lightning's number of the epoch: it counts one that was left in the middle as a whole one
+        epoch, begin = (self.epoch, 0) if self.done is None else divmod(self.done(), self.n_batches)
         for batch in range(begin, self.n_batches):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield self.epoch, first, min(self.batch_size, self.n_samples - first)
+            yield epoch, first, min(self.batch_size, self.n_samples - first)
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """Tells Lightning that it can go on in the middle of an epoch: its keys know where (:class:`BatchKeys`)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer's progress says it all."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
 
 
 class TrajectoryDataModule(L.LightningDataModule):
@@ -419,7 +432,6 @@ class TrajectoryDataModule(L.LightningDataModule):
         self.store = TrajectoryStore.build(self.folder, self.tasks, cache_dir, dtype, drop_previous_frame)
         self._train, self._val = self._split(episodes, val_episodes)
         self.samples_per_epoch = samples_per_epoch
-        self._resume = (0, 0)
 
     def _split(self, episodes: int | None, held_out: int) -> tuple[Ints, Ints]:
         train, val = [], []
@@ -465,7 +477,8 @@ class TrajectoryDataModule(L.LightningDataModule):
         dataset = WindowDataset(self.store, self._train, self.context, self.seed, self.target)
         samples = len(dataset) if self.samples_per_epoch is None else self.samples_per_epoch
         # an epoch of less than a batch would have none
-        keys = BatchKeys(max(samples, self.batch_size), self.batch_size, True, *self._place(), self._resume)
+        done = None if self.trainer is None else self._done
+        keys = BatchKeys(max(samples, self.batch_size), self.batch_size, True, *self._place(), done)
         return self._loader(dataset, keys)
 
     def val_dataloader(self) -> Any:
@@ -478,8 +491,13 @@ class TrajectoryDataModule(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def _done(self) -> int:
+        """Batches the trainer has had; restored with its checkpoint."""
+        assert self.trainer is not None
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
     def _loader(self, dataset: WindowDataset, keys: BatchKeys) -> DataLoader[Batch]:
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=None,
             sampler=keys,
@@ -490,18 +508,6 @@ class TrajectoryDataModule(L.LightningDataModule):
             # an own generator: otherwise every pass over the loader would advance the global random state
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far the training data was read: by the batches trained on, not by those fetched ahead."""
-        if self.trainer is None:
-            return {}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return {"epoch": self.trainer.current_epoch, "batches": progress.current.ready, "seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        if state_dict:
-            self._resume = (state_dict["epoch"], state_dict["batches"])
 
 
 def _as_fetched(batch: Any) -> Batch:

@@ -20,8 +20,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 class StepHistory(L.Callback):
     """Collect losses and speed at each validation, and keep ``metrics.csv`` up to date.
 
-    Rows travel in checkpoints, so a resumed run continues its history. Time spent in validation and rollouts does not
-    count as training.
+    Rows travel in checkpoints and in the file, so a resumed run continues its history. Time spent in validation and
+    rollouts does not count as training.
 
     Args:
         file: CSV file to write.
@@ -63,7 +63,10 @@ class StepHistory(L.Callback):
         self.flops *= trainer.world_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; take up rows of an interrupted run that its checkpoint was too early for."""
+        known = {row["step"] for row in self.rows}
+        self.rows += [row for row in self._read() if row["step"] <= trainer.global_step and row["step"] not in known]
+        self.rows.sort(key=lambda row: row["step"])
         self._since = time.perf_counter()
         self._row_start = (self._timed_steps, self.seconds)
 
@@ -121,6 +124,13 @@ class StepHistory(L.Callback):
         logger.info("update %d of %s: %s", row["step"], trainer.max_steps, text)
         if trainer.is_global_zero:
             self._write()
+
+    def _read(self) -> list[dict[str, float]]:
+        if not self.file.is_file():
+            return []
+        with self.file.open(newline="", encoding="utf-8") as handle:
+            found = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(handle)]
+        return [{**row, "step": int(row["step"])} for row in found]
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
