@@ -60,6 +60,7 @@ def test_is_reproducible_and_leaves_no_trace() -> None:
     assert not np.array_equal(first.returns, other.returns)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same() -> None:
     module = build()
     one = evaluate(module, "push-v3", episodes=3, environments=1, **QUICK)
