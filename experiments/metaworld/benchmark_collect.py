@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +87,22 @@ def _several(
     from eva_lightning.rl.collection import collect
 
     tasks = [resolve_task(task) for task in tasks]
-    context = multiprocessing.get_context("spawn")
     ratios = []
-    with context.Pool(workers) as pool:
-        warm_up = [(tasks[0], 1, 1, seed)] * workers
-        pool.starmap(_bare_loop, warm_up, chunksize=1)
+    # unlike multiprocessing.Pool, it gives up where its processes cannot start
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+
+        def bare(jobs: Sequence[str], of_each: int, steps: int) -> None:
+            for future in [pool.submit(_bare_loop, task, of_each, steps, seed) for task in jobs]:
+                future.result()
+
+        bare([tasks[0]] * workers, 1, 1)  # processes and imports
         for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
                 collect(tasks, episodes, Path(folder), seed=seed, horizon=horizon, workers=workers, progress=False)
                 ours = time.perf_counter() - began
             began = time.perf_counter()
-            pool.starmap(_bare_loop, [(task, episodes, horizon, seed) for task in tasks], chunksize=1)
+            bare(tasks, episodes, horizon)
             ratios.append((time.perf_counter() - began) / ours)
     return {"collect_ratio_workers": statistics.median(ratios), "collect_workers": workers}
 
