@@ -55,7 +55,7 @@ def test_without_drawing_it_goes_on_without_video(
 def test_adapters_alone_need_the_weights_they_were_trained_on(checkpoint: Path, tmp_path: Path) -> None:
     import lightning as L
 
-    from tests.rl.test_rollout_callback import windows
+    from tests.rl_helpers import windows
 
     module = DecisionTransformerModule.from_pretrained(checkpoint)
     callbacks = apply_method("lora", module, AdapterOptions(rank=2, bias="none"), head=module.head_name)

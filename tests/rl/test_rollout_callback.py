@@ -8,30 +8,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from eva_lightning.rl import rollout_callback
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.rollout_callback import RolloutCallback, log_video
 from tests.modules import trainer
+from tests.rl_helpers import windows
 
 TARGETS = {"push-v3": 1500.0, "reach-v3": 1800.0}
-
-
-def windows(n: int = 8) -> list[dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(0)
-    return [
-        {
-            "states": torch.randn(4, 39, generator=g),
-            "actions": torch.rand(4, 4, generator=g),
-            "rewards": torch.rand(4, generator=g),
-            "returns_to_go": torch.rand(4, generator=g),
-            "timesteps": torch.arange(4),
-            "mask": torch.ones(4, dtype=torch.bool),
-        }
-        for _ in range(n)
-    ]
 
 
 def fit(callbacks: list[L.Callback], **kwargs: Any) -> tuple[DecisionTransformerModule, L.Trainer]:

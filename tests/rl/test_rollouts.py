@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from eva_lightning.methods import AdapterOptions, apply_method
 from eva_lightning.rl import rollouts
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rollouts import RolloutResult, evaluate
+from tests.modules import trainer
+from tests.rl_helpers import windows
 
 QUICK: dict[str, Any] = {"target_return": 1000.0, "horizon": 12}
 
@@ -67,6 +73,20 @@ def test_worker_processes_give_the_same() -> None:
     two = evaluate(module, "push-v3", episodes=3, environments=1, workers=2, **QUICK)
     np.testing.assert_allclose(one.returns, two.returns, rtol=1e-5)
     assert two.steps == one.steps
+
+
+def test_a_trained_module_with_adapters_can_go_to_workers() -> None:
+    module = build()
+    callbacks = apply_method(
+        "eva", module, AdapterOptions(rank=2, bias="none"), head=module.head_name, mask_fn=module.mask_fn
+    )
+    run = trainer(*callbacks, max_steps=2, max_epochs=-1)
+    run.fit(module, DataLoader(windows(), 4))  # type: ignore[arg-type]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(rollouts._without_trainer(module))))
+    assert module.trainer is run
+    batch = next(iter(DataLoader(windows(), 4)))  # type: ignore[arg-type,var-annotated]
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(batch), module.eval()(batch))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
