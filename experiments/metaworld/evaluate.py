@@ -134,6 +134,7 @@ def main(args: Sequence[str] | None = None) -> list[RolloutResult]:
     settings = parse(args)
     tasks = None if settings.task is None else parse_tasks(settings.task)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels that nothing here needs
 
     from eva_lightning.rl.rendering import no_video_reason, rendering_backend
     from eva_lightning.rl.rollouts import evaluate
@@ -183,9 +184,9 @@ def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="success: share of the episodes solved at any step (± standard error over episodes)")
-    table.add_column("task")
-    for name in ("success", "at the last step", "return", "target return", "episodes", "steps/s"):
+    table = Table(title="success: share of episodes solved at any step, ± standard error")
+    table.add_column("task", no_wrap=True)
+    for name in ("success", "last step", "return", "target", "episodes"):
         table.add_column(name, justify="right")
     for result in results:
         table.add_row(
@@ -195,14 +196,16 @@ def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> N
             f"{result.mean_return:.0f} ± {result.return_stderr:.0f}",
             f"{targets[result.task]:.0f}",
             str(len(result)),
-            f"{result.steps / result.seconds:.0f}",
         )
     if len(results) > 1:
         n = len(results)
         success, final = (sum(r.success_rate for r in results) / n, sum(r.final_success_rate for r in results) / n)
         table.add_section()
-        table.add_row("mean of the tasks", f"{success:.2f}", f"{final:.2f}", "", "", "", "")
-    Console().print(table)
+        table.add_row("mean of the tasks", f"{success:.2f}", f"{final:.2f}", "", "", "")
+    console = Console()
+    console.print(table)
+    steps, seconds = sum(result.steps for result in results), sum(result.seconds for result in results)
+    console.print(f"{steps:,} steps in {seconds:.1f} s", highlight=False)
 
 
 def command_line(args: Sequence[str] | None = None) -> int:

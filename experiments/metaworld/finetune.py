@@ -154,6 +154,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
         ValueError: A setting, the checkpoint or the data is wrong, or a folder holds a run of other settings.
     """
     settings = parse(args)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels that nothing here needs
     results = []
     for task in parse_tasks(settings.task):
         for seed in range(settings.first_seed, settings.first_seed + settings.seeds):

@@ -84,7 +84,7 @@ def test_a_trained_module_with_adapters_can_go_to_workers() -> None:
     run.fit(module, DataLoader(windows(), 4))  # type: ignore[arg-type]
     twin = pickle.loads(pickle.dumps(copy.deepcopy(rollouts._without_trainer(module))))
     assert module.trainer is run
-    batch = next(iter(DataLoader(windows(), 4)))  # type: ignore[arg-type,var-annotated]
+    batch = next(iter(DataLoader(windows(), 4)))  # type: ignore[arg-type]
     with torch.no_grad():
         assert torch.equal(twin.eval()(batch), module.eval()(batch))
 
