@@ -130,7 +130,7 @@ def paper_rows(table: int) -> list[Row]:
 
 
 def read_runs(folder: str | Path) -> list[dict[str, Any]]:
-    """The metrics of every finished ``finetune`` run below `folder`, in order of their paths.
+    """The metrics of every finished ``finetune`` run below `folder` that was rolled out, in order of their paths.
 
     Raises:
         FileNotFoundError: There is none.
@@ -144,6 +144,8 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
         if not isinstance(metrics, dict) or metrics.get("experiment") != EXPERIMENT:
+            continue
+        if metrics.get("success_rate") is None:  # finetune --eval-episodes 0
             continue
         key = (*_group(metrics), metrics["task"], metrics["seed"])
         if key in paths:
@@ -207,7 +209,8 @@ def as_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     notes = [measure, sources]
     if len(tasks) < len(COLUMNS):
         names = ", ".join(_short(task) for task in tasks)
-        notes.append(f"*Same tasks* is the mean over the {len(tasks)} tasks run here by every method: {names}.")
+        count = f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+        notes.append(f"*Same tasks* is the mean over the {count} run here by every method: {names}.")
     parts = ["# Fine-tuning on CW10: the paper's numbers beside ours", *notes]
     parts.append("## Layout of Table 23: one line per method")
     parts.append("Ours: the rank of the lowest validation loss after the last update.")

@@ -79,6 +79,7 @@ def test_command_writes_markdown_csv_and_plot(tmp_path: Path, capsys: pytest.Cap
         write_run(runs, task=task)
         write_run(runs, task=task, method="fft", rank=None, rho=None, success_rate=0.75)
         write_run(runs, task=task, method="scratch", rank=None, rho=None, success_rate=0.0)
+    write_run(runs, seed=1, success_rate=None)  # not rolled out
     (runs / "other").mkdir()
     (runs / "other" / "metrics.json").write_text('{"accuracy": 1}')
     text = table.main(["--runs", str(runs), "--out", str(tmp_path / "out")])
