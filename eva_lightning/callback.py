@@ -30,6 +30,7 @@ from eva_lightning.isolation import snapshot_rng
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import StreamingOptions, compute_eva_state
 from eva_lightning.summary import print_summary, streaming_progress
+from eva_lightning.token_choice import TokensPerSample
 from eva_lightning.validation import check_options
 
 # WeightAveraging came with Lightning 2.5.3
@@ -75,7 +76,8 @@ class EVAInitCallback(pl.Callback):
         tau: convergence threshold in (0, 1].
         delta: share of the layers that must have converged, in (0, 1].
         max_batches: most minibatches to stream.
-        tokens_per_sample: tokens to use per sample; ``None`` uses all.
+        tokens_per_sample: tokens to use per sample, other ones in every minibatch; ``None``: all; "auto": at least 32
+            (:func:`eva_lightning.token_choice.automatic`).
         engine: "exact" (covariance), "incremental" (the paper's Algorithm 2), "sketch" (randomized range finder, for
             very wide layers) or "auto": exact, and the sketch for layers that are much wider than the others or would
             not fit ``memory_budget`` (:func:`eva_lightning.svd.choose_engines`).
@@ -116,7 +118,7 @@ class EVAInitCallback(pl.Callback):
         tau: float = 0.99,
         delta: float = 1.0,
         max_batches: int = 64,
-        tokens_per_sample: int | None = None,
+        tokens_per_sample: TokensPerSample = "auto",
         engine: str = "auto",
         stopping: str = "auto",
         metric: str = "ratio",

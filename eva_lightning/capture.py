@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from eva_lightning.svd import StreamingSVD
-from eva_lightning.tokens import LayerInputs
+from eva_lightning.token_choice import TokenChoice
+from eva_lightning.tokens import LayerInputs, Tokens
 
 
 class SharingChanged(Exception):
@@ -24,13 +26,45 @@ class SharingChanged(Exception):
 
 @dataclass
 class _Seen:
-    """The most recent distinct input of the forward pass under way. Holding the tensor keeps its address unique."""
+    """The most recent distinct input of the forward pass under way.
+
+    It is not kept alive: holding on to a large activation for longer than the model does makes the allocator ask the
+    system for fresh pages in every layer (7% of a ViT-tiny's forward on a CPU). The weak reference keeps the address
+    from being mistaken for that of a later tensor.
+    """
 
     layer: str
     call: int
-    tensor: Tensor
-    version: int
     inputs: LayerInputs
+    storage: StorageWeakRef
+    place: tuple[Any, ...]
+    version: int
+    tokens: Tensor | None
+    tokens_version: int
+
+    @classmethod
+    def of(cls, layer: str, call: int, inputs: LayerInputs, x: Tensor, tokens: Tensor | None) -> _Seen:
+        storage = StorageWeakRef(x.untyped_storage())
+        return cls(
+            layer, call, inputs, storage, _place(x), x._version, tokens, 0 if tokens is None else tokens._version
+        )
+
+    def is_same_memory(self, x: Tensor) -> bool:
+        return not self.storage.expired() and self.place == _place(x) and self.version == x._version
+
+    def has_same_tokens(self, tokens: Tensor) -> bool:
+        """Modules that copy their input per branch (autocast, ``.contiguous()``) share values, not memory."""
+        mine = self.tokens
+        if mine is None or mine._version != self.tokens_version or mine.data_ptr() == tokens.data_ptr():
+            return False
+        if mine.shape != tokens.shape or mine.dtype != tokens.dtype or mine.device != tokens.device:
+            return False
+        step = max(1, len(mine) // 4)
+        return torch.equal(mine[::step, ..., :4], tokens[::step, ..., :4]) and torch.equal(mine, tokens)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
 
 
 @dataclass
@@ -44,15 +78,13 @@ class InputCapture:
     Attributes:
         layers: canonical name -> the inputs to watch.
         engines: canonical name -> engine; those of sharing layers stay empty until they stop sharing.
-        tokens_per_sample: how many tokens of each sample to use, other ones in every minibatch; ``None`` for all.
-        seed: seeds the order in which they are used.
+        choice: which tokens to use.
         never_share: layers to decompose on their own.
     """
 
     layers: Mapping[str, LayerInputs]
     engines: dict[str, StreamingSVD]
-    tokens_per_sample: int | None = None
-    seed: int = 0
+    choice: TokenChoice = field(default_factory=TokenChoice)
     never_share: set[str] = field(default_factory=set)
     mask: Tensor | None = None
     owner: dict[str, str] = field(default_factory=dict)
@@ -60,7 +92,6 @@ class InputCapture:
     _calls: dict[str, int] = field(default_factory=dict)
     _last: _Seen | None = None
     _started: set[str] = field(default_factory=set)
-    _chosen: dict[int, Tensor] = field(default_factory=dict)
     _broken: set[str] = field(default_factory=set)
 
     @contextmanager
@@ -81,12 +112,15 @@ class InputCapture:
         self.n_batches += 1
         self.mask = mask
         self._calls.clear()
-        self._chosen.clear()
+        self.choice.begin()
         self._last = None
 
     def end(self) -> None:
         """Finish a minibatch: layers that shared must have run as often as their owner."""
         self._last = None
+        for name, engine in self.engines.items():
+            with self._located(name):
+                engine.verify()
         uneven = {n for n, owner in self.owner.items() if self._calls.get(n, 0) != self._calls.get(owner, 0)}
         if uneven | self._broken:
             raise SharingChanged(uneven | self._broken)
@@ -103,7 +137,14 @@ class InputCapture:
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
         last = self._last
-        shared = last is not None and last.layer != name and last.call == call and _same_input(last, inputs, x)
+        if last is not None and (last.layer == name or last.call != call or last.inputs.kind != inputs.kind):
+            last = None
+        shared = last is not None and last.is_same_memory(x)
+        pieces: Iterable[Tokens] = inputs.tokens(x, mask, self.choice)
+        if inputs.in_one_piece and not shared:
+            pieces = list(pieces)
+            # equal in the tokens that count is enough: where others differ, another minibatch will show it
+            shared = last is not None and last.has_same_tokens(pieces[0][0])
         owner = self.owner.get(name)
         if owner is not None:
             if shared and last is not None and last.layer == owner:
@@ -114,11 +155,16 @@ class InputCapture:
             self.owner[name] = last.layer
             return
         if not shared:
-            self._last = _Seen(name, call, x, x._version, inputs)
+            tokens = pieces[0][0] if isinstance(pieces, list) else None
+            self._last = _Seen.of(name, call, inputs, x, tokens)
+        with self._located(name), _full_precision(x.device):
+            for piece in pieces:
+                self.engines[name].update(*piece)
+
+    @contextmanager
+    def _located(self, name: str) -> Iterator[None]:
         try:
-            with _full_precision(x.device):
-                for tokens in inputs.tokens(x, mask, self._choose):
-                    self.engines[name].update(*tokens)
+            yield
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"layer {name!r}: input of minibatch {self.n_batches} has NaN or infinite values ({error}); check the "
@@ -139,18 +185,6 @@ class InputCapture:
         del self.owner[name]
         return True
 
-    def _choose(self, tokens: int) -> Tensor | None:
-        n = self.tokens_per_sample
-        if n is None or tokens <= n:
-            return None
-        # going round one permutation shows every position equally often: where position embeddings dominate, as in the
-        # first block of a vision transformer, fresh draws would weigh them by chance
-        if tokens not in self._chosen:
-            order = torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed))
-            window = torch.arange(n * (self.n_batches - 1), n * self.n_batches) % tokens
-            self._chosen[tokens] = order[window].sort().values
-        return self._chosen[tokens]
-
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
@@ -162,16 +196,3 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-def _same_input(last: _Seen, inputs: LayerInputs, x: Tensor) -> bool:
-    held = last.tensor
-    if last.inputs.kind != inputs.kind:
-        return False
-    if held.shape != x.shape or held.dtype != x.dtype or held.device != x.device:
-        return False
-    if held.data_ptr() == x.data_ptr() and held.stride() == x.stride():
-        return x._version == last.version
-    # modules that copy their input per branch (autocast, .contiguous()) share values, not storage
-    step = max(1, x.shape[0] // 4)
-    return torch.equal(held[::step, ..., :4], x[::step, ..., :4]) and torch.equal(held, x)

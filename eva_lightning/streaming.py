@@ -18,6 +18,7 @@ from eva_lightning.isolation import observing
 from eva_lightning.state import EVAState
 from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine, solve
 from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
+from eva_lightning.token_choice import TokenChoice, TokensPerSample
 from eva_lightning.tokens import LayerInputs, inputs_of
 
 
@@ -38,7 +39,7 @@ class StreamingOptions:
     tau: float = 0.99
     delta: float = 1.0
     max_batches: int = 64
-    tokens_per_sample: int | None = None
+    tokens_per_sample: TokensPerSample = "auto"
     engine: str = "auto"
     stopping: str = "auto"
     seed: int = 0
@@ -107,7 +108,7 @@ def _stream(
     started: float,
 ) -> EVAState:
     engines, kinds = _make_engines(layers, options, minor)
-    capture = InputCapture(layers, engines, options.tokens_per_sample, options.seed, never_share)
+    capture = InputCapture(layers, engines, TokenChoice(options.tokens_per_sample, options.seed), never_share)
     stopping = _stopping_rule(options, kinds)
     converged: dict[str, bool] = {}
     iterator, n, exhausted = iter(batches), 0, False

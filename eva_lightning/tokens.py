@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva_lightning.token_choice import TokenChoice
+
 Tokens = tuple[Tensor, "Tensor | None"]
-Choose = Callable[[int], "Tensor | None"]
-"""From the number of tokens in a sample to the indices of those to use, or ``None`` for all."""
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,9 +27,11 @@ class LayerInputs:
         module: the module whose calls show the inputs.
         width: length of a token.
         kind: layers share a decomposition only if this is equal too, not just the tensor.
+        in_one_piece: :meth:`tokens` gives a single piece.
     """
 
     kind: Hashable = "linear"
+    in_one_piece = True
 
     def __init__(self, module: nn.Module, width: int | None = None) -> None:
         self.module = module
@@ -39,14 +41,19 @@ class LayerInputs:
         """The tensor the layer ``name`` works on in this call, batch first, and the mask for it."""
         return layer_input(name, args, kwargs), mask
 
-    def tokens(self, x: Tensor, mask: Tensor | None, choose: Choose) -> Iterator[Tokens]:
+    def tokens(self, x: Tensor, mask: Tensor | None, choice: TokenChoice) -> Iterator[Tokens]:
         """Pieces of shape (..., width), each with its mask of shape (...) or ``None``."""
         mask = fit_mask(mask, x.shape[:-1], x.device)
         if x.dim() >= 3:
-            index = choose(math.prod(x.shape[1:-1]))
-            if index is not None:
-                x = x.flatten(1, -2).index_select(1, index.to(x.device))
-                mask = None if mask is None else mask.flatten(1).index_select(1, index.to(x.device))
+            samples, tokens = len(x), math.prod(x.shape[1:-1])
+            if mask is not None:
+                # of the tokens that count: fixed positions might all be padding
+                counted = mask.flatten().nonzero().squeeze(1)
+                index = choice.rows(len(counted), tokens, samples, x.device)
+                x, mask = x.flatten(0, -2)[counted if index is None else counted[index]], None
+            else:
+                index = choice.positions(tokens, samples, x.device)
+                x = x if index is None else x.flatten(1, -2).index_select(1, index)
         yield x, mask
 
 
@@ -56,13 +63,15 @@ class PatchInputs(LayerInputs):
     Patches are cut with the geometry of ``filters`` (LoRA's A, itself a convolution) from a zero-padded input.
     """
 
+    in_one_piece = False
+
     def __init__(self, module: nn.Module, filters: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(module, math.prod(filters.weight.shape[1:]))
         self.kernel, self.stride = filters.kernel_size, filters.stride
         self.padding = _padding(filters)
         self.kind = ("patches", self.kernel, self.stride, self.padding)
 
-    def tokens(self, x: Tensor, mask: Tensor | None, choose: Choose) -> Iterator[Tokens]:
+    def tokens(self, x: Tensor, mask: Tensor | None, choice: TokenChoice) -> Iterator[Tokens]:
         d = len(self.kernel)
         x = x.unsqueeze(0) if x.dim() == d + 1 else x
         patches = F.pad(x, self.padding)
@@ -71,16 +80,16 @@ class PatchInputs(LayerInputs):
         patches = patches.movedim(1, 1 + d)  # a view (N, *positions, C, *kernel): nothing is copied yet
         positions = patches.shape[1 : 1 + d]
         mask = fit_mask(mask, patches.shape[: 1 + d], x.device)
-        index = choose(math.prod(positions))
+        index = choice.positions(math.prod(positions), len(patches), x.device)
         count = math.prod(positions) if index is None else len(index)
         step = max(1, _PIECE // max(1, count * self.width))
-        where: Any = None if index is None else (slice(None), *torch.unravel_index(index.to(x.device), positions))
+        where: Any = None if index is None else (slice(None), *torch.unravel_index(index, positions))
         for start in range(0, len(patches), step):
             piece = patches[start : start + step]
             kept = None if mask is None else mask[start : start + step].flatten(1)
             if where is not None:
                 piece = piece[where]
-                kept = kept if kept is None or index is None else kept.index_select(1, index.to(x.device))
+                kept = kept if kept is None or index is None else kept.index_select(1, index)
             yield piece.reshape(len(piece), count, self.width), kept
 
 

@@ -27,7 +27,7 @@ def check_options(**options: Any) -> None:
     _number("delta", o["delta"], "in (0, 1]", lambda v: 0 < v <= 1)
     _integer("max_batches", o["max_batches"], 1)
     _integer("memory_budget", o["memory_budget"], 1)
-    if o["tokens_per_sample"] is not None:
+    if o["tokens_per_sample"] not in (None, "auto"):
         _integer("tokens_per_sample", o["tokens_per_sample"], 1)
     _choice("engine", o["engine"], ENGINES)
     _choice("stopping", o["stopping"], STOPPING)

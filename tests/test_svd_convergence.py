@@ -22,18 +22,42 @@ from eva_lightning.svd.convergence import smallest_cosine
 
 
 def test_doubling_rule_compares_with_half_the_minibatches() -> None:
-    x = decaying(1600, 64)
+    x = decaying(3200, 64)
     rule, engine = DoublingRule(0.99), ExactSVD(64, 8)
     for t, batch in enumerate(x.split(100), 1):
         engine.update(batch)
-        assert rule.due(t) == (t in (2, 4, 8, 16))
         if rule.due(t):
             rule.check(t, {"layer": engine})
-    assert [t for t, _ in rule.history["layer"]] == [4, 8, 16]
+    looks = [t for t, _ in rule.history["layer"]]
+    assert [t for t in looks if t & (t - 1) == 0] == [4, 8, 16, 32]
+    assert set(looks) & {6, 12, 24}
     for t, value in rule.history["layer"]:
-        half = ExactSVD(64, 8)
-        half.update(x[: t * 50])
-        assert value == pytest.approx(captured_variance(x[: t * 100], half.result().components), abs=1e-5)
+        noted = 1 << ((t - 1).bit_length() - 1)
+        early = ExactSVD(64, 8)
+        early.update(x[: noted * 100])
+        missed = 1 - captured_variance(x[: t * 100], early.result().components)
+        assert value == pytest.approx(1 - missed * noted / (t - noted), abs=1e-4)
+
+
+def test_doubling_rule_looks_half_way_where_the_last_layer_should_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missed(s: int, t: int) -> float:
+        return 0.24 * (1 / s - 1 / t)  # a shuffled stream: 1 - q(t) = 0.24 / t reaches 0.01 at t = 24
+
+    script: list[dict[str, float]] = [{}]
+    monkeypatch.setattr(
+        convergence, "solve", lambda *_, **__: Solution({"x": SimpleNamespace(components=None)}, script[-1])
+    )
+    rule = DoublingRule(0.99)
+    looks, converged = [], False
+    for t in range(2, 65):
+        if converged or not rule.due(t):
+            continue
+        if looks:
+            script.append({"x": 1 - missed(1 << ((t - 1).bit_length() - 1), t)})
+        converged = rule.check(t, {})["x"]
+        looks.append(t)
+    assert looks == [2, 4, 8, 16, 24]
+    assert rule.history["x"][-1] == (24, pytest.approx(0.99))
 
 
 def test_doubling_rule_wants_two_quiet_doublings_and_enough_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,5 +152,9 @@ def test_wide_layers(dim: int) -> None:
     assert captured >= 0.995
     assert float(shortfall.median()) <= 0.03
     assert result.total_variance == pytest.approx(float(gram.trace()), rel=1e-5)
-    held = sum(t.nbytes for t in (engine._factor.scaled, engine._factor.mean, result.components) if t is not None)
-    assert held <= engine.state_bytes <= 4 * dim * (5 * k + 4)
+    factor, block = engine._factor, engine._block
+    assert factor is not None
+    assert block is not None
+    tensors = (factor.scaled, factor.mean, block.basis, block.product, block.row_sum, result.components)
+    held = sum(t.nbytes for t in tensors)
+    assert held <= engine.state_bytes <= 4 * dim * (8 * k + 5)

@@ -68,7 +68,7 @@ def fit(net: nn.Module, x: Tensor, kind: type[Net] = Net, **options: Any) -> tup
     labels = torch.arange(len(x)) % 3
     module = kind(net, x[:4])
     before = module.probe()
-    callback = EVAInitCallback(rho=2, r=2, tau=1.0, verbose=False, **options)
+    callback = EVAInitCallback(rho=2, r=2, tau=1.0, tokens_per_sample=None, verbose=False, **options)
     trainer(callback, max_epochs=2).fit(module, DataLoader(TensorDataset(x, labels), batch_size=16))
     assert torch.equal(module.start, before)
     return module.eval(), callback

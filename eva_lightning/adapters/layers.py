@@ -175,17 +175,16 @@ def disabled(layers: Iterable[AdapterLayer]) -> Iterator[None]:
 def restored_on_failure(module: nn.Module) -> Iterator[None]:
     """Undo every change made to the LoRA layers of ``module`` if the body raises, Ctrl-C included."""
     parents = [(m, dict(m._modules)) for m in module.modules()]
+    adapters = find_adapters(module).values()
     layers = [
         (
             {name: dict(getattr(x.module, name)) for name in ("r", "lora_alpha", "scaling", "lora_variant")},
             x.module,
         )
-        for x in find_adapters(module).values()
+        for x in adapters
     ]
-    configs = [
-        (c, copy.copy(vars(c))) for c in {id(x.config): x.config for x in find_adapters(module).values()}.values()
-    ]
-    parameters = [(p, p.data.clone()) for x in find_adapters(module).values() for p in (x.a, x.b)]
+    configs = [(c, copy.copy(vars(c))) for c in {id(x.config): x.config for x in adapters}.values()]
+    parameters = [(p, p.data.clone()) for x in adapters for p in (x.a, x.b)]
     try:
         yield
     except BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -36,16 +36,20 @@ class DoublingRule:
     """Converged when what was found after half the minibatches still captures all the variance.
 
     At t = 2, 4, 8, ... minibatches the value of a layer is ``q(t) = tr(V C V^T) / sum_{j<=k} lambda_j(C)`` with V the
-    components at t/2 and C the covariance at t. Unlike the change per update, which shrinks like 1/t whatever the data,
-    this compares two estimates that differ in half their data, and is about the share of the variance of unseen data
-    that the components at t capture: V is fitted to one half of C and held out from the other.
+    components at s = t/2 and C the covariance at t. Unlike the change per update, which shrinks like 1/t whatever the
+    data, this compares two estimates that differ in half their data, and is about the share of the variance of unseen
+    data that the components at t capture: V is fitted to one half of C and held out from the other.
 
-    A layer has converged if ``q(t) >= tau`` and ``q(t/2) >= 1 - 3 (1 - tau)``, not before `min_batches`. On a shuffled
-    stream ``1 - q`` halves with every doubling, so that the second condition costs nothing. On one sorted by class it
-    asks for two quiet doublings in a row, so that a class that fills the last ones cannot stand for all. (Comparing
-    with the second half of the minibatches alone would not be sharper: by Ky Fan's inequality its ratio is at most
-    ``(q D - a) / (D - a)``, with D and a the optima at t and t/2, which is 2 q - 1 while D = 2 a.) Nothing in a stream
-    tells of classes that come after it, though: where one class fills more than `min_batches`, shuffle.
+    On a shuffled stream ``1 - q`` falls like 1/t. Where that promises the last layer's convergence half-way to the next
+    doubling, layers are looked at there too, with V of the last power of two s. What V misses grows like
+    ``1/s - 1/t``, so ``1 - q`` is scaled by ``s / (t - s)`` to what V of t/2 would have missed.
+
+    A layer has converged if ``q(t) >= tau`` and the value before was ``>= 1 - 3 (1 - tau)``, not before `min_batches`.
+    On a shuffled stream the second condition costs nothing. On one sorted by class it asks for two quiet looks in a
+    row, so that a class that fills the last minibatches cannot stand for all. (Comparing with the second half of the
+    minibatches alone would not be sharper: by Ky Fan's inequality its ratio is at most ``(q D - a) / (D - a)``, with D
+    and a the optima at t and t/2, which is 2 q - 1 while D = 2 a.) Nothing in a stream tells of classes that come after
+    it, though: where one class fills more than `min_batches`, shuffle.
 
     Args:
         tau: Threshold in (0, 1].
@@ -60,10 +64,14 @@ class DoublingRule:
         self.min_batches = min_batches
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._previous: dict[str, Tensor] = {}
+        self._noted_at = 0
+        self._expected_at = 0
 
     def due(self, n_batches: int) -> bool:
-        """True at the powers of two from a quarter of `min_batches` on, where the first components are noted."""
-        return n_batches >= max(self.min_batches // 4, 1) and n_batches & (n_batches - 1) == 0
+        """True at the powers of two from a quarter of `min_batches` on, where the components are noted, and half-way
+        between them where the last layer should have converged."""
+        doubled = n_batches >= max(self.min_batches // 4, 1) and n_batches & (n_batches - 1) == 0
+        return doubled or n_batches == self._expected_at
 
     def check(self, n_batches: int, engines: Mapping[str, StreamingSVD], across_ranks: bool = False) -> dict[str, bool]:
         """Per layer with tokens: converged. One seen for the first or second time has not.
@@ -72,10 +80,19 @@ class DoublingRule:
         """
         tolerance = max((1 - self.tau) / 10, CAPTURED_TOLERANCE)
         solution = solve(engines, self._previous, tolerance=tolerance, across_ranks=across_ranks)
-        for layer, value in solution.captured.items():
-            self.history.setdefault(layer, []).append((n_batches, value))
-        self._previous |= {layer: result.components for layer, result in solution.results.items()}
+        scale = self._noted_at / (n_batches - self._noted_at)
+        for layer, captured in solution.captured.items():
+            self.history.setdefault(layer, []).append((n_batches, 1 - scale * (1 - captured)))
+        if n_batches & (n_batches - 1) == 0:
+            self._previous |= {layer: result.components for layer, result in solution.results.items()}
+            self._noted_at = n_batches
+            self._expect(n_batches, solution.captured)
         return {layer: n_batches >= self.min_batches and self._quiet(layer) for layer in solution.results}
+
+    def _expect(self, n_batches: int, layers: Iterable[str]) -> None:
+        """Note whether ``1 - q`` of the last layer should be down to ``1 - tau`` half-way to the next doubling."""
+        worst = min((self.history[layer][-1][1] for layer in layers), default=0.0)
+        self._expected_at = n_batches * 3 // 2 if 1 - worst <= 1.5 * (1 - self.tau) else 0
 
     def _quiet(self, layer: str) -> bool:
         last = [value for _, value in self.history.get(layer, [])[-2:]]

@@ -74,6 +74,7 @@ class ExactSVD:
         self._mirrored = True
         self._warm: dict[bool, tuple[int, Tensor]] = {}  # across ranks or not -> tokens and basis of the previous solve
         self._result: SVDResult | None = None
+        self._unverified: Tensor | None = None
 
     @staticmethod
     def estimate_bytes(dim: int, k: int) -> int:
@@ -101,7 +102,8 @@ class ExactSVD:
             mask: True where a token counts, shape ``x.shape[:-1]``.
 
         Raises:
-            FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was.
+            FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was. On a GPU
+                :meth:`verify` raises it.
             TypeError: `x` is not floating point, or `mask` is.
             ValueError: Shapes that do not fit.
         """
@@ -115,13 +117,23 @@ class ExactSVD:
             tokens = tokens.to(self._device)
         shift = token_mean(tokens).float() if self._shift is None else self._shift
         centred = (tokens - shift).float()
-        require_finite(float(squared_norm(centred)))
+        squares = squared_norm(centred)
+        if squares.device.type == "cpu":
+            require_finite(float(squares))
+        else:
+            self._unverified = squares if self._unverified is None else self._unverified + squares
         state, row_sum = self._allocate(shift)
         _accumulate(state, centred)
         row_sum += centred.sum(dim=0)
         self.n_samples += tokens.shape[0]
         self._mirrored = False
         self._result = None
+
+    def verify(self) -> None:
+        """Raise FloatingPointError if earlier updates on a GPU met NaN or Inf."""
+        unverified, self._unverified = self._unverified, None
+        if unverified is not None:
+            require_finite(float(unverified))
 
     @full_precision
     def merge(self, other: ExactSVD) -> Self:

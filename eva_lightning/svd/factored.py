@@ -85,7 +85,7 @@ class FactoredSVD(ABC):
     @property
     def n_samples(self) -> int:
         """Tokens seen, masked ones left out, waiting ones included."""
-        return (0 if self._factor is None else self._factor.n) + sum(len(tokens) for tokens in self._waiting)
+        return self._counted() + sum(len(tokens) for tokens in self._waiting)
 
     @full_precision
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -114,9 +114,12 @@ class FactoredSVD(ABC):
             # The layer's caller owns (and may overwrite) the storage of its input.
             self._waiting.append(tokens.clone())
         else:
-            self._factor = self._absorb(self._factor, _joined(waiting))
+            self._add(_joined(waiting))
             self._waiting = []
         self._result = None
+
+    def verify(self) -> None:  # noqa: B027  # nothing to do where updates wait for the GPU anyway
+        """Raise FloatingPointError if earlier updates on a GPU met NaN or Inf."""
 
     @full_precision
     def merge(self, other: Self) -> Self:
@@ -134,11 +137,12 @@ class FactoredSVD(ABC):
         self._result = None
         if self._device is None:
             self._device = other._device
-        if other._factor is not None:
-            self._factor = combine(self._factor, _to(other._factor, self._device), self.kept(self.dim, self.k))
+        seen = other._condensed()
+        if seen is not None:
+            self._set(combine(self._condensed(), _to(seen, self._device), self.kept(self.dim, self.k)))
         waiting = [*self._waiting, *(tokens.to(self._device) for tokens in other._waiting)]
         if sum(len(tokens) for tokens in waiting) >= self.k:
-            self._factor = self._absorb(self._factor, _joined(waiting))
+            self._add(_joined(waiting))
             waiting = []
         self._waiting = waiting
         return self
@@ -169,7 +173,8 @@ class FactoredSVD(ABC):
                 union = combine(union, part, self.kept(self.dim, self.k))
         if union is not None:
             self._device = device
-        self._factor, self._waiting, self._result = union, [], None
+        self._set(union)
+        self._waiting, self._result = [], None
         return self
 
     @full_precision
@@ -214,15 +219,31 @@ class FactoredSVD(ABC):
 
     def _current(self) -> Factor | None:
         """The factorization with the waiting tokens in it, computed aside: looking must not change the stream."""
-        return self._absorb(self._factor, _joined(self._waiting)) if self._waiting else self._factor
+        if not self._waiting:
+            return self._condensed()
+        aside = self.clone()
+        aside._add(_joined(aside._waiting))
+        return aside._condensed()
+
+    def _set(self, factor: Factor | None) -> None:
+        """Stand for `factor` and nothing else from here on, but for the waiting tokens."""
+        self._factor = factor
 
     @abstractmethod
-    def _absorb(self, factor: Factor | None, tokens: Tensor) -> Factor:
-        """The factorization of what `factor` stands for and of `tokens`, shape ``(n, dim)``.
+    def _add(self, tokens: Tensor) -> None:
+        """Take in `tokens`, shape ``(n, dim)``.
 
         Raises:
-            FloatingPointError: NaN or Inf among the tokens.
+            FloatingPointError: NaN or Inf among the tokens; the state is left as it was.
         """
+
+    @abstractmethod
+    def _counted(self) -> int:
+        """Tokens taken in."""
+
+    @abstractmethod
+    def _condensed(self) -> Factor | None:
+        """The factorization of all tokens taken in; leaves the state as it is."""
 
 
 def combine(first: Factor | None, second: Factor, kept: int) -> Factor:

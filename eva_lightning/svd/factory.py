@@ -15,7 +15,7 @@ from eva_lightning.svd.sketch import SketchSVD
 EngineClass = type[ExactSVD] | type[IncrementalSVD] | type[SketchSVD]
 ENGINES: dict[str, EngineClass] = {"exact": ExactSVD, "incremental": IncrementalSVD, "sketch": SketchSVD}
 # Narrower than this, a sketch takes as long as the covariance.
-_SKETCH_MIN_DIM = 1024
+_SKETCH_MIN_DIM = 512
 
 
 def make_engine(name: str, dim: int, k: int, device: torch.device | str | None = None) -> StreamingSVD:

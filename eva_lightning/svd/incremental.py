@@ -35,10 +35,16 @@ class IncrementalSVD(FactoredSVD):
         """Rows of the factorization."""
         return k
 
-    def _absorb(self, factor: Factor | None, tokens: Tensor) -> Factor:
+    def _add(self, tokens: Tensor) -> None:
         mean = token_mean(tokens)
         centred = (tokens - mean).float()
         wide = wide_dtype(tokens.device)
         total = float(squared_norm(centred))
         require_finite(total)
-        return combine(factor, Factor(centred, mean.to(wide), len(tokens), total), self.k)
+        self._set(combine(self._factor, Factor(centred, mean.to(wide), len(tokens), total), self.k))
+
+    def _counted(self) -> int:
+        return 0 if self._factor is None else self._factor.n
+
+    def _condensed(self) -> Factor | None:
+        return self._factor

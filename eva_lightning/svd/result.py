@@ -66,8 +66,16 @@ class StreamingSVD(Protocol):
             mask: True where a token counts, shape ``x.shape[:-1]``.
 
         Raises:
-            FloatingPointError: Non-finite values among the tokens that count. The engine is left as it was.
+            FloatingPointError: Non-finite values among the tokens that count. The engine is left as it was. On a GPU
+                :meth:`verify` raises it, later.
             ValueError: Shapes that do not fit. The engine is left as it was.
+        """
+
+    def verify(self) -> None:
+        """Raise what a GPU has found out about the tokens of earlier updates: waiting for it in each would stall it.
+
+        Raises:
+            FloatingPointError: Non-finite values among them; the engine is of no use any more.
         """
 
     def merge(self, other: Self) -> Self:

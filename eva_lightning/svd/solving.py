@@ -143,7 +143,7 @@ def _solve_batch(
         def apply(q: Tensor, active: list[int]) -> Tensor:
             return ranks.sum(_products([chosen[i] for i in active], [offsets[i] for i in active], q, ranks.across))
 
-        pairs = batched_top_eigenpairs(apply, starts, dim, k, device, tolerance, ranks.all)
+        pairs = batched_top_eigenpairs(apply, starts, dim, k, device, tolerance, ranks.all, dense=not ranks.across)
     for layer, i in numbers.items():
         n, total, engine = moments.n[i], moments.total[i], engines[layer]
         if n == 0:
