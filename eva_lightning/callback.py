@@ -28,7 +28,7 @@ from eva_lightning.batches import set_up_loader, training_batches
 from eva_lightning.forward import ForwardFn, MaskFn
 from eva_lightning.isolation import snapshot_rng
 from eva_lightning.state import EVAState
-from eva_lightning.streaming import StreamingOptions, compute_eva_state
+from eva_lightning.streaming import StreamingOptions, allocation, compute_eva_state
 from eva_lightning.summary import print_summary, streaming_progress
 from eva_lightning.token_choice import TokensPerSample
 from eva_lightning.validation import check_options
@@ -92,7 +92,8 @@ class EVAInitCallback(pl.Callback):
         state: an :class:`EVAState` or the path of a saved one: no streaming.
         seed: for the random parts (token choice, "rotate", "permute", "redistribute").
         adapter_only_checkpoints: leave frozen weights out of Lightning checkpoints.
-        memory_budget: bytes the engines' states may take together.
+        memory_budget: bytes the engines' states may take together; what they will take is printed before.
+        offload: keep states that do not fit the budget in the CPU's memory (slower: their tokens travel there).
         verbose: print what was done, once.
 
     Attributes:
@@ -129,6 +130,7 @@ class EVAInitCallback(pl.Callback):
         seed: int = 0,
         adapter_only_checkpoints: bool = False,
         memory_budget: int = 2**31,
+        offload: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -151,7 +153,7 @@ class EVAInitCallback(pl.Callback):
         self._given = EVAState.load(state) if isinstance(state, (str, os.PathLike)) else state
         self._streaming = StreamingOptions(
             k=0, tau=tau, delta=delta, max_batches=max_batches, tokens_per_sample=tokens_per_sample, engine=engine,
-            stopping=stopping, seed=seed, memory_budget=memory_budget,
+            stopping=stopping, seed=seed, memory_budget=memory_budget, offload=offload,
         )  # fmt: skip
         self._inject_options: dict[str, Any] = {
             "r": r, "alpha": alpha, "head": head if head is None or isinstance(head, str) else list(head), "bias": bias,
@@ -296,6 +298,9 @@ class EVAInitCallback(pl.Callback):
         limit = min(self._streaming.max_batches, set_up_loader(trainer))
         k = max(round(layer.rank * self.rho) for layer in layers.values())
         options = StreamingOptions(**{**vars(self._streaming), "k": k, "max_batches": int(limit)})
+        inputs = {name: layer.inputs() for name, layer in layers.items()}
+        if self.verbose:
+            rank_zero_info(f"EVA: {allocation(inputs, options, self.init == 'minor')}")
         context: Callable[[], AbstractContextManager[Any]] = (
             nullcontext if before_sharding else trainer.precision_plugin.forward_context
         )
@@ -307,7 +312,7 @@ class EVAInitCallback(pl.Callback):
             return compute_eva_state(
                 pl_module,
                 lambda: training_batches(trainer, int(limit)),
-                {name: layer.inputs() for name, layer in layers.items()},
+                inputs,
                 options,
                 forward_fn=self.forward_fn,
                 mask_fn=self.mask_fn,

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from eva_lightning.allocation import Allocation
 from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.isolation import observing
 from eva_lightning.state import EVAState
-from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, choose_engines, make_engine, solve
+from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, solve
 from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
 from eva_lightning.token_choice import TokenChoice, TokensPerSample
 from eva_lightning.tokens import LayerInputs, inputs_of
@@ -44,6 +45,7 @@ class StreamingOptions:
     stopping: str = "auto"
     seed: int = 0
     memory_budget: int = 2**31
+    offload: bool = False
 
 
 def compute_eva_state(
@@ -107,9 +109,10 @@ def _stream(
     never_share: set[str],
     started: float,
 ) -> EVAState:
-    engines, kinds = _make_engines(layers, options, minor)
+    plan = allocation(layers, options, minor)
+    engines = plan.engines()
     capture = InputCapture(layers, engines, TokenChoice(options.tokens_per_sample, options.seed), never_share)
-    stopping = _stopping_rule(options, kinds)
+    stopping = _stopping_rule(options)
     converged: dict[str, bool] = {}
     iterator, n, exhausted = iter(batches), 0, False
     with capture.watching(), observing(model), _closed_at_the_end(iterator):
@@ -135,7 +138,7 @@ def _stream(
                 break
     if n == 0:
         raise ValueError("the training data loader gave no minibatch; EVA needs at least one to look at")
-    state = _collect(capture, stopping, converged, kinds, n, minor, options)
+    state = _collect(capture, stopping, converged, plan, n, minor, options)
     state.seconds = time.perf_counter() - started
     return state
 
@@ -154,21 +157,13 @@ def _closed_at_the_end(iterator: Iterator[Any]) -> Iterator[None]:
             close()
 
 
-def _make_engines(
-    layers: Mapping[str, LayerInputs], options: StreamingOptions, minor: bool
-) -> tuple[dict[str, StreamingSVD], dict[str, str]]:
-    dims = {name: inputs.width for name, inputs in layers.items()}
-    device = _device(next(iter(layers.values())).module)
+def allocation(layers: Mapping[str, LayerInputs], options: StreamingOptions, minor: bool = False) -> Allocation:
+    """The engines :func:`compute_eva_state` will use, and their memory."""
     engine = "exact" if minor else options.engine
-    kinds = choose_engines(dims, options.k, engine, options.memory_budget, device=device)
-    engines = {
-        name: make_engine(kinds[name], dims[name], min(options.k, dims[name]), _device(inputs.module))
-        for name, inputs in layers.items()
-    }
-    return engines, kinds
+    return Allocation.plan(layers, options.k, engine, options.memory_budget, options.offload)
 
 
-def _stopping_rule(options: StreamingOptions, kinds: Mapping[str, str]) -> StoppingRule:
+def _stopping_rule(options: StreamingOptions) -> StoppingRule:
     rule = options.stopping
     if rule == "auto":
         rule = "cosine" if options.engine == "incremental" else "captured"
@@ -193,7 +188,7 @@ def _collect(
     capture: InputCapture,
     stopping: StoppingRule,
     converged: Mapping[str, bool],
-    kinds: Mapping[str, str],
+    plan: Allocation,
     n_batches: int,
     minor: bool,
     options: StreamingOptions,
@@ -216,14 +211,15 @@ def _collect(
         n_batches=n_batches,
         shared_with={n: of[n] for n in names if of[n] != n},
         convergence={n: list(curve) for n, curve in stopping.history.items()},
-        meta={"engine": "+".join(sorted(set(kinds.values()))), "tau": options.tau, "delta": options.delta},
+        meta={
+            "engine": "+".join(sorted(set(plan.kinds.values()))),
+            "tau": options.tau,
+            "delta": options.delta,
+            "tokens_per_sample": "all" if options.tokens_per_sample is None else options.tokens_per_sample,
+            "state_bytes": plan.bytes,
+        },
     )
     return _same_on_all_ranks(state)
-
-
-def _device(layer: nn.Module) -> torch.device:
-    parameter = next(layer.parameters(), None)
-    return torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
 def _world_size() -> int:
