@@ -152,6 +152,9 @@ class StepHistory(L.Callback):
         self.seconds, self._timed_steps = state_dict["seconds"], state_dict["timed_steps"]
 
 
+_PEAK_SECONDS = 0.5
+
+
 def peak_flops(device: torch.device) -> tuple[str, float]:
     """Name of `device` and its floating-point operations per second at best.
 
@@ -163,8 +166,9 @@ def peak_flops(device: torch.device) -> tuple[str, float]:
             return name, peak
     n = 1024
     a = torch.ones(n, n, device=device)
-    best = float("inf")
-    for _ in range(4):
+    best, until = float("inf"), time.perf_counter() + _PEAK_SECONDS
+    # the best of many: the first ones warm up, and other processes disturb some
+    while time.perf_counter() < until:
         started = time.perf_counter()
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - started)
