@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from eva_lightning.svd import StreamingSVD, choose_engines, make_engine, place_engines, total_bytes
+from eva_lightning.svd import StreamingSVD, choose_engines, make_engine, message_bytes, place_engines, total_bytes
 from eva_lightning.tokens import LayerInputs
 
 
@@ -64,6 +64,12 @@ class Allocation:
     def bytes(self) -> int:
         """Most memory all states can take; layers that turn out to share an input need theirs only once."""
         return total_bytes(self.kinds, self.widths, self.k)
+
+    @property
+    def messages(self) -> dict[str, int]:
+        """Bytes each process sends per layer when several unite what they have seen: per subspace iteration of an exact
+        engine, in all of the others; never activations."""
+        return {n: message_bytes(kind, self.widths[n], min(self.k, self.widths[n])) for n, kind in self.kinds.items()}
 
     def __str__(self) -> str:
         counts = [f"{list(self.kinds.values()).count(kind)} {kind}" for kind in sorted(set(self.kinds.values()))]

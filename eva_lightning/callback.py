@@ -300,7 +300,9 @@ class EVAInitCallback(pl.Callback):
         options = StreamingOptions(**{**vars(self._streaming), "k": k, "max_batches": int(limit)})
         inputs = {name: layer.inputs() for name, layer in layers.items()}
         if self.verbose:
-            rank_zero_info(f"EVA: {allocation(inputs, options, self.init == 'minor')}")
+            plan = allocation(inputs, options, self.init == "minor")
+            sent = f"; processes exchange {max(plan.messages.values()):,} bytes per layer at most"
+            rank_zero_info(f"EVA: {plan}{sent if trainer.world_size > 1 else ''}")
         context: Callable[[], AbstractContextManager[Any]] = (
             nullcontext if before_sharding else trainer.precision_plugin.forward_context
         )

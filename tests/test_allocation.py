@@ -24,6 +24,7 @@ def test_says_what_the_states_will_take() -> None:
     assert plan.kinds == {"wide": "exact", "narrow": "exact"}
     assert plan.bytes == estimate_bytes("exact", WIDE, 32) + estimate_bytes("exact", NARROW, 32)
     assert str(plan) == "the decompositions of 2 layers (2 exact) take at most 66.5 MiB"
+    assert plan.messages == {"wide": 4 * WIDE * 48, "narrow": 4 * NARROW * 48}
     engines = plan.engines()
     for name, width in (("wide", WIDE), ("narrow", NARROW)):
         engines[name].update(torch.randn(64, width))
