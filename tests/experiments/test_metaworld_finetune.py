@@ -78,15 +78,15 @@ def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = command(root, "lora", "--name=again", "--checkpoint-every=3", seeds=2)
-    measure = finetune._measure
+    measure = finetune.measure
 
     def power_cut(*args: Any) -> Any:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(finetune, "_measure", power_cut)
+    monkeypatch.setattr(finetune, "measure", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         finetune.main(line)
-    monkeypatch.setattr(finetune, "_measure", measure)
+    monkeypatch.setattr(finetune, "measure", measure)
     first = finetune.main(line)
     assert "resuming from" in capsys.readouterr().out
     assert [run["seed"] for run in first] == [0, 1]
