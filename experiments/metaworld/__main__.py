@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "finetune": "fine-tune it on one task: fft, lora, dora, eva, eva-dora, pissa, olora, adalora, ...",
     "evaluate": "success and return of a checkpoint, measured in the simulator; video",
     "table": "runs side by side with the paper's Tables 23 and 24, as Markdown, CSV and a plot",
+    "compare": "methods on several tasks and seeds: tuned learning rates, intervals, paired differences, report",
     "benchmark": "speed of collection, data pipeline and rollouts",
 }
 
