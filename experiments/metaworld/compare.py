@@ -354,12 +354,12 @@ def plan(settings: Settings, tuning: Sequence[Job]) -> str:
         f"estimate: {seconds / 60:.0f} minutes with {max(1, settings.workers)} workers, if nothing of the comparison "
         "is finished and the machine does nothing else"
     )
-    sizes = f"{len(settings.variants)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
+    size = f"{len(compared)} runs of {settings.max_steps} updates and {settings.eval_episodes} episodes"
+    factors = f"{len(settings.variants)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
     return "\n".join(
         [
             f"tuning: {len(tuning)} runs of {settings.tune_steps} updates, {len(tuning) - len(todo)} of them finished",
-            f"comparison: {len(compared)} runs of {settings.max_steps} updates and {settings.eval_episodes} episodes "
-            + f"({sizes})",
+            f"comparison: {size} ({factors})",
             f"measured: {speed} ms per update of {settings.batch_size} windows; {episode:.2f} s per episode",
             estimate,
         ]

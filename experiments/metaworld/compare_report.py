@@ -213,8 +213,8 @@ def _conditions(settings: Settings, runs: Sequence[Run], tuning: Sequence[Run]) 
         f"{settings.rank} for every method with adapters (EVA's is a mean), embeddings frozen and without adapters, "
         f"action head trained in full. The validation loss is the mean squared error on {settings.val_episodes} "
         f"held-out demonstrations; success is the share of {settings.eval_episodes} episodes solved at any step of "
-        f"{settings.horizon}, on evaluation goals that are the same for every run. Seeds change which windows are drawn, "
-        "dropout, and the random parts of initialisations, but not the demonstrations. "
+        f"{settings.horizon}, on evaluation goals that are the same for every run. Seeds change which windows are "
+        "drawn, dropout, and the random parts of initialisations, but not the demonstrations. "
         f"{len(runs)} runs and {len(tuning)} tuning runs took {seconds / 60:.0f} process minutes; {os.cpu_count()} "
         f"cores ({platform.machine()}), one thread per run."
     )
