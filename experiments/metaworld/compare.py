@@ -60,6 +60,7 @@ class Settings:
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given")
     output: str = option("runs/metaworld-compare", "folder for runs and report")
     plan: bool = option(False, "measure the speed, say what there is to do and how long it takes, and stop")
+    report: bool = option(False, "write the report of what is finished so far, and stop; also while runs go on")
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
@@ -214,7 +215,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     settings = parse(args)
     _check(settings)
     tuning = tuning_jobs(settings)
-    if settings.plan or not (Path(settings.output) / "results.csv").is_file():
+    if settings.plan or not (settings.report or (Path(settings.output) / "results.csv").is_file()):
         print(plan(settings, tuning), flush=True)
     if settings.plan:
         return []
@@ -264,6 +265,10 @@ def _check(settings: Settings) -> None:
 def _run(settings: Settings, jobs: Sequence[Job], title: str) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Metrics of all `jobs` that did not fail, in their order, and what went wrong with the others."""
     done = {job: job.folder.result() for job in jobs}
+    if settings.report:
+        finished = [metrics for metrics in done.values() if metrics is not None]
+        _LOGGER.info("%s: %d of %d runs are finished", title, len(finished), len(jobs))
+        return finished, []
     todo = [job for job in jobs if done[job] is None]
     if len(todo) < len(jobs):
         _LOGGER.info("%s: %d of %d runs are finished already", title, len(jobs) - len(todo), len(jobs))

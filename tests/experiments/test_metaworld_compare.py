@@ -95,6 +95,8 @@ def test_rates_are_tuned_and_the_comparison_can_be_killed_anywhere(
         compare.main(line)
     monkeypatch.setattr(compare_runs.run_all, "__defaults__", (run,))
     assert len(list(tmp_path.glob("*/*/metrics.json"))) == 5
+    assert [run["seed"] for run in compare.main([*line, "--report"])] == [0]
+    assert "**Unfinished:** 1 of 4 runs." in (tmp_path / "report.md").read_text()
     results = compare.main(line)
     printed = capsys.readouterr().out
     assert "tuning: 4 runs of 2 updates, 0 of them finished" in printed
