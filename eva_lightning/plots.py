@@ -218,6 +218,7 @@ def learning_curves(
     title: str | None = None,
     percent: bool = False,
     order: Sequence[str] = (),
+    x: Sequence[float] | None = None,
 ) -> Figure:
     """Mean over runs with a band of one standard error, one line per method.
 
@@ -227,6 +228,7 @@ def learning_curves(
         title: text above the figure.
         percent: values are shares, shown as percentages.
         order: methods in the order that gives them their colours, so that figures with other methods agree.
+        x: where the columns stand on the horizontal axis, if not at 1, 2, 3, ...
 
     Raises:
         ValueError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
@@ -240,11 +242,11 @@ def learning_curves(
         if values.ndim != 2:
             raise ValueError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
         mean, error = mean_and_standard_error(values)
-        x = np.arange(1, values.shape[1] + 1)
+        places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         color = PALETTE[i % len(PALETTE)]
-        axes.plot(x, mean, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+        axes.plot(places, mean, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
         if not np.isnan(error).any():
-            axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+            axes.fill_between(places, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
