@@ -1,33 +1,30 @@
-"""EVA against LoRA and full fine-tuning on real handwritten digits, in minutes and without a download.
+"""EVA against LoRA and full fine-tuning on digits and robot tasks, in minutes and without a download.
 
     python -m experiments.demo
 
-pre-trains a small Vision Transformer on the digits 0-4, fine-tunes it on 200 labelled images of the digits 5-9 with
-every method and ten seeds, at tuned and at lower learning rates, prints tables and writes
-``runs/demo/report.html``. Finished work is kept under ``runs/demo``: after Ctrl-C the same command goes on where it
-stopped. ``--fresh`` computes everything anew.
+has two parts. The first pre-trains a small Vision Transformer on the digits 0-4 and fine-tunes it on 200 labelled
+images of the digits 5-9 with every method and ten seeds, at tuned and at lower learning rates. The second
+(:mod:`experiments.demo_rl`) fine-tunes a Decision Transformer on robot tasks and rolls it out in MuJoCo. Both print
+tables and write ``runs/demo/report.html``. Finished work is kept under ``runs/demo``: after Ctrl-C the same command
+goes on where it stopped. ``--fresh`` computes everything anew, ``--parts vision`` or ``--parts rl`` does one part.
 
-The learning rates come from ``configs/demo.yaml``. They were chosen, one per method and by the same rule, with
+The learning rates come from ``configs/demo.yaml`` and ``configs/demo_rl.yaml``. They were chosen, one per method and by
+the same rule, with
 
     python -m experiments.demo --tune
 
-on images and seeds that the table does not use.
+on data and seeds that the tables do not use.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eva_lightning._suggest import unknown
 from experiments.demo_runs import (
     ADAPTERS,
     METHODS,
@@ -48,7 +46,6 @@ from experiments.demo_runs import (
     load_pretrained,
     load_result,
     pretrain,
-    quiet,
     result_path,
     versions,
 )
@@ -62,8 +59,11 @@ from experiments.demo_summary import (
     summarise,
     verdict_sentence,
 )
+from experiments.processes import worker_pool
 
+PARTS = ("vision", "rl")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+RL_CONFIG = CONFIG.with_name("demo_rl.yaml")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_TUNING_SEED = 1000
 CAREFUL = 10  # the second comparison divides LoRA's tuned rate by this
@@ -72,19 +72,29 @@ CAREFUL = 10  # the second comparison divides LoRA's tuned rate by this
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     """Command-line options; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, help="runs per method (default 10; 5 with --tune)")
-    parser.add_argument("--epochs", type=int, default=10, help="fine-tuning epochs (default 10)")
-    parser.add_argument("--labels", type=int, default=200, help="labelled images of the digits 5-9 (default 200)")
-    parser.add_argument("--pretrain-epochs", type=int, default=Pretraining.epochs, help="default %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="vision, rl or both (default %(default)s)")
+    parser.add_argument("--seeds", type=int, help="vision: runs per method (default 10; 5 with --tune)")
+    parser.add_argument("--epochs", type=int, default=10, help="vision: fine-tuning epochs (default 10)")
+    parser.add_argument("--labels", type=int, default=200, help="vision: labelled images of 5-9 (default 200)")
+    parser.add_argument("--pretrain-epochs", type=int, default=Pretraining.epochs, help="vision: default %(default)s")
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes; 0: none (default 2)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="learning rates (default configs/demo.yaml)")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="vision: rates (default configs/demo.yaml)")
+    parser.add_argument(
+        "--rl-config", type=Path, default=RL_CONFIG, help="rl: settings and rates (default configs/demo_rl.yaml)"
+    )
     parser.add_argument("--fresh", action="store_true", help="ignore finished runs and the cached model")
-    parser.add_argument("--tune", action="store_true", help="choose the learning rates and write them to --config")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="the grid of --tune")
+    parser.add_argument("--tune", action="store_true", help="choose the learning rates and write them to the config")
+    parser.add_argument("--rates", type=float, nargs="+", help="the grid of --tune")
     options = parser.parse_args(args)
+    options.parts = [part.strip() for part in options.parts.split(",") if part.strip()]
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(unknown("part", part, PARTS))
+    if not options.parts:
+        parser.error(f"--parts must name at least one of {', '.join(PARTS)}")
     if options.seeds is None:
         options.seeds = 5 if options.tune else 10
     for name, least in (("seeds", 1), ("epochs", 1), ("pretrain_epochs", 1), ("workers", 0)):
@@ -118,54 +128,6 @@ def read_tuning(path: Path) -> dict[str, Any]:
     """How the learning rates of a valid configuration were chosen; empty where it does not say."""
     tuning: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")).get("tuning") or {}
     return tuning
-
-
-def _start_worker() -> None:
-    # Imported while the parent still pre-trains, so that no run's timing contains it.
-    with quiet():
-        importlib.import_module("peft")
-
-
-def _nothing() -> None:
-    """A task that makes the pool start its processes."""
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    # Processes started meanwhile inherit the setting: Ctrl-C then reaches the parent alone, which lets them finish.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def worker_pool(n: int) -> Iterator[ProcessPoolExecutor | None]:
-    """``n`` spawned processes, or None for ``n=0``.
-
-    On an error or Ctrl-C they are ended at once: results are written by atomic replacement, so nothing half-made stays.
-    """
-    if n == 0:
-        yield None
-        return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        with _interrupts_ignored():
-            for _ in range(n):
-                pool.submit(_nothing)
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(wait=True)
 
 
 def execute(
@@ -292,8 +254,8 @@ def paired_table(rows: Sequence[PairedDifference]) -> Table:
     return table
 
 
-def run_demo(options: argparse.Namespace, console: Console) -> None:
-    """The main job: all methods on paired seeds, table, report."""
+def run_demo(options: argparse.Namespace, console: Console) -> str:
+    """The vision part: all methods on paired seeds, tables. Returns its section of the report."""
     rates = read_learning_rates(options.config)
     recipe = Pretraining(epochs=options.pretrain_epochs)
     careful = rates["lora"] / CAREFUL
@@ -339,7 +301,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
         'A difference counts as clear above two standard errors. "Set-up": seconds to the first step (median).'
     )
 
-    from experiments.report import Facts, write_report
+    from experiments.report import Facts, vision_section
 
     facts = Facts.collect(
         command=_command(options),
@@ -354,14 +316,15 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     )
     everything = [dataclasses.asdict(result) for result in outcome.results]
     (options.out / "results.json").write_text(json.dumps(everything, indent=1), encoding="utf-8")
-    report = write_report(options.out / "report.html", tuned, facts, gentle)
-    console.print(f"[bold]Report:[/bold] {report}   (all numbers: {options.out / 'results.json'})", soft_wrap=True)
+    return vision_section(tuned, facts, gentle)
 
 
 def _command(options: argparse.Namespace) -> str:
     """The command that repeats this run, with the options that differ from their defaults."""
     default = parse_args([])
     parts = ["python -m experiments.demo"]
+    if options.parts != default.parts:
+        parts.append(f"--parts {','.join(options.parts)}")
     for name in ("seeds", "epochs", "labels", "pretrain_epochs"):
         if getattr(options, name) != getattr(default, name):
             parts.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
@@ -387,21 +350,22 @@ def choose_rates(results: Sequence[RunResult]) -> tuple[dict[str, float], dict[s
 def run_tuning(options: argparse.Namespace, console: Console) -> None:
     """Choose one learning rate per method and write the configuration file."""
     recipe = Pretraining(epochs=options.pretrain_epochs)
+    rates_tried = options.rates or RATES
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.seeds)
     runs = [
         Run(method, rate, seed, n_labels=options.labels, epochs=options.epochs, evaluate_on="tune")
         for seed in seeds
-        for rate in options.rates
+        for rate in rates_tried
         for method in METHODS
     ]
-    console.print(f"Tuning: {len(METHODS)} methods x {len(options.rates)} rates x {options.seeds} seeds.")
+    console.print(f"Tuning: {len(METHODS)} methods x {len(rates_tried)} rates x {options.seeds} seeds.")
     outcome = compute(runs, recipe, options, console)
     chosen, scores = choose_rates(outcome.results)
 
     console.print("\n[bold]Tuning part, last epoch[/bold]: mean accuracy and loss; * marks the chosen rate")
     table = Table()
     table.add_column("Method")
-    for rate in sorted(options.rates):
+    for rate in sorted(rates_tried):
         table.add_column(f"{rate:g}", justify="right")
     for method, row in scores.items():
         cells = (
@@ -428,6 +392,40 @@ def run_tuning(options: argparse.Namespace, console: Console) -> None:
     console.print(f"Learning rates written to {_shown(options.config)}.", soft_wrap=True)
 
 
+def _tune(options: argparse.Namespace, console: Console) -> None:
+    if "vision" in options.parts:
+        run_tuning(options, console)
+    if "rl" in options.parts:
+        from experiments import demo_rl
+
+        rates = options.rates or demo_rl.RATES
+        demo_rl.run_tuning(options.out, options.rl_config, options.workers, options.fresh, rates, console)
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    """The parts asked for, and the report, which is written after each so that an interruption leaves one."""
+    from experiments.report import write_page
+
+    sections, numbers = [], []
+    if "vision" in options.parts:
+        sections.append(run_demo(options, console))
+        numbers.append(options.out / "results.json")
+        write_page(options.out / "report.html", sections)
+    if "rl" in options.parts:
+        from experiments import demo_rl
+        from experiments.report_rl import rl_section
+
+        if sections:
+            console.print()
+        outcome = demo_rl.run_demo(options.out, options.rl_config, options.workers, options.fresh, console)
+        sections.append(rl_section(outcome, _command(options)))
+        numbers.append(options.out / "results_rl.json")
+        write_page(options.out / "report.html", sections)
+    report = options.out / "report.html"
+    listed = ", ".join(str(path) for path in numbers)
+    console.print(f"[bold]Report:[/bold] {report}   (all numbers: {listed})", soft_wrap=True)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line in ``args`` and return its exit code."""
     options = parse_args(args)
@@ -436,9 +434,9 @@ def main(args: Sequence[str] | None = None) -> int:
         console = Console(width=max(console.width, 112))
     try:
         if options.tune:
-            run_tuning(options, console)
+            _tune(options, console)
         else:
-            run_demo(options, console)
+            _run(options, console)
     except KeyboardInterrupt:
         console.print("Interrupted. Finished runs are kept; the same command goes on from there.")
         return 130

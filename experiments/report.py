@@ -38,7 +38,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--tint); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 2.2rem 2.4rem 3rem; background: var(--paper); }
+main { max-width: 1060px; margin: 0 auto 1.6rem; padding: 2.2rem 2.4rem 3rem; background: var(--paper); }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .8rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .7rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 75ch; }
@@ -91,12 +91,12 @@ class Facts:
     def collect(cls, **known: Any) -> Facts:
         """``known`` and the machine this runs on."""
         machine = (
-            f"{_processor()}, {os.cpu_count()} logical cores, {platform.system()}, Python {platform.python_version()}"
+            f"{processor()}, {os.cpu_count()} logical cores, {platform.system()}, Python {platform.python_version()}"
         )
         return cls(machine=machine, **known)
 
 
-def _processor() -> str:
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -115,7 +115,7 @@ def embed(figure: Figure, alt: str, caption: str = "") -> str:
     return f'<figure><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">{legend}</figure>'
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Cells are HTML; a cell that starts with ``*`` is marked as the best of its column."""
     rows = [
         "".join(f'<td class="best">{c[1:]}</td>' if c.startswith("*") else f"<td>{c}</td>" for c in row) for row in body
@@ -138,7 +138,7 @@ def _results_table(rows: Sequence[MethodSummary]) -> str:
         ]
         parameters = f"{row.trainable_parameters.mean:,.0f}"
         body.append([escape(row.name), f"{row.learning_rate:g}", parameters, f"{row.setup_seconds:.2f} s", *cells])
-    return _table(head, body)
+    return html_table(head, body)
 
 
 def _paired_table(rows: Sequence[PairedDifference]) -> str:
@@ -155,7 +155,7 @@ def _paired_table(rows: Sequence[PairedDifference]) -> str:
         ]
         for row in rows
     ]
-    return _table(["Difference", *(f"Epoch {epoch}" for epoch in epochs)], body)
+    return html_table(["Difference", *(f"Epoch {epoch}" for epoch in epochs)], body)
 
 
 def _tuning_section(tuning: dict[str, Any], rows: Sequence[MethodSummary]) -> str:
@@ -196,7 +196,7 @@ def _tuning_section(tuning: dict[str, Any], rows: Sequence[MethodSummary]) -> st
         )
         for key, epoch in (("early_loss", tuning["early_epoch"]), ("loss", tuning["epochs"]))
     ]
-    table = _table(["Method", *(f"{rate:g}" for rate in rates)], body)
+    table = html_table(["Method", *(f"{rate:g}" for rate in rates)], body)
     text += "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in same_rate_sentences(tuning)) + "</ul>"
     return f'{text}{table}<div class="figures" style="margin-top:1.2rem">{"".join(figures)}</div>'
 
@@ -296,8 +296,8 @@ def _comparison(results: Sequence[RunResult]) -> list[str]:
     return [*parts, '<p class="note">Line: mean over seeds; band: one standard error.</p>']
 
 
-def render(results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResult] = ()) -> str:
-    """The page as a string.
+def vision_section(results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResult] = ()) -> str:
+    """What the page says about the digits.
 
     Args:
         results: the runs at tuned learning rates.
@@ -348,16 +348,23 @@ def render(results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResu
         f"<pre>{escape(facts.command)}</pre>",
         '<p class="note">With <code>--fresh</code> nothing is taken from an earlier call.</p>',
     ]
+    return "".join(parts)
+
+
+def page(sections: Sequence[str]) -> str:
+    """The whole page as a string."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>EVA on handwritten digits</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<title>EVA demo</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(f'<main>{section}</main>' for section in sections)}</body></html>\n"
     )
 
 
-def write_report(path: Path, results: Sequence[RunResult], facts: Facts, careful: Sequence[RunResult] = ()) -> Path:
-    """Write the page (see :func:`render`) to ``path`` and return it."""
+def write_page(path: Path, sections: Sequence[str]) -> Path:
+    """Write the page to ``path``, in one go, and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, facts, careful), encoding="utf-8")
+    temporary = path.with_suffix(".part")
+    temporary.write_text(page(sections), encoding="utf-8")
+    temporary.replace(path)
     return path

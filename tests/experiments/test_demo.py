@@ -28,7 +28,20 @@ from experiments import demo, demo_runs
 from experiments.demo_runs import METHODS, Pretraining, Run, RunResult
 from experiments.demo_summary import paired_differences, same_rate_sentences, summarise, verdict_sentence
 
-TINY = ["--seeds", "2", "--epochs", "2", "--labels", "40", "--pretrain-epochs", "1", "--workers", "0"]
+TINY = [
+    "--seeds",
+    "2",
+    "--parts",
+    "vision",
+    "--epochs",
+    "2",
+    "--labels",
+    "40",
+    "--pretrain-epochs",
+    "1",
+    "--workers",
+    "0",
+]
 
 
 def _result(method: str, seed: int, loss: list[float], rate: float = 0.01) -> RunResult:
@@ -93,7 +106,7 @@ def test_report_is_self_contained_and_shows_the_numbers_of_the_runs(finished: Pa
         runs = [r for r in results if r["run"]["method"] == method and r["run"]["learning_rate"] == rate]
         losses = [r["loss"][-1] for r in runs]
         assert f"{np.mean(losses):.3f} ±{stats.sem(losses):.3f}" in page
-    assert "python -m experiments.demo --seeds 2 --epochs 2 --labels 40 --pretrain-epochs 1" in page
+    assert "python -m experiments.demo --parts vision --seeds 2 --epochs 2 --labels 40 --pretrain-epochs 1" in page
 
 
 def test_second_run_repeats_nothing_and_says_so(
