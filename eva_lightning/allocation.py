@@ -30,7 +30,13 @@ class Allocation:
 
     @classmethod
     def plan(
-        cls, layers: Mapping[str, LayerInputs], k: int, engine: str, budget_bytes: int, offload: bool = False
+        cls,
+        layers: Mapping[str, LayerInputs],
+        k: int,
+        engine: str,
+        budget_bytes: int,
+        offload: bool = False,
+        thrifty: bool = True,
     ) -> Allocation:
         """Engines for ``layers`` within the budget (:func:`eva_lightning.svd.choose_engines`).
 
@@ -40,6 +46,7 @@ class Allocation:
             engine: "auto" or an engine's name.
             budget_bytes: memory for all states together.
             offload: keep on the CPU what does not fit beside the model on another device.
+            thrifty: let "auto" trade a ten-thousandth of the captured variance for time.
 
         Raises:
             ValueError: the budget is too small for the smallest engines.
@@ -48,7 +55,7 @@ class Allocation:
         devices = {name: device_of(inputs.module) for name, inputs in layers.items()}
         offload = offload and any(device.type != "cpu" for device in devices.values())
         main = next(iter(devices.values()), torch.device("cpu"))
-        kinds = choose_engines(widths, k, engine, budget_bytes, offload=offload, device=main)
+        kinds = choose_engines(widths, k, engine, budget_bytes, offload=offload, device=main, thrifty=thrifty)
         if offload:
             devices = place_engines(kinds, widths, k, budget_bytes, devices)
         return cls(kinds, widths, devices, k)

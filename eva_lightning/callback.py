@@ -79,8 +79,8 @@ class EVAInitCallback(pl.Callback):
         tokens_per_sample: tokens to use per sample, other ones in every minibatch; ``None``: all; "auto": at least 32
             (:func:`eva_lightning.token_choice.automatic`).
         engine: "exact" (covariance), "incremental" (the paper's Algorithm 2), "sketch" (randomized range finder, for
-            very wide layers) or "auto": exact, and the sketch for layers that are much wider than the others or would
-            not fit ``memory_budget`` (:func:`eva_lightning.svd.choose_engines`).
+            very wide layers) or "auto": exact, and the sketch for layers that are much wider than the others (unless
+            all tokens are asked for) or would not fit ``memory_budget`` (:func:`eva_lightning.svd.choose_engines`).
         stopping: "captured" (captured variance over doubling intervals), "cosine" (the paper's rule) or "auto", which
             goes with the engine.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"

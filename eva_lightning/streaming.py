@@ -160,7 +160,9 @@ def _closed_at_the_end(iterator: Iterator[Any]) -> Iterator[None]:
 def allocation(layers: Mapping[str, LayerInputs], options: StreamingOptions, minor: bool = False) -> Allocation:
     """The engines :func:`compute_eva_state` will use, and their memory."""
     engine = "exact" if minor else options.engine
-    return Allocation.plan(layers, options.k, engine, options.memory_budget, options.offload)
+    # who asks for every token asks for exactness
+    thrifty = options.tokens_per_sample is not None
+    return Allocation.plan(layers, options.k, engine, options.memory_budget, options.offload, thrifty)
 
 
 def _stopping_rule(options: StreamingOptions) -> StoppingRule:

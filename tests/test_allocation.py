@@ -7,9 +7,10 @@ import torch
 from modules import build, loader, trainer
 from torch import nn
 
-from eva_lightning import EVAInitCallback, allocation, callback
+from eva_lightning import EVAInitCallback, StreamingOptions, allocation, callback, streaming
 from eva_lightning.allocation import Allocation
 from eva_lightning.svd import estimate_bytes
+from eva_lightning.token_choice import TokensPerSample
 from eva_lightning.tokens import LayerInputs, inputs_of
 
 WIDE, NARROW = 4096, 512
@@ -58,6 +59,13 @@ def test_the_callback_reports_before_it_streams(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="stop here"):
         trainer(EVAInitCallback(r=2, forward_fn=forward)).fit(build(), loader())
     assert "take at most" in told[0]
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(None, "exact"), ("auto", "sketch"), (8, "sketch")])
+def test_who_asks_for_all_tokens_gets_the_exact_engine(tokens: TokensPerSample, kind: str) -> None:
+    layers = {name: inputs_of(nn.Linear(width, 2)) for name, width in {"a": 256, "b": 256, "wide": 1024}.items()}
+    plan = streaming.allocation(layers, StreamingOptions(k=8, tokens_per_sample=tokens))
+    assert plan.kinds == {"a": "exact", "b": "exact", "wide": kind}
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_streaming() -> None:

@@ -30,6 +30,7 @@ def test_auto_sketches_the_layers_that_dominate_the_cost() -> None:
     block = {"qkv": 384, "proj": 384, "fc1": 384, "fc2": 1536}
     assert choose_engines(block, 32, "auto", 2**40) == {**dict.fromkeys(block, "exact"), "fc2": "sketch"}
     assert set(choose_engines(block, 32, "auto", 2**40, device="cuda").values()) == {"exact"}
+    assert set(choose_engines(block, 32, "auto", 2**40, thrifty=False).values()) == {"exact"}
     narrow = {"qkv": 96, "proj": 96, "fc1": 96, "fc2": 384}
     assert set(choose_engines(narrow, 32, "auto", 2**40).values()) == {"exact"}
     equal = dict.fromkeys(("a", "b", "c"), 4096)

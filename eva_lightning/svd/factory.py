@@ -70,6 +70,7 @@ def choose_engines(
     *,
     offload: bool = False,
     device: torch.device | str = "cpu",
+    thrifty: bool = True,
 ) -> dict[str, str]:
     """Engine name for every layer.
 
@@ -85,6 +86,7 @@ def choose_engines(
         budget_bytes: Memory for all states together.
         offload: What does not fit will be kept on the CPU (:func:`place_engines`), so "auto" does not raise.
         device: Where the layers run.
+        thrifty: Save time on the CPU too, as above; otherwise only the budget takes a layer from the exact engine.
 
     Raises:
         ValueError: Unknown engine, a negative budget, or one too small for even the sketches ("auto" only).
@@ -102,7 +104,7 @@ def choose_engines(
             f"{_mib(budget_bytes)}: raise the budget, adapt fewer layers, or lower r or rho."
         )
     limit = float("inf")
-    if dims and torch.device(device).type == "cpu":
+    if dims and thrifty and torch.device(device).type == "cpu":
         limit = max(2 * statistics.median(dims.values()), _SKETCH_MIN_DIM - 1)
     for layer, dim in sorted(dims.items(), key=lambda item: item[1]):
         extra = total_bytes({layer: "exact"}, dims, k) - total_bytes({layer: chosen[layer]}, dims, k)
