@@ -50,7 +50,7 @@ class Setup:
 
     checkpoint: str = "experiments/metaworld/assets/dt_small_mt40.ckpt"
     tasks: tuple[str, ...] = ("faucet-close-v3", "push-v3")
-    seeds: int = 3
+    seeds: int = 2
     updates: int = 50
     batch_size: int = 32
     episodes: int = 10

@@ -89,7 +89,7 @@ def _table(table: Sequence[Row], outcome: Outcome) -> str:
         )  # fmt: skip
         body += [
             [escape(row.name), f"{row.learning_rate:g}", f"{row.trained:,.0f}", f"{row.train_seconds:.1f} s", "",
-             *(row.losses[updates].text(4) for updates in shown[1:]),
+             *(row.losses[updates].text(4).replace(" ", "<br>") for updates in shown[1:]),
              f"<b>{row.success.text()}</b><br><small>{row.success.count()}</small>"]
             for row in here
         ]  # fmt: skip
