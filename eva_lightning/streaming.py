@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -111,7 +112,9 @@ def _stream(
 ) -> EVAState:
     plan = allocation(layers, options, minor)
     engines = plan.engines()
-    capture = InputCapture(layers, engines, TokenChoice(options.tokens_per_sample, options.seed), never_share)
+    width = round(statistics.median(plan.widths.values()))
+    choice = TokenChoice(options.tokens_per_sample, options.seed, width)
+    capture = InputCapture(layers, engines, choice, never_share)
     stopping = _stopping_rule(options)
     converged: dict[str, bool] = {}
     iterator, n, exhausted = iter(batches), 0, False

@@ -14,16 +14,24 @@ TokensPerSample = int | Literal["auto"] | None
 
 _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512
+_WIDE = 512
 
 
-def automatic(tokens: int, samples: int) -> int:
+def automatic(tokens: int, samples: int, width: int) -> int:
     """Tokens to use of each of `samples` samples of `tokens` tokens, where nobody says.
 
-    32 of a sample, and at least 512 of a minibatch; all where that would leave out less than half. Tokens of one image
-    or text resemble each other, so more samples help more than more tokens of each: 32 of 197 tokens of 256 images
-    capture at least 0.997 of the variance that all tokens would (``python -m experiments.benchmark init``).
+    32 of a sample, and at least 512 of a minibatch, in models wider than that two per dimension: there more is needed,
+    and the forward pass takes long enough to hide it. All where that would leave out less than half. Tokens of one
+    image or text resemble each other, so more samples help more than more tokens of each (measured in
+    ``docs/engine.md``).
+
+    Args:
+        tokens: tokens of a sample.
+        samples: samples of a minibatch.
+        width: median width of the layers' inputs.
     """
-    wanted = max(_AUTO_PER_SAMPLE, math.ceil(_AUTO_PER_BATCH / max(1, samples)))
+    per_batch = max(_AUTO_PER_BATCH, 2 * width if width > _WIDE else 0)
+    wanted = max(_AUTO_PER_SAMPLE, math.ceil(per_batch / max(1, samples)))
     return tokens if tokens < 2 * wanted else wanted
 
 
@@ -34,10 +42,12 @@ class TokenChoice:
     Attributes:
         per_sample: how many.
         seed: seeds the order in which they are used.
+        width: median width of the layers' inputs.
     """
 
     per_sample: TokensPerSample = "auto"
     seed: int = 0
+    width: int = 0
     _n_batches: int = 0
     _chosen: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
 
@@ -68,7 +78,7 @@ class TokenChoice:
 
     def _count(self, tokens: int, samples: int) -> int:
         if self.per_sample == "auto":
-            return automatic(tokens, samples)
+            return automatic(tokens, samples, self.width)
         return tokens if self.per_sample is None else min(self.per_sample, tokens)
 
     def _order(self, n: int, draw: int) -> Tensor:
