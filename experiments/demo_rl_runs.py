@@ -115,12 +115,13 @@ class Config:
                 raise ValueError(f"{path}: {unknown('setting', name, names)}")
         if isinstance(settings.get("tasks"), list):
             settings["tasks"] = tuple(settings["tasks"])
+        setup = Setup(**settings)
         rates = content.get("learning_rates") or {}
         for method in METHODS if rates_needed else ():
             rate = rates.get(method)
             if not isinstance(rate, int | float) or not rate > 0:
                 raise ValueError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
-        return cls(Setup(**settings), {name: float(rate) for name, rate in rates.items()}, content.get("tuning") or {})
+        return cls(setup, {name: float(rate) for name, rate in rates.items()}, content.get("tuning") or {})
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,7 @@ def test_every_method_runs_and_the_page_shows_its_numbers(finished: Path) -> Non
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     for method in METHODS:
         losses = [r["losses"]["4"] for r in runs if r["run"]["method"] == method]
-        assert f"{np.mean(losses):.4f} ±{stats.sem(losses):.4f}" in page
+        assert f"{np.mean(losses):.4f}<br>±{stats.sem(losses):.4f}" in page
     assert page.count("data:image/svg+xml;base64,") == 2
     drawn = rendering.rendering_backend() is not None
     assert (finished / "before_after.gif").is_file() == ("data:image/gif;base64," in page) == drawn
