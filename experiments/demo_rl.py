@@ -49,7 +49,6 @@ FILMED = "eva"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_TUNING_SEED = 1000
 TUNING_SEEDS = 1
-TUNING_TASKS = 1
 RULE = "lowest validation loss after the last update divided by that before training, mean over tasks and seeds"
 
 #: What the processes need, imported while they wait for their first work.
@@ -176,7 +175,7 @@ def caution(outcome: Outcome) -> str:
     n = setup.seeds * setup.episodes
     tuning = outcome.config.tuning
     tuned = ""
-    if tuning:
+    if tuning and set(tuning["tasks"]) != set(setup.tasks):
         names = " and ".join(short(task) for task in tuning["tasks"])
         tuned = f" The rates were tuned on {names}: elsewhere they may be off."
     return (
@@ -353,7 +352,7 @@ def run_tuning(
     place = Workplace(out, setup)
     if fresh:
         shutil.rmtree(place.folder, ignore_errors=True)
-    tasks = setup.tasks[-TUNING_TASKS:]  # the filmed one, which is first, stays untouched
+    tasks = setup.tasks
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + TUNING_SEEDS)
     runs = [
         Run(task, method, rate, seed, 0, FIRST_TUNING_SEED)
@@ -362,9 +361,8 @@ def run_tuning(
         for method in METHODS
         for rate in rates
     ]
-    console.print(
-        f"Tuning: {len(METHODS)} methods x {len(rates)} rates on {short(tasks[0])}, {counted(len(seeds), 'seed')}."
-    )
+    names = " and ".join(map(short, tasks))
+    console.print(f"Tuning: {len(METHODS)} methods x {len(rates)} rates on {names}, {counted(len(seeds), 'seed')}.")
     work = [_run_job(place, run) for run in runs if place.result(run) is None]
     with worker_pool(min(workers, len(work)), _MODULES) as pool:
         if work:
