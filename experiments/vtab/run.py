@@ -167,7 +167,7 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     from eva_lightning.vision.vtab import VTAB1K
     from eva_lightning.vision.weights import resolve_weights
 
-    logger = logging.getLogger("experiments.vtab")
+    logger = logging.getLogger("experiments.vtab.run")
     options = settings.adapter_options()
     weights = resolve_weights(resolve_model(settings.model), settings.weights)
     data = VTAB1K(
@@ -241,12 +241,12 @@ def _train_and_test(
     )
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
-        logging.getLogger("experiments.vtab").info("resuming from %s", checkpoint)
+        logging.getLogger("experiments.vtab.run").info("resuming from %s", checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:
         # how Lightning ends on Ctrl-C
-        logging.getLogger("experiments.vtab").warning(
+        logging.getLogger("experiments.vtab.run").warning(
             "interrupted after %d of %d epochs: the same command continues from there",
             len(history.rows),
             settings.epochs,

@@ -15,7 +15,7 @@ from PIL import Image
 from eva_lightning import EVAState
 from eva_lightning.vision import module as vision_module
 from eva_lightning.vision.vtab import VTAB1K
-from experiments.vtab import Settings, command_line, main, parse
+from experiments.vtab.run import Settings, command_line, main, parse
 from tests.vision.fakes import make_task
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "vtab-1k"
