@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from .backbones import classifier_name, create_backbone
+from .parameter_groups import Multiplier, layer_decay, parameter_groups
 from .vtab import Batch
 from .weights import Weights
 
@@ -43,10 +44,16 @@ class ImageClassifier(L.LightningModule):
         image_size: Height and width of the images, in pixels.
         weights: Resolved weights of the backbone. Not a hyper-parameter: a checkpoint holds the weights.
         lr: Peak learning rate.
-        weight_decay: AdamW's weight decay, on every trained parameter.
+        weight_decay: AdamW's weight decay.
         warmup_epochs: Epochs of linear warm-up.
         layer_decay: Factor on the learning rate per layer counted from the head (the paper's 0.75 for full
             fine-tuning), or None.
+        decay_matrices_only: No weight decay on parameters of one dimension (biases, norms).
+
+    Attributes:
+        lr_multipliers: From a parameter's name in this module (such as
+            ``"model.blocks.0.attn.qkv.lora_B.default.weight"``) to a further factor on its learning rate, or None. For
+            methods to set before ``fit`` (LoRA+ trains B faster than A); composes with `layer_decay`.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class ImageClassifier(L.LightningModule):
         weight_decay: float = 0.05,
         warmup_epochs: float = 3.0,
         layer_decay: float | None = None,
+        decay_matrices_only: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["weights"])
@@ -66,6 +74,8 @@ class ImageClassifier(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
         self.layer_decay = layer_decay
+        self.decay_matrices_only = decay_matrices_only
+        self.lr_multipliers: Multiplier | None = None
         self.model = create_backbone(model, num_classes, image_size, weights)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -118,14 +128,14 @@ class ImageClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        if self.layer_decay is None:
-            return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-
-        groups: list[dict[str, Any]] = param_groups_layer_decay(
-            self.model, weight_decay=self.weight_decay, weight_decay_exclude_1d=False, layer_decay=self.layer_decay
+        multipliers: list[Multiplier] = [] if self.lr_multipliers is None else [self.lr_multipliers]
+        if self.layer_decay is not None:
+            by_layer = layer_decay(self.model, self.layer_decay)
+            multipliers.append(lambda name: by_layer[name.removeprefix("model.")])
+        return parameter_groups(
+            self.named_parameters(),
+            self.lr,
+            self.weight_decay,
+            multipliers=multipliers,
+            decay_matrices_only=self.decay_matrices_only,
         )
-        return [
-            {"params": group["params"], "lr": self.lr * group["lr_scale"], "weight_decay": self.weight_decay}
-            for group in groups
-        ]

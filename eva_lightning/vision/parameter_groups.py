@@ -1,0 +1,73 @@
+"""What each parameter is trained with: layer-wise decay of the learning rate, multipliers by name, weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+Multiplier = Callable[[str], float]
+"""From a parameter's name in the LightningModule to the factor on its learning rate."""
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    *,
+    multipliers: Iterable[Multiplier] = (),
+    decay_matrices_only: bool = False,
+) -> list[dict[str, Any]]:
+    """An optimizer's groups ``{"params", "lr", "weight_decay"}``, one per pair of values, in order of appearance.
+
+    Args:
+        named_parameters: Names and parameters; those without ``requires_grad`` are passed over.
+        lr: Learning rate where all multipliers are 1.
+        weight_decay: For all, or for those with two or more dimensions.
+        multipliers: Their product is the factor on `lr`; 0 keeps the parameter where it is.
+        decay_matrices_only: No weight decay on parameters of one dimension or none (biases, norms, LayerScale, DoRA's
+            magnitudes).
+
+    Raises:
+        ValueError: A multiplier gives a negative number or NaN; names the parameter.
+    """
+    chosen = list(multipliers)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        factor = 1.0
+        for multiplier in chosen:
+            factor *= multiplier(name)
+        if not factor >= 0:
+            raise ValueError(f"the learning-rate multiplier of {name} must be at least 0, got {factor}")
+        decay = 0.0 if decay_matrices_only and parameter.ndim <= 1 else weight_decay
+        empty = {"params": [], "lr": lr * factor, "weight_decay": decay}
+        groups.setdefault((factor, decay), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
+    """Layer-wise decay of the learning rate: ``factor ** (layers above it)`` for every parameter of a timm model.
+
+    The layers are those of timm's ``group_matcher``: the stem, every block, and the head (with the final norm), whose
+    multiplier is 1 (Clark et al., 2020; EVA paper, section D.2).
+
+    Returns:
+        Multiplier by name in ``model.named_parameters()``.
+
+    Raises:
+        ValueError: The model does not say in which order its layers come.
+    """
+    from timm.models import group_parameters
+
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        raise ValueError(
+            f"{type(model).__name__} does not say in which order its layers come (timm's group_matcher), which "
+            "layer-wise learning-rate decay needs: use another model or set layer_decay to None"
+        )
+    order: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    last = max(order.values())
+    return {name: factor ** (last - layer) for name, layer in order.items()}
