@@ -53,10 +53,13 @@ def make_plan(
     (nn.MultiheadAttention): those stay out of the budget.
 
     Raises:
-        ValueError: ``given`` and the state lacks a layer, has another width, or holds too few components.
+        ValueError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
+            other end of the spectrum.
     """
+    if init == "minor":
+        rho = 1.0
     if given:
-        _check_fits(layers, state, rho)
+        _check_fits(layers, state, rho, init)
     measured = {n: layer for n, layer in layers.items() if n in state.components}
     caps = {n: min(round(layer.rank * rho), layer.in_features) for n, layer in measured.items()}
     scores = {
@@ -113,11 +116,18 @@ def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan
     return changed
 
 
-def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float) -> None:
+def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float, init: str) -> None:
     if not state.components:
         raise ValueError(
             "the EVA state has no components, only ranks and spectra (that of a resumed run, or saved without); give "
             "the state of the run that streamed"
+        )
+    held_kind = state.meta.get("components", "minor" if state.meta.get("init") == "minor" else "major")
+    wanted_kind = "minor" if init == "minor" else "major"
+    if held_kind != wanted_kind:
+        raise ValueError(
+            f"init={init!r} starts from the components of {_OF[wanted_kind]} variance, the EVA state holds those of "
+            f"{_OF[str(held_kind)]}; compute one with init={'minor' if init == 'minor' else 'eva'!r}"
         )
     for name, layer in layers.items():
         if name not in state.components:
@@ -135,3 +145,6 @@ def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float)
                 f"r * rho = {layer.rank} * {rho:g} asks for {wanted} components of layer {name!r}, the EVA state holds "
                 f"{held}; compute it with a larger r * rho"
             )
+
+
+_OF = {"major": "most", "minor": "least"}

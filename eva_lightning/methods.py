@@ -7,6 +7,7 @@ module and returns the callbacks for its Trainer. Methods that PEFT has come fro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ class AdapterOptions:
         rho: EVA's ρ ≥ 1; 1 keeps ranks uniform.
         init, metric, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
         max_batches: Most minibatches EVA streams; None for the callback's default.
+        state: Path of a saved :class:`~eva_lightning.state.EVAState` to start EVA from, instead of streaming.
         seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
 
     Raises:
@@ -50,10 +52,13 @@ class AdapterOptions:
     tau: float = 0.99
     delta: float = 1.0
     max_batches: int | None = None
+    state: str | os.PathLike[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.callback()  # which checks every value
+        from eva_lightning.callback import EVAInitCallback
+
+        EVAInitCallback(**self._for_callback())  # which checks every value
 
     def callback(
         self,
@@ -62,28 +67,32 @@ class AdapterOptions:
         exclude: Sequence[str] | None = None,
         mask_fn: MaskFn | None = None,
     ) -> EVAInitCallback:
-        """The callback with these options, for a module whose output layer is called `head`."""
+        """The callback with these options, for a module whose output layer is called `head`.
+
+        Raises:
+            FileNotFoundError, ValueError: The file of the given state is missing or damaged.
+        """
         from eva_lightning.callback import EVAInitCallback
 
+        place: dict[str, Any] = {"head": head, "exclude": exclude, "mask_fn": mask_fn}
+        return EVAInitCallback(**self._for_callback(), **place, use_dora=use_dora, state=self.state)
+
+    def _for_callback(self) -> dict[str, Any]:
         optional: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
-        return EVAInitCallback(
-            rho=self.rho,
-            r=self.rank,
-            alpha=self.alpha,
-            exclude=exclude,
-            head=head,
-            bias=self.bias,
-            use_dora=use_dora,
-            lora_dropout=self.dropout,
-            tau=self.tau,
-            delta=self.delta,
-            metric=self.metric,
-            init=self.init,
-            mask_fn=mask_fn,
-            seed=self.seed,
-            adapter_only_checkpoints=True,
+        return {
+            "rho": self.rho,
+            "r": self.rank,
+            "alpha": self.alpha,
+            "bias": self.bias,
+            "lora_dropout": self.dropout,
+            "tau": self.tau,
+            "delta": self.delta,
+            "metric": self.metric,
+            "init": self.init,
+            "seed": self.seed,
+            "adapter_only_checkpoints": True,
             **optional,
-        )
+        }
 
 
 @dataclass(frozen=True)

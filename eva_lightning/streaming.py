@@ -218,6 +218,7 @@ def _collect(
         convergence={n: list(curve) for n, curve in stopping.history.items()},
         meta={
             "engine": "+".join(sorted(set(plan.kinds.values()))),
+            "components": "minor" if minor else "major",
             "tau": options.tau,
             "delta": options.delta,
             "tokens_per_sample": "all" if options.tokens_per_sample is None else options.tokens_per_sample,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 
@@ -10,9 +12,12 @@ from eva_lightning import methods
 from eva_lightning._suggest import unknown
 from eva_lightning.methods import AdapterCheckpoints, AdapterOptions
 
+from .method_keys import MethodKey, eva_state_kind
 from .module import ImageClassifier
 
-__all__ = ["FFT_LAYER_DECAY", "METHODS", "AdapterCheckpoints", "AdapterOptions", "apply_method"]
+__all__ = [
+    "FFT_LAYER_DECAY", "METHODS", "AdapterCheckpoints", "AdapterOptions", "MethodKey", "apply_method", "eva_state_kind",
+]  # fmt: skip
 
 #: Layer-wise learning-rate decay of full fine-tuning (EVA paper, section D.2).
 FFT_LAYER_DECAY = 0.75
@@ -30,9 +35,11 @@ def _fft(module: ImageClassifier, options: AdapterOptions) -> list[L.Callback]:
     return []
 
 
-def _shared(method: str) -> Prepare:
+def _shared(method: str, **fixed: Any) -> Prepare:
+    """A method of :mod:`eva_lightning.methods`, with options that are not the user's to choose."""
+
     def prepare(module: ImageClassifier, options: AdapterOptions) -> list[L.Callback]:
-        return methods.apply_method(method, module, options, head=module.head_name)
+        return methods.apply_method(method, module, replace(options, **fixed), head=module.head_name)
 
     return prepare
 
@@ -40,8 +47,17 @@ def _shared(method: str) -> Prepare:
 METHODS: dict[str, Prepare] = {
     "linear": _linear,
     "fft": _fft,
-    **{method: _shared(method) for method in ("lora", "dora", "eva", "eva-dora")},
+    **{
+        method: _shared(method) for method in ("lora", "dora", "rslora", "adalora", "pissa", "olora", "eva", "eva-dora")
+    },
+    "eva-whiten": _shared("eva", init="whiten"),
+    "eva-rotate": _shared("eva", init="rotate"),
+    "eva-permute": _shared("eva", init="permute"),
+    # uniform ranks: that a component explains least says nothing of where rank is needed (paper, Table 12)
+    "eva-minor": _shared("eva", init="minor", rho=1.0),
+    "lora-redistribute": _shared("eva", init="redistribute"),
 }
+"""How every method prepares a module; :data:`eva_lightning.vision.method_keys.METHOD_TRAITS` says what each needs."""
 
 
 def apply_method(method: str, module: ImageClassifier, options: AdapterOptions) -> list[L.Callback]:
@@ -51,8 +67,12 @@ def apply_method(method: str, module: ImageClassifier, options: AdapterOptions) 
     ``"dora"`` inject adapters at once, ``"eva"`` and ``"eva-dora"`` leave that to the callback at the start of ``fit``.
 
     Raises:
-        ValueError: Unknown method; names the nearest.
+        ValueError: Unknown method (names the nearest), or options that contradict it.
     """
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
+    if options.state is not None and eva_state_kind(method) is None:
+        raise ValueError(f"{method} starts from no EVA state, but one is given: {options.state}")
+    if options.init != "eva" and method not in ("eva", "eva-dora") and eva_state_kind(method) is not None:
+        raise ValueError(f"{method} has an initialisation of its own: leave init={options.init!r} to eva and eva-dora")
     return METHODS[method](module, options)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_lightning._suggest import unknown
+from eva_lightning.vision.method_keys import METHOD_TRAITS
 from eva_lightning.vision.splits import PROTOCOLS, open_task
 from experiments.run_folder import RunFolder
 from experiments.settings import in_terminal, option, parse_settings
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from eva_lightning.vision.module import ImageClassifier
     from eva_lightning.vision.vtab import VTAB1K
 
-METHODS = ("linear", "fft", "lora", "dora", "eva", "eva-dora")
+METHODS = tuple(METHOD_TRAITS)
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 #: Settings that say where and how fast a run happens, not what comes out.
@@ -44,7 +45,7 @@ class Settings:
     task: str = option(MISSING, "task, such as caltech101")
     model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14")
     weights: str = option("pretrained", "pretrained (Hugging Face hub), none (random), or a weight file")
-    method: str = option("eva", "linear, fft, lora, dora, eva or eva-dora")
+    method: str = option("eva", ", ".join(METHODS))
     rank: int = option(16, "LoRA rank; EVA's mean rank per layer")
     rho: float = option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)")
     alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank")
@@ -54,6 +55,7 @@ class Settings:
     tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]")
     delta: float = option(1.0, "EVA: share of the layers that must have converged, in (0, 1]")
     max_batches: int | None = option(None, "EVA: most minibatches to stream")
+    eva_state: str | None = option(None, "EVA: file of a saved state to start from, instead of streaming")
     epochs: int = option(30, "training epochs")
     warmup_epochs: float = option(3.0, "epochs of linear warm-up")
     lr: float = option(1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)")
@@ -101,7 +103,7 @@ class Settings:
     @property
     def adapts(self) -> bool:
         """Whether the method has adapters."""
-        return self.method not in ("linear", "fft")
+        return METHOD_TRAITS[self.method].adapts
 
     @property
     def run_name(self) -> str:
@@ -109,7 +111,7 @@ class Settings:
         if self.name is not None:
             return self.name
         adapter = f"-r{self.rank}" if self.adapts else ""
-        adapter += f"-rho{self.rho:g}" if "eva" in self.method else ""
+        adapter += f"-rho{self.rho:g}" if METHOD_TRAITS[self.method].redistributes else ""
         tuning = "-train800" if self.split == "train800" else ""
         model = self.model.replace("/", "_").replace(":", "_")
         return f"{self.task}-{model}-{self.method}{adapter}-lr{self.lr:g}-seed{self.seed}{tuning}"
@@ -125,8 +127,8 @@ class Settings:
         """The settings that concern adapters."""
         from eva_lightning.vision.methods import AdapterOptions
 
-        shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions)}
-        return AdapterOptions(**shared)
+        shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions) if f.name != "state"}
+        return AdapterOptions(**shared, state=self.eva_state)
 
 
 def parse(args: Sequence[str] | None = None) -> Settings:
@@ -305,8 +307,9 @@ def _metrics(
     state = _eva_state(callbacks)
     if settings.adapts:
         metrics["rank"] = settings.rank
-    if state is not None:
+    if METHOD_TRAITS[settings.method].redistributes:
         metrics["rho"] = settings.rho
+    if state is not None:
         metrics["init_seconds"] = state.seconds
         metrics["init_batches"] = state.n_batches
         metrics["ranks"] = dict(state.ranks)
