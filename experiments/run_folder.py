@@ -18,7 +18,10 @@ from typing import Any
 
 import yaml
 
-_CONTENTS = ("config.yaml", "metrics.json", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots")
+_CONTENTS = (
+    "config.yaml", "metrics.json", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
+    "csv", "tensorboard", "wandb",
+)  # fmt: skip
 _STATE_FILES = ("eva_state.safetensors", "eva_state.json")
 _LOGGERS = ("experiments", "eva_lightning", "lightning.pytorch", "py.warnings")
 
@@ -98,17 +101,20 @@ class RunFolder:
         temporary.replace(self.path / name)
 
     @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Send our log records to the terminal, and these, Lightning's and warnings to ``log.txt``."""
+    def logging(self, terminal: bool = True) -> Iterator[None]:
+        """Send our log records to the terminal, if `terminal`; these, Lightning's and warnings to ``log.txt``."""
         file = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        terminal = logging.StreamHandler(sys.stdout)
-        terminal.addFilter(lambda record: not record.name.startswith("lightning"))
-        terminal.setFormatter(_Terminal())
+        handlers: list[logging.Handler] = [file]
+        if terminal:
+            screen = logging.StreamHandler(sys.stdout)
+            screen.addFilter(lambda record: not record.name.startswith("lightning"))
+            screen.setFormatter(_Terminal())
+            handlers.append(screen)
         loggers = [logging.getLogger(name) for name in _LOGGERS]
         before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
         for logger in loggers:
-            logger.handlers = [file, terminal]
+            logger.handlers = list(handlers)
             logger.setLevel(logging.INFO)
             logger.propagate = False
         logging.captureWarnings(True)
@@ -122,8 +128,8 @@ class RunFolder:
                 yield
         finally:
             logging.captureWarnings(False)
-            for logger, handlers, level, propagate in before:
-                logger.handlers = handlers
+            for logger, own, level, propagate in before:
+                logger.handlers = own
                 logger.setLevel(level)
                 logger.propagate = propagate
             file.close()
