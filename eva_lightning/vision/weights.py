@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from .hub import require_hub
+
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -78,21 +76,9 @@ def _cached(repository: str | None, filename: str | None) -> Path | None:
 
 
 def _require_hub(model: str, repository: str | None) -> None:
-    """Ask the hub for one small file: its client retries for minutes where there is no network."""
-    if not repository:
-        return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_WAIT_SECONDS):
-            return
-    except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return  # it answers; whatever it objects to, its client will say better
-        reason: object = f"HTTP status {error.code}"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-    raise ConnectionError(
-        f"the pre-trained weights of {model} are not on this machine and the Hugging Face hub does not answer "
-        f"({reason}): pass --weights FILE with a downloaded weight file, or --weights none for random weights"
-    )
+    if repository:
+        require_hub(
+            f"{repository}/resolve/main/config.json",
+            f"the pre-trained weights of {model} are not on this machine",
+            "pass --weights FILE with a downloaded weight file, or --weights none for random weights",
+        )

@@ -1,0 +1,40 @@
+"""Whether the Hugging Face hub answers, asked before its client is: the client retries for minutes without a network."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+
+_WAIT_SECONDS = 5.0
+
+
+def endpoint() -> str:
+    """Address of the hub: ``HF_ENDPOINT`` or the public one, without a slash at its end."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def require_hub(path: str, missing: str, remedy: str) -> None:
+    """Ask the hub for one small file, for at most a few seconds.
+
+    Args:
+        path: The file, such as ``timm/vit/resolve/main/config.json``. It need not exist: any answer will do.
+        missing: What the hub is needed for, as the beginning of the error: ``"the weights of X are not here"``.
+        remedy: What to do without the hub, as the end of the error.
+
+    Raises:
+        ConnectionError: No answer, or only server errors; one sentence of `missing`, the reason and `remedy`.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConnectionError(f"{missing} and HF_HUB_OFFLINE forbids asking the Hugging Face hub: {remedy}")
+    request = urllib.request.Request(f"{endpoint()}/{path}", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_WAIT_SECONDS):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return  # it answers; whatever it objects to, its client will say better
+        reason: object = f"HTTP status {error.code}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+    raise ConnectionError(f"{missing} and the Hugging Face hub does not answer ({reason}): {remedy}")
