@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from eva_lightning._suggest import unknown
 from eva_lightning.rl.tasks import parse_tasks
+from experiments.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
 from experiments.run_folder import RunFolder
 from experiments.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.loggers import Logger
 
     from eva_lightning.rl.module import DecisionTransformerModule
     from eva_lightning.rl.trajectories import TrajectoryDataModule
@@ -26,12 +28,11 @@ if TYPE_CHECKING:
     from .history import StepHistory
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
-LOGGERS = ("none", "tensorboard", "wandb", "wandb-offline")
 
 #: Settings that say where and how fast a run happens, not what comes out.
 INCIDENTAL = (
     "data", "cache", "output", "name", "overwrite", "workers", "accelerator", "devices", "compile", "export", "logger",
-    "progress", "checkpoint_every",
+    "progress", "checkpoint_every", "rollout_video",
 )  # fmt: skip
 
 #: Settings that are arguments of the module.
@@ -69,6 +70,7 @@ class Settings:
     rollout_every: int = option(0, "updates between rollouts in the simulator; 0 for none")
     rollout_episodes: int = option(10, "episodes per task and rollout")
     rollout_tasks: str | None = option(None, "tasks to roll out; all trained ones if not given")
+    rollout_video: int = option(0, "episodes per task and rollout to film; the logger takes the videos")
     checkpoint_every: int = option(1000, "updates between checkpoints, from which an interrupted run continues")
     seed: int = option(0, "seed of weights, dropout and windows")
     precision: str = option("auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision")
@@ -78,21 +80,26 @@ class Settings:
     compile: bool = option(False, "compile the network; takes a minute at the start")
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given")
     export: str | None = option(None, "also write weights and hyper-parameters alone to this file, in float16")
-    logger: str = option("none", "none, tensorboard, wandb or wandb-offline")
+    logger: str = option("none", LOGGER_HELP)
     output: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder; made of tasks, sizes and seed if not given")
     overwrite: bool = option(False, "delete a run of this name first; without it, runs are resumed or reprinted")
     progress: bool = option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
-        for kind, value, choices in (("precision", self.precision, PRECISIONS), ("logger", self.logger, LOGGERS)):
-            if value not in choices:
-                raise ValueError(unknown(kind, value, choices))
+        if self.precision not in PRECISIONS:
+            raise ValueError(unknown("precision", self.precision, PRECISIONS))
+        parse_loggers(self.logger)
         for name in ("max_steps", "batch_size", "val_every", "checkpoint_every", "devices", "rollout_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rollout_every < 0:
-            raise ValueError(f"rollout_every must be at least 0, got {self.rollout_every}")
+        for name in ("rollout_every", "rollout_video"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.rollout_video and self.logger == "none":
+            raise ValueError(
+                "rollout_video needs a logger that takes videos: --logger tensorboard, wandb or wandb-offline"
+            )
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
             raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
 
@@ -133,6 +140,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         if result is not None:
             print(f"{folder.path} is finished already (--overwrite runs it again): {_headline(result)}")
             return result
+    check_loggers(parse_loggers(settings.logger))
     return _run(settings, folder, tasks, rollout_tasks)
 
 
@@ -173,7 +181,8 @@ def _run(settings: Settings, folder: RunFolder, tasks: Sequence[str], rollout_ta
     if settings.overwrite:
         folder.clear()
     folder.start()
-    with folder.logging():
+    loggers = open_loggers(parse_loggers(settings.logger), folder.path, settings.run_name, folder.config)
+    with folder.logging(), loggers as started:
         logger.info(
             "%d tasks, %d training windows of %d steps, %.2fM parameters",
             len(tasks),
@@ -185,7 +194,7 @@ def _run(settings: Settings, folder: RunFolder, tasks: Sequence[str], rollout_ta
         callbacks: list[L.Callback] = [history]
         if settings.rollout_every:
             callbacks.insert(0, _rollouts(settings, rollout_tasks, {t: index[t].max_return for t in rollout_tasks}))
-        metrics = _train(settings, folder, data, module, history, callbacks)
+        metrics = _train(settings, folder, data, module, history, callbacks, started)
         about = {
             "tasks": list(tasks),
             "max_return": data.max_return,
@@ -210,6 +219,7 @@ def _rollouts(settings: Settings, tasks: Sequence[str], target_returns: dict[str
         episodes=settings.rollout_episodes,
         every_n_steps=settings.rollout_every,
         target_returns=target_returns,
+        video=settings.rollout_video,
     )
 
 
@@ -220,6 +230,7 @@ def _train(
     module: DecisionTransformerModule,
     history: StepHistory,
     callbacks: list[L.Callback],
+    loggers: list[Logger],
 ) -> dict[str, Any]:
     import logging
 
@@ -248,7 +259,7 @@ def _train(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         callbacks=[*callbacks, checkpoints],
-        logger=_logger(settings, folder),
+        logger=loggers or False,
         log_every_n_steps=min(50, settings.max_steps),
         enable_progress_bar=settings.progress and sys.stdout.isatty(),
         enable_model_summary=False,
@@ -286,19 +297,6 @@ def _train(
         "device": history.device,
         "torch": torch.__version__,
     }
-
-
-def _logger(settings: Settings, folder: RunFolder) -> Any:
-    if settings.logger == "none":
-        return False
-    if settings.logger == "tensorboard":
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(folder.path, name="tensorboard", version="")
-    from lightning.pytorch.loggers import WandbLogger
-
-    offline = settings.logger == "wandb-offline"
-    return WandbLogger(settings.run_name, str(folder.path), offline=offline, project="eva_lightning")
 
 
 def _precision(settings: Settings) -> str:

@@ -1,0 +1,72 @@
+"""What the module itself does not log: learning rate, time per epoch, EVA's ranks, the result by its settings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from eva_lightning.callback import EVAInitCallback
+from eva_lightning.state import EVAState
+
+
+class RunLogging(L.Callback):
+    """Complete what loggers get; without loggers it does nothing.
+
+    - at the start: number of trained parameters and, with EVA, :func:`eva_summary`;
+    - after every epoch: ``lr`` (the highest of all parameter groups, after the last step) and ``epoch_seconds``;
+    - after testing: ``hp/test_accuracy`` and ``hp/test_loss`` in TensorBoard's table of hyper-parameters.
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what is known before the first step."""
+        values = {"trainable_parameters": float(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))}
+        # trainer.callbacks is annotated by Lightning, but not where it says so
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, EVAInitCallback) and callback.state is not None:
+                values |= eva_summary(callback.state)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log rate and time in the row of the epoch's means."""
+        if trainer.loggers:
+            pl_module.log("lr", max(group["lr"] for group in trainer.optimizers[0].param_groups))
+            pl_module.log("epoch_seconds", time.perf_counter() - self._started)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the result beside the hyper-parameters."""
+        tested = {f"hp/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and tested:
+                logger.log_hyperparams(dict(logger.hparams), tested)
+
+
+def eva_summary(state: EVAState) -> dict[str, float]:
+    """What an EVA initialisation took and gave, as scalars.
+
+    Returns:
+        ``eva/seconds``, ``eva/batches``, ``eva/rank_mean`` (over all layers, the removed ones as 0), ``eva/rank_min``
+        and ``eva/rank_max`` and ``eva/layers_removed`` (rank 0).
+    """
+    ranks = list(state.ranks.values())
+    summary: dict[str, Any] = {
+        "seconds": state.seconds,
+        "batches": state.n_batches,
+        "rank_mean": statistics.fmean(ranks),
+        "rank_min": min(ranks),
+        "rank_max": max(ranks),
+        "layers_removed": ranks.count(0),
+    }
+    return {f"eva/{key}": float(value) for key, value in summary.items()}
