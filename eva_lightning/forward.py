@@ -116,6 +116,24 @@ def _run_training_step(module: Any, batch: Any) -> Any:
         return module.training_step(*arguments)
 
 
+def training_loss(module: Any, batch: Any) -> Tensor:
+    """What ``training_step`` of a LightningModule gives to be minimised, with logging muted; gradients as they are set.
+
+    Raises:
+        TypeError: the module optimises manually, so that its ``training_step`` would train.
+        ValueError: it returned no loss.
+    """
+    if not module.automatic_optimization:
+        raise TypeError(f"{type(module).__name__} optimises manually: there is no loss to ask its training_step for")
+    with _muted(module):
+        arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
+        result = module.training_step(*arguments)
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"training_step of {type(module).__name__} returned no loss, got {type(loss).__name__}")
+    return loss
+
+
 @contextmanager
 def _muted(module: nn.Module) -> Iterator[None]:
     names = ("log", "log_dict")

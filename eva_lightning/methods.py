@@ -7,9 +7,11 @@ module and returns the callbacks for its Trainer. Methods that PEFT has come fro
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -20,6 +22,7 @@ from eva_lightning.isolation import isolated_rng
 if TYPE_CHECKING:
     from eva_lightning.adapters.adalora import RankAllocation
     from eva_lightning.callback import EVAInitCallback
+    from eva_lightning.data_driven import Kind
     from eva_lightning.forward import MaskFn
 
 
@@ -34,7 +37,8 @@ class AdapterOptions:
         dropout: Dropout on the adapters' inputs.
         rho: EVA's ρ ≥ 1; 1 keeps ranks uniform.
         init, metric, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
-        max_batches: Most minibatches EVA streams; None for the callback's default.
+        lora_plus_ratio: LoRA+: learning rate of B over that of A and everything else (its authors' λ = 2⁴).
+        max_batches: Most minibatches that EVA streams, or CorDA and LoRA-GA look at; None for their defaults.
         state: Path of a saved :class:`~eva_lightning.state.EVAState` to start EVA from, instead of streaming.
         seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
 
@@ -51,6 +55,7 @@ class AdapterOptions:
     metric: str = "ratio"
     tau: float = 0.99
     delta: float = 1.0
+    lora_plus_ratio: float = 16.0
     max_batches: int | None = None
     state: str | os.PathLike[str] | None = None
     seed: int = 0
@@ -58,7 +63,9 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         from eva_lightning.callback import EVAInitCallback
 
-        EVAInitCallback(**self._for_callback())  # which checks every value
+        EVAInitCallback(**self._for_callback())  # which checks its values
+        if not 0 < self.lora_plus_ratio < math.inf:
+            raise ValueError(f"lora_plus_ratio must be a finite number above 0, got {self.lora_plus_ratio}")
 
     def callback(
         self,
@@ -230,6 +237,36 @@ def _injected(**special: Any) -> Prepare:
     return prepare
 
 
+def _lora_plus(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:
+    if not hasattr(module, "lr_multipliers"):
+        raise ValueError(
+            f"lora+ trains B at another rate than A, and {type(module).__name__} has no lr_multipliers by which its "
+            "configure_optimizers could know"
+        )
+    callbacks = _injected()(module, options, where)
+    heeding: Any = module
+    heeding.lr_multipliers = partial(lora_plus_multiplier, ratio=options.lora_plus_ratio)
+    return callbacks
+
+
+def lora_plus_multiplier(name: str, ratio: float) -> float:
+    """LoRA+ (Hayou et al., 2024): the factor on the learning rate of the parameter called `name`, `ratio` for every B.
+
+    PEFT's ``create_loraplus_optimizer`` also gives biases the rate of B; the paper speaks of B alone.
+    """
+    return ratio if ".lora_B." in name else 1.0
+
+
+def _data_driven(kind: Kind) -> Prepare:
+    def prepare(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:
+        from eva_lightning.data_driven import DataDrivenStart
+
+        start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed)
+        return [*_injected(initialisation=kind)(module, options, where), start]
+
+    return prepare
+
+
 def _adalora(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:
     from eva_lightning.adapters.adalora import start_rank
 
@@ -264,9 +301,13 @@ METHODS: dict[str, Prepare] = {
     "lora": _injected(),
     "dora": _injected(use_dora=True),
     "rslora": _injected(use_rslora=True),
+    "lora+": _lora_plus,
     "adalora": _adalora,
     "pissa": _injected(initialisation="pissa"),
+    "milora": _injected(initialisation="milora"),
     "olora": _injected(initialisation="olora"),
+    "corda": _data_driven("corda"),
+    "lora-ga": _data_driven("lora-ga"),
     "eva": _eva(),
     "eva-dora": _eva(use_dora=True),
 }
@@ -287,7 +328,8 @@ def apply_method(
     """Prepare `module` for `method` and return the callbacks to train with.
 
     All but ``"scratch"`` start from the function the module computes. ``"eva"`` and ``"eva-dora"`` put their adapters
-    in at the start of ``fit``, the others at once.
+    in at the start of ``fit``, the others at once; ``"corda"`` and ``"lora-ga"`` set theirs at the start of ``fit``.
+    ``"lora+"`` needs a module whose ``configure_optimizers`` heeds its attribute ``lr_multipliers`` (name -> factor).
 
     Args:
         method: One of `METHODS`.

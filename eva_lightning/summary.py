@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from eva_lightning.adapters import Injection
@@ -63,23 +63,36 @@ def _why_stopped(state: EVAState, max_batches: int) -> str:
 
 @contextmanager
 def streaming_progress(trainer: pl.Trainer, total: int) -> Iterator[ReportBatch]:
-    """A rich progress bar where the Trainer shows progress bars (rank 0 only); yields what to tell it."""
+    """A bar over EVA's minibatches; yields what to tell it."""
+    with progress_bar(trainer, "EVA: streaming minibatches", total) as (progress, task):
+        yield ReportBatch(progress, task)
+
+
+@contextmanager
+def counting_progress(trainer: pl.Trainer, description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar over `total` things; yields what to call after each."""
+    with progress_bar(trainer, description, total) as (progress, task):
+        yield lambda: progress.advance(task)
+
+
+@contextmanager
+def progress_bar(trainer: pl.Trainer, description: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    """A rich progress bar where the Trainer shows progress bars (rank 0 only)."""
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not shown, transient=True) as progress:
-        task = progress.add_task("EVA: streaming minibatches", total=total)
-        yield ReportBatch(progress, task)
+        yield progress, progress.add_task(description, total=total)
 
 
 class ReportBatch:
     """Moves the bar by one minibatch."""
 
-    def __init__(self, progress: Progress, task: object) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def __call__(self, n_batches: int, share_converged: float) -> None:
         self._progress.update(
-            self._task,  # type: ignore[arg-type]
+            self._task,
             completed=n_batches,
             description=f"EVA: streaming minibatches, {share_converged:.0%} of the layers converged",
         )

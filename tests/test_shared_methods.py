@@ -14,15 +14,27 @@ from eva_lightning.adapters import inject, merge_and_unload, save_pretrained
 from eva_lightning.adapters.adalora import RankAllocation, is_adalora, start_rank
 from eva_lightning.checkpoint import load_from_checkpoint
 from eva_lightning.methods import METHODS, WITHOUT_ADAPTERS, AdaLoRACallback, AdapterOptions, apply_method
+from eva_lightning.vision.parameter_groups import Multiplier, parameter_groups
 from tests.modules import IN, Classifier, TokenNet, loader, trainer
 
 ADAPTERS = [m for m in METHODS if m not in WITHOUT_ADAPTERS]
+EDIT_BASE_WEIGHTS = ("pissa", "milora", "olora", "corda", "lora-ga")
 OPTIONS = AdapterOptions(rank=3, bias="none")
+
+
+class Heeding(Classifier):
+    """A classifier that trains parameters at rates of their own where it is told to, as ImageClassifier does."""
+
+    lr_multipliers: Multiplier | None = None
+
+    def configure_optimizers(self) -> Any:
+        multipliers = [] if self.lr_multipliers is None else [self.lr_multipliers]
+        return torch.optim.AdamW(parameter_groups(self.named_parameters(), self.lr, 0.01, multipliers=multipliers))
 
 
 def build(**kwargs: Any) -> Classifier:
     torch.manual_seed(0)
-    return Classifier(TokenNet(), **kwargs)
+    return Heeding(TokenNet(), **kwargs)
 
 
 def prepared(method: str, options: AdapterOptions = OPTIONS, **kwargs: Any) -> tuple[Classifier, list[pl.Callback]]:
@@ -126,7 +138,7 @@ def test_a_checkpoint_goes_into_a_fresh_module(method: str, tmp_path: Path) -> N
     module, callbacks = prepared(method)
     fit(module, callbacks).save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     frozen = [k for k in torch.load(tmp_path / "a.ckpt")["state_dict"] if "base_layer.weight" in k]
-    assert bool(frozen) == (method in ("pissa", "olora"))
+    assert bool(frozen) == (method in EDIT_BASE_WEIGHTS)
     loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt", net=build().net)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(inputs()), module.eval()(inputs()), rtol=0, atol=0)
@@ -149,6 +161,23 @@ def test_pissa_exports_after_loading_into_a_module_of_other_weights(tmp_path: Pa
         torch.testing.assert_close(peft(inputs()), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_milora_starts_at_the_least_singular_directions() -> None:
+    """Wang et al., 2024: what PiSSA takes from the top of the spectrum, MiLoRA takes from its bottom."""
+    module, _ = prepared("milora", AdapterOptions(rank=3, alpha=2.0, bias="none"))
+    for name in ("attention.q", "narrow"):
+        layer: Any = module.net.get_submodule(name)
+        weight = build().net.get_submodule(name).weight.detach()
+        s = torch.linalg.svdvals(weight.double())  # type: ignore[operator,union-attr]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        taken = torch.linalg.svdvals((2 / 3 * b @ a).double())[:3]
+        torch.testing.assert_close(taken, s[-3:], rtol=1e-4, atol=1e-6)
+        left = torch.linalg.svdvals(layer.base_layer.weight.detach().double())
+        torch.testing.assert_close(left[: len(s) - 3], s[:-3], rtol=1e-4, atol=1e-6)
+        assert left[len(s) - 3 :].abs().max() < 1e-5
+        # both halves carry the same share, as in PiSSA
+        torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_weight_based_starts_are_pefts(method: Any) -> None:
     from peft import LoraConfig, get_peft_model
@@ -164,17 +193,24 @@ def test_weight_based_starts_are_pefts(method: Any) -> None:
         torch.testing.assert_close(ours.base_layer.weight, reference.base_layer.weight)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("method", EDIT_BASE_WEIGHTS)
 def test_rank_is_capped_where_the_weight_has_fewer_directions(method: str) -> None:
-    module, _ = prepared(method, AdapterOptions(rank=8, alpha=2.0, bias="none"))
+    module, callbacks = prepared(method, AdapterOptions(rank=8, alpha=2.0, bias="none"), lr=0.0)
+    fit(module, callbacks, max_steps=1)
     narrow: Any = module.net.narrow
-    assert narrow.lora_A["default"].weight.shape == (4, 24)
+    # LoRA-GA takes the directions of B after those of A
+    assert narrow.lora_A["default"].weight.shape == (2 if method == "lora-ga" else 4, 24)
     assert narrow.scaling["default"] == 0.25
+    assert narrow.lora_B["default"].weight.abs().sum() > 0
     with torch.no_grad():
         torch.testing.assert_close(module(inputs()), build()(inputs()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"initialisation": "pissa"}, {"adalora": {"target_r": 2, "total_step": 5}}])
+@pytest.mark.parametrize(
+    "options",
+    [*({"initialisation": m} for m in EDIT_BASE_WEIGHTS), {"adalora": {"target_r": 2, "total_step": 5}}],
+    ids=str,
+)
 def test_an_injection_is_taken_back(options: dict[str, Any]) -> None:
     module = build()
     before = copy.deepcopy(module.state_dict())
@@ -220,7 +256,7 @@ def test_adalora_without_an_end_is_refused() -> None:
     module, callbacks = prepared("adalora")
     with pytest.raises(ValueError, match="number of training steps, got inf"):
         fit(module, callbacks, max_epochs=-1)
-    with pytest.raises(ValueError, match="Classifier has no AdaLoRA layers"):
+    with pytest.raises(ValueError, match="Heeding has no AdaLoRA layers"):
         RankAllocation(build(), 10)
 
 
@@ -242,6 +278,42 @@ def test_scratch_refuses_weights_it_cannot_draw() -> None:
     module.net.register_parameter("positions", nn.Parameter(torch.zeros(3)))
     with pytest.raises(ValueError, match="new weights for 'net': TokenNet has parameters but no reset_parameters"):
         apply_method("scratch", module, OPTIONS)
+
+
+def test_lora_plus_trains_b_at_another_rate_as_pefts_optimizer_does() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    module, callbacks = prepared("lora+", AdapterOptions(rank=3, bias="none", lora_plus_ratio=8.0))
+    run = fit(module, callbacks, max_steps=1)
+    ours = {id(p): group["lr"] for group in run.optimizers[0].param_groups for p in group["params"]}
+    model = get_peft_model(build().net, LoraConfig(r=3, target_modules=["q"]))
+    theirs_optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=module.lr, loraplus_lr_ratio=8.0)
+    theirs = {id(p): group["lr"] for group in theirs_optimizer.param_groups for p in group["params"]}
+    reference = {n.split("lora_")[1]: theirs[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert reference == {"A.default.weight": module.lr, "B.default.weight": 8 * module.lr}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert ours[id(parameter)] == reference.get(name.partition("lora_")[2], module.lr), name
+
+
+def test_lora_plus_needs_a_module_that_heeds_it() -> None:
+    with pytest.raises(ValueError, match="Classifier has no lr_multipliers"):
+        apply_method("lora+", Classifier(TokenNet()), OPTIONS)
+    with pytest.raises(ValueError, match="lora_plus_ratio must be a finite number above 0, got 0"):
+        AdapterOptions(lora_plus_ratio=0)
+
+
+def test_a_weight_of_two_layers_cannot_give_up_a_part() -> None:
+    module = build()
+    module.net.attention.q.weight = module.net.attention.k.weight  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"milora takes .*'net.attention.q' and 'net.attention.k' share theirs"):
+        inject(module, initialisation="milora")
+    one_input = Classifier(nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2)))
+    with pytest.raises(
+        ValueError, match=r"lora-ga needs layers of at least 2 .*'net\.0' has a weight of shape \(3, 1\)"
+    ):
+        inject(one_input, head="net.1", initialisation="lora-ga")
 
 
 def test_unknown_names_are_suggested() -> None:

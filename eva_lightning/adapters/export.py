@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters.adalora import is_adalora
-from eva_lightning.adapters.injection import INITIAL_A, INITIAL_B
 from eva_lightning.adapters.layer import AdapterLayer
 from eva_lightning.adapters.layers import describe_layers, find_adapters, lora_layers, replace_everywhere
+from eva_lightning.adapters.starts import INITIAL_A, INITIAL_B
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
@@ -23,9 +23,9 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
 
     ``PeftModel.from_pretrained(base, directory)`` on a freshly built ``model`` without adapters then computes what
     ``model`` computes. Pass the network itself (``module.net``), not the LightningModule around it, to get names that
-    fit the bare network. PiSSA and OLoRA, which have taken a part of the base weight away, go in as plain LoRA of twice
-    the rank: the change since their start. Layers that trained in full, and batch norms with their statistics, go in as
-    ``modules_to_save``.
+    fit the bare network. PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA, which have taken a part of the base weight away, go
+    in as plain LoRA of twice the rank: the change since their start. Layers that trained in full, and batch norms with
+    their statistics, go in as ``modules_to_save``.
 
     Args:
         model: a module that contains LoRA layers, with or without a PeftModel around it.

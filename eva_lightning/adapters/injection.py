@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from eva_lightning._suggest import unknown
@@ -22,14 +20,19 @@ from eva_lightning.adapters.layers import (
     sync_configs,
 )
 from eva_lightning.adapters.quantised import announce_quantisation
+from eva_lightning.adapters.starts import (
+    FROM_DATA,
+    PEFT_NAMES,
+    Initialisation,
+    capped,
+    milora,
+    remember_start,
+    start_at,
+)
 from eva_lightning.adapters.targets import find_targets, language_model_heads
 from eva_lightning.isolation import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
-Initialisation = Literal["lora", "pissa", "olora"]
-
-INITIAL_A, INITIAL_B = "initial_lora_A", "initial_lora_B"
-"""Buffers of layers whose base weight gave up ``B A`` at the start: what an export to plain LoRA has to take off."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Injection:
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
-    # PiSSA and OLoRA move a part of the base weight into the adapter
+    # PiSSA, MiLoRA and OLoRA move a part of the base weight into the adapter
     _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False, default_factory=list)
 
     def undo(self, module: nn.Module) -> None:
@@ -103,9 +106,10 @@ def inject(
         use_dora: DoRA: a trainable magnitude per output.
         use_rslora: scale by alpha/sqrt(r).
         lora_dropout: dropout on the adapters' input.
-        initialisation: "lora" (A random, B = 0), or "pissa" (the top singular directions of the base weight) or
-            "olora" (its first columns after a QR decomposition), which move ``alpha/r B A`` out of the base weight, so
-            that the function stays. Linear layers only.
+        initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
+            function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
+            (its least ones), "olora" (its first columns after a QR decomposition). "corda" and "lora-ga" start like
+            "lora" and wait for :class:`eva_lightning.data_driven.DataDrivenStart`.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
             rank they start with.
 
@@ -113,8 +117,8 @@ def inject(
         ValueError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
             initialisation is unknown or not possible on a layer.
     """
-    if initialisation not in _PEFT_NAMES:
-        raise ValueError(unknown("initialisation", initialisation, _PEFT_NAMES))
+    if initialisation not in PEFT_NAMES:
+        raise ValueError(unknown("initialisation", initialisation, PEFT_NAMES))
     if find_adapters(module):
         raise ValueError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     targets, heads = find_targets(module, target_modules, exclude, head)
@@ -133,17 +137,22 @@ def inject(
     injection = Injection(targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters)
     options: dict[str, Any] = {"use_dora": use_dora, "use_rslora": use_rslora, "lora_dropout": lora_dropout}
     if initialisation != "lora":
-        options |= {"init_lora_weights": _PEFT_NAMES[initialisation], **_capped(module, targets, r, alpha, use_rslora)}
+        patterns = capped(module, targets, initialisation, r, alpha, use_rslora)
+        options |= {"init_lora_weights": PEFT_NAMES[initialisation], **patterns}
         weights: list[Any] = [module.get_submodule(name).weight for name in targets]
-        injection._weights = [(w, w.data.clone()) for w in weights]
+        _refuse_weights(dict(zip(targets, weights, strict=True)), initialisation)
+        if initialisation not in FROM_DATA:
+            injection._weights = [(w, w.data.clone()) for w in weights]
     try:
         _inject(module, targets, r, alpha, options, adalora)
         layers = {layer.name: layer for layer in lora_layers(module) if hasattr(layer.module, CONFIG_ATTRIBUTE)}
         _set_trainable(module, layers, heads, bias, dict(_named_flags(module, requires_grad)))
         for layer in layers.values():
             layer.config.bias = bias
-            if initialisation != "lora":
-                _remember_start(layer)
+            if initialisation == "milora":
+                start_at(layer, *milora(layer))
+            elif initialisation != "lora":
+                remember_start(layer)
             elif adalora is None and r > layer.in_features:
                 layer.resize(layer.in_features)
         sync_configs(module)
@@ -173,9 +182,6 @@ def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             changed.append((m, "use_nested_tensor", m.use_nested_tensor))
             m.use_nested_tensor = False
     return changed
-
-
-_PEFT_NAMES: dict[str, Any] = {"lora": True, "pissa": "pissa", "olora": "olora"}
 
 
 class _Holder(nn.Module):
@@ -217,25 +223,21 @@ def _inject(
     _adapt_aliases(module)
 
 
-def _capped(module: nn.Module, targets: list[str], r: int, alpha: float, use_rslora: bool) -> dict[str, Any]:
-    """Rank and alpha of layers whose weight has fewer than ``r`` singular directions; the scaling stays."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name in targets:
-        weight: Any = module.get_submodule(name).weight
-        rank = min(r, *weight.shape)
-        if rank < r:
-            pattern = "^" + re.escape(f"module.{name}")
-            ranks[pattern] = rank
-            alphas[pattern] = alpha * (rank / r) ** (0.5 if use_rslora else 1.0)
-    return {"rank_pattern": ranks, "alpha_pattern": alphas}
-
-
-def _remember_start(layer: AdapterLayer) -> None:
-    """Keep the A and B that left the base weight, in checkpoints too: the layer's change is ``B A`` less these."""
-    with torch.no_grad():
-        layer.module.register_buffer(INITIAL_A, layer.a.detach().clone())
-        layer.module.register_buffer(INITIAL_B, layer.b.detach().clone())
+def _refuse_weights(weights: Mapping[str, Tensor], initialisation: str) -> None:
+    """A base weight that is to give up a part must be whole, and of one layer only."""
+    owners: dict[int, str] = {}
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{initialisation} takes a part out of the base weight, but that of {name!r} is quantised "
+                f"({weight.dtype}); use lora, or weights in full precision"
+            )
+        owner = owners.setdefault(id(weight), name)
+        if owner != name:
+            raise ValueError(
+                f"{initialisation} takes a part out of the base weight, but {owner!r} and {name!r} share theirs; leave "
+                "one of them out"
+            )
 
 
 def _adapt_aliases(module: nn.Module) -> None:

@@ -8,5 +8,6 @@ timm is loaded.
 - ``eva_lightning.vision.vtab``: :class:`VTAB1K`, the LightningDataModule
 - ``eva_lightning.vision.backbones``, ``weights``: timm models and where their weights come from
 - ``eva_lightning.vision.module``: :class:`ImageClassifier`, the LightningModule
-- ``eva_lightning.vision.methods``: linear, fft, lora, dora, eva and eva-dora
+- ``eva_lightning.vision.method_keys``: what methods there are, their labels, and what each needs
+- ``eva_lightning.vision.methods``: what each does to an ImageClassifier
 """

@@ -12,7 +12,7 @@ from eva_lightning import methods
 from eva_lightning._suggest import unknown
 from eva_lightning.methods import AdapterCheckpoints, AdapterOptions
 
-from .method_keys import MethodKey, eva_state_kind
+from .method_keys import METHOD_TRAITS, MethodKey, eva_state_kind
 from .module import ImageClassifier
 
 __all__ = [
@@ -47,9 +47,7 @@ def _shared(method: str, **fixed: Any) -> Prepare:
 METHODS: dict[str, Prepare] = {
     "linear": _linear,
     "fft": _fft,
-    **{
-        method: _shared(method) for method in ("lora", "dora", "rslora", "adalora", "pissa", "olora", "eva", "eva-dora")
-    },
+    **{method: _shared(method) for method in METHOD_TRAITS if method in methods.METHODS and method != "fft"},
     "eva-whiten": _shared("eva", init="whiten"),
     "eva-rotate": _shared("eva", init="rotate"),
     "eva-permute": _shared("eva", init="permute"),
@@ -63,8 +61,9 @@ METHODS: dict[str, Prepare] = {
 def apply_method(method: str, module: ImageClassifier, options: AdapterOptions) -> list[L.Callback]:
     """Prepare `module` for `method` and return the callbacks to train with.
 
-    ``"linear"`` trains the head alone, ``"fft"`` everything with layer-wise learning-rate decay 0.75; ``"lora"`` and
-    ``"dora"`` inject adapters at once, ``"eva"`` and ``"eva-dora"`` leave that to the callback at the start of ``fit``.
+    ``"linear"`` trains the head alone, ``"fft"`` everything with layer-wise learning-rate decay 0.75. The others train
+    adapters, head and biases: see :func:`eva_lightning.methods.apply_method`. ``"eva-whiten"``, ``"eva-rotate"``,
+    ``"eva-permute"``, ``"eva-minor"`` and ``"lora-redistribute"`` are EVA with another ``init``.
 
     Raises:
         ValueError: Unknown method (names the nearest), or options that contradict it.

@@ -8,10 +8,10 @@ import pytest
 from eva_lightning.initialization import INITS
 from eva_lightning.vision.method_keys import METHOD_TRAITS, MethodKey, eva_state_kind
 
-OF_THE_ISSUE = (
-    "linear, fft, lora, dora, rslora, lora+, adalora, pissa, milora, olora, corda, lora-ga, eva, eva-dora, eva-whiten, "
-    "eva-rotate, eva-permute, eva-minor, lora-redistribute"
-).split(", ")
+OF_THE_ISSUE = [
+    "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda", "lora-ga",
+    "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
