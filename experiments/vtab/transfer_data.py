@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -235,5 +236,6 @@ def _drawn(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")
 
 
-def _as_fetched(batch: Batch) -> Batch:
-    return batch
+def _as_fetched(batch: Any) -> Batch:
+    fetched: Batch = batch
+    return fetched
