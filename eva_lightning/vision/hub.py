@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, asked before its client is: the client retries for minutes without a network."""
+"""Whether the Hugging Face hub answers. Its client, asked first, retries for minutes where there is no network."""
 
 from __future__ import annotations
 

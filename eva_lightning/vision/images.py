@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,30 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
         logger.warning("image %s is truncated: the missing part is filled in with grey", path)
     resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def image_damage(path: str | Path) -> Literal["broken", "truncated"] | None:
+    """What :func:`load_image` would find wrong with an image file: nothing, an early end, or all of it.
+
+    A JPEG is decoded to an eighth of its size: its whole bit stream is read, at a third of the time.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+    except Exception:
+        if not data.startswith(b"\xff\xd8"):
+            return "broken"
+        try:
+            _decode(data + _JPEG_END)
+        except Exception:
+            return "broken"
+        return "truncated"
+    return None
 
 
 def _decode(data: bytes) -> Image.Image:

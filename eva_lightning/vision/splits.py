@@ -14,7 +14,10 @@ from eva_lightning._suggest import unknown
 
 from .tasks import SPLITS, VTABTask, expected_size, get_task
 
-ARCHIVE = "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub)"
+ARCHIVE = (
+    "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub; "
+    "python -m experiments.vtab prepare gets and unpacks it)"
+)
 
 #: Training split -> the split it is judged on: the final protocol and the tuning protocol of the paper (section D.3).
 PROTOCOLS: dict[str, str] = {"train800val200": "test", "train800": "val200"}
@@ -66,7 +69,9 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
     file = folder / f"{split}.txt"
     if not file.is_file():
         if split == "train800val200" and all((folder / f"{part}.txt").is_file() for part in ("train800", "val200")):
-            remedy = "join train800.txt and val200.txt, in this order, into it"
+            remedy = (
+                "join train800.txt and val200.txt, in this order, into it (python -m experiments.vtab prepare does)"
+            )
         else:
             remedy = f"take it from {ARCHIVE}"
         raise FileNotFoundError(f"split file {file} is missing: {remedy}")
@@ -101,6 +106,7 @@ def open_task(
     split: str = "train800val200",
     limit_train: int | None = None,
     limit_test: int | None = None,
+    evaluation: str | None = None,
 ) -> TaskData:
     """Read and check the split files of one task and look that every image they list is there.
 
@@ -114,28 +120,35 @@ def open_task(
         split: ``"train800val200"`` (evaluated on test) or ``"train800"`` (evaluated on val200).
         limit_train: Use only the first so many training images.
         limit_test: Use only the first so many evaluation images.
+        evaluation: ``"val200"`` or ``"test"`` instead of what `split` is evaluated on.
 
     Raises:
         FileNotFoundError: Root, task folder, split file or image missing.
-        ValueError: Unknown task or split, bad line, label outside the range, label gap, limit below 1.
+        ValueError: Unknown task or split, bad line, label outside the range, label gap, limit below 1, or evaluation on
+            images that are trained on.
     """
     spec = get_task(task)
     if split not in PROTOCOLS:
         raise ValueError(unknown("training split", split, PROTOCOLS))
+    evaluated_on = PROTOCOLS[split] if evaluation is None else evaluation
+    if evaluated_on not in PROTOCOLS.values():
+        raise ValueError(unknown("evaluation split", evaluated_on, PROTOCOLS.values()))
+    if (split, evaluated_on) == ("train800val200", "val200"):
+        raise ValueError("evaluation on val200 needs split='train800': train800val200 trains on the images of val200")
     for option, limit in (("limit_train", limit_train), ("limit_test", limit_test)):
         if limit is not None and limit < 1:
             raise ValueError(f"{option} must be at least 1, got {limit}")
     folder = _task_folder(Path(root), task)
-    complete = {name: read_split(folder, name, spec.classes) for name in (split, PROTOCOLS[split])}
+    complete = {name: read_split(folder, name, spec.classes) for name in (split, evaluated_on)}
     warnings = _size_warnings(spec, complete.values())
     comparable = not warnings
-    warnings += _class_warnings(spec, folder, complete[split], complete[PROTOCOLS[split]])
+    warnings += _class_warnings(spec, folder, complete[split], complete[evaluated_on])
     train = complete[split].first(limit_train)
-    evaluation = complete[PROTOCOLS[split]].first(limit_test)
-    for part in (train, evaluation):
+    evaluated = complete[evaluated_on].first(limit_test)
+    for part in (train, evaluated):
         _require_images(part)
-    limited = len(train) < len(complete[split]) or len(evaluation) < len(complete[PROTOCOLS[split]])
-    return TaskData(spec, train, evaluation, tuple(warnings), limited, comparable and not limited)
+    limited = len(train) < len(complete[split]) or len(evaluated) < len(complete[evaluated_on])
+    return TaskData(spec, train, evaluated, tuple(warnings), limited, comparable and not limited)
 
 
 def _task_folder(root: Path, task: str) -> Path:

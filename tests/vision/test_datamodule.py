@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from eva_lightning.vision.vtab import VTAB1K, EpochShuffle
+from eva_lightning.vision.vtab import NORMALIZATIONS, VTAB1K, EpochShuffle
 from tests.vision.fakes import make_task
 
 
@@ -76,6 +76,27 @@ def test_tuning_protocol_never_shows_test_images(root: Path) -> None:
     assert len(data.train_dataloader().dataset) == 16  # type: ignore[arg-type]
     for loader in (data.val_dataloader(), data.test_dataloader()):
         assert loader.dataset.split.name == "val200"
+
+
+def test_train800_can_be_tested_on_test(root: Path) -> None:
+    data = VTAB1K(root, "kitti", split="train800", evaluation="test", image_size=16, progress=False)
+    data.setup("fit")
+    data.setup("test")
+    assert not data.validates
+    assert len(data.train_dataloader().dataset) == 16  # type: ignore[arg-type]
+    assert data.test_dataloader().dataset.split.name == "test"  # type: ignore[attr-defined]
+    assert data.predict_dataloader().dataset.split.name == "test"  # type: ignore[attr-defined]
+
+
+def test_pixels_are_normalised_as_torch_does_it(root: Path) -> None:
+    data = VTAB1K(root, "kitti", image_size=16, progress=False)
+    data.setup("fit")
+    dataset = data.train_dataloader().dataset
+    images, labels = dataset.__getitems__([5, 0, 5])  # type: ignore[attr-defined]
+    assert labels.tolist() == [1, 0, 1]
+    raw = torch.from_numpy(dataset.pixels)[[5, 0, 5]]  # type: ignore[attr-defined]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATIONS["imagenet"])
+    torch.testing.assert_close(images, (raw.float() / 255 - mean) / std, rtol=0, atol=1e-6)
 
 
 def test_final_protocol_validates_nothing(root: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.transforms import InterpolationMode, Resize
 
-from eva_lightning.vision.images import load_image
+from eva_lightning.vision.images import image_damage, load_image
 
 
 def photo(height: int = 60, width: int = 90) -> Image.Image:
@@ -93,3 +93,24 @@ def test_truncated_png_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
         load_image(tmp_path / "a.png", 8)
+
+
+def test_damage_is_what_loading_would_find(tmp_path: Path) -> None:
+    photo(200, 200).save(tmp_path / "whole.jpg", quality=95)
+    photo(200, 200).save(tmp_path / "whole.png")
+    photo(200, 200).convert("L").save(tmp_path / "grey.jpg")
+    jpeg, png = (tmp_path / "whole.jpg").read_bytes(), (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (tmp_path / "end.jpg").write_bytes(jpeg[:-20])
+    (tmp_path / "cut.png").write_bytes(png[: len(png) // 2])
+    (tmp_path / "text.jpg").write_bytes(b"<html>not found</html>")
+    found = {name: image_damage(tmp_path / name) for name in sorted(path.name for path in tmp_path.iterdir())}
+    assert found == {
+        "cut.jpg": "truncated",
+        "cut.png": "broken",
+        "end.jpg": "truncated",
+        "grey.jpg": None,
+        "text.jpg": "broken",
+        "whole.jpg": None,
+        "whole.png": None,
+    }

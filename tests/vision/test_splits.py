@@ -128,3 +128,13 @@ def test_paths_with_spaces_windows_line_ends_and_byte_order_mark(tmp_path: Path)
 def test_unknown_split_suggests(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown training split 'train80': did you mean train800"):
         open_task(tmp_path, "kitti", "train80")
+
+
+def test_evaluation_split_can_be_chosen_but_not_what_is_trained_on(tmp_path: Path) -> None:
+    make_task(tmp_path)
+    found = open_task(tmp_path, "kitti", "train800", evaluation="test")
+    assert (found.train.name, found.evaluation.name) == ("train800", "test")
+    with pytest.raises(ValueError, match="evaluation on val200 needs split='train800'"):
+        open_task(tmp_path, "kitti", evaluation="val200")
+    with pytest.raises(ValueError, match="unknown evaluation split 'tset': did you mean test"):
+        open_task(tmp_path, "kitti", evaluation="tset")
