@@ -1,18 +1,17 @@
-"""Means with 95% intervals (Student's t distribution)."""
+"""Means and differences of means with 95% intervals (Student's t distribution; Welch's where variances differ).
+
+For independent samples i with means m_i, variances s_i² and sizes n_i, a weighted sum Σ c_i m_i has the variance
+V = Σ v_i with v_i = c_i² s_i² / n_i. Its interval is Σ c_i m_i ± t(ν) √V, where t is the 97.5% point of Student's t
+distribution with the Welch-Satterthwaite degrees of freedom ν = V² / Σ v_i² / (n_i - 1). Two samples with weights 1 and
+-1 are Welch's t interval; a mean over tasks has weights 1/T, and its interval is one for these tasks and new seeds.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-# 97.5% points of Student's t distribution for 1 to 30 degrees of freedom
-_T = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-    2.0452, 2.0423,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,71 @@ class Interval:
         return mean if self.half is None else f"{mean} ± {self.half:.{digits}f}"
 
 
-def t_quantile(degrees: int) -> float:
-    """97.5% point of Student's t distribution."""
-    if degrees < 1:
-        raise ValueError(f"degrees of freedom must be at least 1, got {degrees}")
-    z = 1.959964
-    return _T[degrees - 1] if degrees <= len(_T) else z + (z**3 + z) / (4 * degrees)
+@dataclass(frozen=True)
+class Sample:
+    """What is known of repeated measurements: all of it that intervals need.
+
+    Attributes:
+        mean: Their mean.
+        std: Their standard deviation, with n - 1 in the denominator; None for a single one.
+        n: How many.
+        resolution: What the mean was rounded to (0.1 where one digit is printed); 0: not rounded.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+    resolution: float = 0.0
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Sample:
+        """The sample `values`, at least one."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
+    """Interval of a weighted sum of independent means, as at the top of this file.
+
+    A mean that was rounded adds the variance of its rounding error, resolution² / 12. `n` of the result is the smallest
+    sample's; without a standard deviation in one of the samples there is no width.
+    """
+    known = list(terms)
+    mean = math.fsum(weight * sample.mean for weight, sample in known)
+    smallest = min(sample.n for _, sample in known)
+    sampling = denominator = rounding = 0.0
+    for weight, sample in known:
+        if sample.std is None:
+            return Interval(mean, None, smallest)
+        variance = (weight * sample.std) ** 2 / sample.n
+        sampling += variance
+        denominator += variance**2 / (sample.n - 1)
+        rounding += (weight * sample.resolution) ** 2 / 12
+    total = sampling + rounding
+    # what rounding adds is known exactly: it has no share in the denominator
+    degrees = total**2 / denominator if denominator > 0 else math.inf
+    return Interval(mean, t_quantile(degrees) * math.sqrt(total) if total > 0 else 0.0, smallest)
+
+
+def mean_over(samples: Sequence[Sample]) -> Interval:
+    """Interval of the unweighted mean of independent means."""
+    return weighted_sum((1 / len(samples), sample) for sample in samples)
+
+
+def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interval:
+    """Interval of the mean over pairs of `first` minus `second`, all samples independent: for one pair Welch's.
+
+    Args:
+        first, second: Samples of the same tasks, in the same order.
+    """
+    weight = 1 / len(first)
+    pairs = zip(first, second, strict=True)
+    return weighted_sum(term for a, b in pairs for term in ((weight, a), (-weight, b)))
+
+
+def t_quantile(degrees: float) -> float:
+    """97.5% point of Student's t distribution; of the normal one for infinite `degrees`."""
+    from scipy.special import stdtrit
+
+    if not degrees > 0:
+        raise ValueError(f"degrees of freedom must be above 0, got {degrees}")
+    return float(stdtrit(degrees, 0.975))

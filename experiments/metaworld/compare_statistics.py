@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.intervals import Interval, t_quantile
+from experiments.intervals import Interval
 
-__all__ = ["Interval", "Run", "Value", "loss_after", "over_seeds", "over_tasks", "paired", "success", "t_quantile"]
+__all__ = ["Interval", "Run", "Value", "loss_after", "over_seeds", "over_tasks", "paired", "success"]
 
 Run = Mapping[str, Any]
 Value = Callable[[Run], float]

@@ -13,7 +13,7 @@ from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld import compare, compare_runs, table
 from experiments.metaworld.compare_runs import Job, Variant, run_all
-from experiments.metaworld.compare_statistics import Interval, loss_after, over_tasks, paired, success, t_quantile
+from experiments.metaworld.compare_statistics import loss_after, over_tasks, paired, success
 
 TASK = "handle-press-side-v3"
 CONFIG = Path(__file__).parents[2] / "configs" / "metaworld" / "compare.yaml"
@@ -47,17 +47,6 @@ def runs(losses: dict[tuple[str, str, int], float]) -> list[dict[str, Any]]:
          "success_rate": loss}
         for (task, variant, seed), loss in losses.items()
     ]  # fmt: skip
-
-
-def test_intervals_are_those_of_students_distribution() -> None:
-    # by hand: mean 3, standard deviation sqrt(2.5), t(4) = 2.7764
-    found = Interval.of([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (found.mean, found.n) == (3.0, 5)
-    assert found.half == pytest.approx(2.7764 * (2.5 / 5) ** 0.5)
-    assert found.excludes_zero
-    assert found.text(2) == "3.00 ± 1.96"
-    assert Interval.of([0.5]).text(1, sign=True) == "+0.5"
-    assert t_quantile(60) == pytest.approx(2.0003, abs=2e-3)
 
 
 def test_differences_are_taken_within_seed_and_task() -> None:
