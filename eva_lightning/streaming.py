@@ -34,7 +34,7 @@ class Progress(Protocol):
 class StreamingOptions:
     """How to stream; see :class:`eva_lightning.EVAInitCallback` for the meaning of each.
 
-    ``k`` is the number of components per layer, capped at a layer's width.
+    ``k`` is the number of components per layer, capped at a layer's width. ``stopping="never"``: all minibatches.
     """
 
     k: int
@@ -170,9 +170,24 @@ def allocation(layers: Mapping[str, LayerInputs], options: StreamingOptions, min
 
 def _stopping_rule(options: StreamingOptions) -> StoppingRule:
     rule = options.stopping
+    if rule == "never":
+        return _NeverConverged()
     if rule == "auto":
         rule = "cosine" if options.engine == "incremental" else "captured"
     return make_stopping_rule(rule, options.tau)
+
+
+class _NeverConverged:
+    """Stream all there is."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}
+
+    def due(self, n_batches: int) -> bool:
+        return False
+
+    def check(self, n_batches: int, engines: Mapping[str, StreamingSVD], across_ranks: bool = False) -> dict[str, bool]:
+        return dict.fromkeys(engines, False)
 
 
 def _own_engines(capture: InputCapture) -> dict[str, StreamingSVD]:

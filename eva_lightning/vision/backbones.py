@@ -221,7 +221,7 @@ def _call_fused_projections(model: nn.Module) -> None:
     for nothing. The biases, which are parameters of their own, are then added to what it returns."""
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False and getattr(module, "q_bias", None) is not None:
-            module.qkv_bias_separate = True
+            setattr(module, "qkv_bias_separate", True)  # noqa: B010  # nn.Module types attributes as tensors
 
 
 def _initialise_head(model: nn.Module, name: str) -> None:

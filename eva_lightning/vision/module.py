@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,20 +10,40 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+
+from eva_lightning._suggest import unknown
 
 from .backbones import classifier_name, create_backbone
 from .parameter_groups import Multiplier, layer_decay, parameter_groups
+from .position_embedding import PositionEmbedding
+from .schedules import SCHEDULES
 from .vtab import Batch
 from .weights import Weights
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the learning rate: linear from ``1 / warmup_steps`` to 1, then a half cosine to 0 (section D.2)."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+class EpochMeans:
+    """Mean loss and accuracy of an epoch, summed on the device: what a step costs is two additions and no transfer."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+        self._correct: Tensor | None = None
+        self._count = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take in a batch: mean loss ``()``, logits ``(B, classes)``, labels ``(B,)``."""
+        loss = loss.detach() * len(labels)
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._correct = correct if self._correct is None else self._correct + correct
+        self._count += len(labels)
+
+    def totals(self) -> Tensor | None:
+        """Loss, correct answers and examples, shape ``(3,)``, fp32; None before any batch. Starts anew."""
+        loss, correct, count = self._loss, self._correct, self._count
+        self.__init__()  # type: ignore[misc]
+        if loss is None or correct is None:
+            return None
+        return torch.stack([loss.float(), correct.float(), correct.new_tensor(count).float()])
 
 
 class ImageClassifier(L.LightningModule):
@@ -49,6 +69,9 @@ class ImageClassifier(L.LightningModule):
         layer_decay: Factor on the learning rate per layer counted from the head (the paper's 0.75 for full
             fine-tuning), or None.
         decay_matrices_only: No weight decay on parameters of one dimension (biases, norms).
+        schedule: Name of the learning-rate schedule in :data:`eva_lightning.vision.schedules.SCHEDULES`.
+        split_fused: Take fused projections of the backbone apart (:mod:`eva_lightning.vision.split_fused`).
+        position_embedding, model_options: See :func:`~eva_lightning.vision.backbones.create_backbone`.
 
     Attributes:
         lr_multipliers: From a parameter's name in this module (such as
@@ -67,6 +90,10 @@ class ImageClassifier(L.LightningModule):
         warmup_epochs: float = 3.0,
         layer_decay: float | None = None,
         decay_matrices_only: bool = False,
+        schedule: str = "cosine",
+        split_fused: bool = False,
+        position_embedding: PositionEmbedding = "official",
+        model_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["weights"])
@@ -76,10 +103,19 @@ class ImageClassifier(L.LightningModule):
         self.layer_decay = layer_decay
         self.decay_matrices_only = decay_matrices_only
         self.lr_multipliers: Multiplier | None = None
-        self.model = create_backbone(model, num_classes, image_size, weights)
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        if schedule not in SCHEDULES:
+            raise ValueError(unknown("schedule", schedule, SCHEDULES))
+        self.schedule = SCHEDULES[schedule]
+        self.model = create_backbone(
+            model,
+            num_classes,
+            image_size,
+            weights,
+            position_embedding=position_embedding,
+            split=split_fused,
+            options=model_options,
+        )
+        self._means = {stage: EpochMeans() for stage in ("train", "val", "test")}
 
     @property
     def head_name(self) -> str:
@@ -98,25 +134,61 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch."""
-        return self._step(batch, "train", self.train_accuracy)
+        return self._step(batch, "train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy."""
-        self._step(batch, "val", self.val_accuracy)
+        """Add to the epoch's loss and accuracy."""
+        self._step(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy."""
-        self._step(batch, "test", self.test_accuracy)
+        """Add to the epoch's loss and accuracy."""
+        self._step(batch, "test")
 
-    def _step(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> Tensor:
+    def _step(self, batch: Batch, stage: str) -> Tensor:
         images, labels = batch
         # the loss in fp32 also under bf16-true: 8 bits of mantissa are too few for a log-sum-exp over 397 classes
         logits = self(images).float()
         loss = F.cross_entropy(logits, labels)
-        accuracy(logits, labels)
-        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        self.log(f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self._means[stage].add(loss, logits, labels)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Leave what an interrupted epoch counted behind."""
+        self._means["train"] = EpochMeans()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the epoch's means with its last batch: callbacks see them at the end of the epoch, before the module."""
+        if self.trainer.is_last_batch:
+            self._log_means("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Start to count."""
+        self._means["val"] = EpochMeans()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss`` and ``val_accuracy``."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count."""
+        self._means["test"] = EpochMeans()
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test_loss`` and ``test_accuracy``."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        totals = self._means[stage].totals()
+        if totals is None:
+            return
+        if self.trainer.world_size > 1:
+            gathered = self.all_gather(totals)
+            assert isinstance(gathered, Tensor)
+            totals = gathered.sum(dim=0)
+        loss, correct, count = totals
+        # batch_size: Lightning would look for one in the batch
+        self.log(f"{stage}_loss", loss / count, on_step=False, on_epoch=True, batch_size=1)
+        self.log(f"{stage}_accuracy", correct / count, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters and a learning rate set per step."""
@@ -124,7 +196,7 @@ class ImageClassifier(L.LightningModule):
         epochs = max(1, self.trainer.max_epochs or 1)
         warmup = min(total, round(total * self.warmup_epochs / epochs))
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

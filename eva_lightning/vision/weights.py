@@ -75,6 +75,19 @@ def _cached(repository: str | None, filename: str | None) -> Path | None:
     return None
 
 
+def download(repository: str | None, filename: str | None) -> Path | None:
+    """The file of a repository of the Hugging Face hub, from its cache or the hub; None where there is no such file."""
+    found = _cached(repository, filename)
+    if found is not None or not repository:
+        return found
+    from huggingface_hub import file_exists, hf_hub_download
+
+    for name in (filename,) if filename else _HUB_FILES:
+        if file_exists(repository, name):
+            return Path(hf_hub_download(repository, name))
+    return None
+
+
 def _require_hub(model: str, repository: str | None) -> None:
     if repository:
         require_hub(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from eva_lightning.vision.module import ImageClassifier, warmup_cosine
+from eva_lightning.vision.module import ImageClassifier
+from eva_lightning.vision.schedules import warmup_cosine
 
 
 def test_schedule_is_torchs_linear_warm_up_then_cosine() -> None:

@@ -1,0 +1,32 @@
+"""Learning-rate schedules, set at every step: linear warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int, int, int], float]
+"""``schedule(step, warmup_steps, total_steps)``: the factor on the learning rate of step 0, 1, ..., total_steps - 1."""
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear from ``1 / warmup_steps`` to 1, then a half cosine towards 0 (EVA paper, section D.2)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def warmup_cosine_authors(step: int, warmup_steps: int, total_steps: int) -> float:
+    """As :func:`warmup_cosine`, but 1 is held for one step only and the last step lies just beyond the minimum.
+
+    That is the authors' ``schedules/warmup_cosine_schedule.py``: i / (n - 1) for i = 1, ..., n steps after the warm-up.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    steps = total_steps - warmup_steps
+    i = min(step, total_steps - 1) - warmup_steps + 1
+    return 0.5 * (1.0 + math.cos(math.pi * i / max(1, steps - 1)))
+
+
+SCHEDULES: dict[str, Schedule] = {"cosine": warmup_cosine, "cosine-authors": warmup_cosine_authors}

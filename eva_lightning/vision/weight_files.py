@@ -1,0 +1,102 @@
+"""Tensors out of a weight file that anybody may have sent: no code in it is run, and what it is instead is said."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Where training code keeps the weights inside a checkpoint, in the order of preference (as timm has it).
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+_LIGHTNING_KEY = "pytorch-lightning_version"
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Names and tensors of a ``.safetensors`` file or of one that ``torch.save`` wrote.
+
+    The usual containers (`CONTAINERS`) and the prefixes of DDP and torch.compile are taken off. Pickled objects other
+    than tensors and plain values are refused, never built (``weights_only``).
+
+    Raises:
+        ValueError: The file holds no weights; one sentence that says what it looks like and what to do.
+    """
+    _refuse_impostors(file)
+    found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected")
+    if _LIGHTNING_KEY in found:
+        raise _lightning(file)
+    from timm.models import clean_state_dict
+
+    container = next((key for key in CONTAINERS if isinstance(found.get(key), Mapping)), None)
+    state = clean_state_dict(dict(found if container is None else found[container]))
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(str(key) for key in list(found)[:3]) or "nothing"
+        raise ValueError(f"weight file {file} holds no tensors (found: {keys}): save the model's state_dict() itself")
+    return tensors
+
+
+def _refuse_impostors(file: Path) -> None:
+    with file.open("rb") as handle:
+        start = handle.read(256)
+    if not start:
+        raise ValueError(f"weight file {file} is empty: download it again")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ValueError(f"weight file {file} is a web page, not weights (often a login or error page): download again")
+    if text.startswith(b"version https://git-lfs"):
+        raise ValueError(f"weight file {file} is a Git LFS pointer, not the weights: run git lfs pull")
+
+
+def _read_safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if _is_lightning(file):
+            raise _lightning(file) from None
+        if zipfile.is_zipfile(file):
+            raise ValueError(
+                f"weight file {file} holds Python objects besides tensors, which are not built because that would run "
+                "code from the file: save the model's state_dict() with torch.save or safetensors"
+            ) from None
+        raise _unreadable(file, error) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _is_lightning(file: Path) -> bool:
+    """Looks at the names in the pickle without unpickling it."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return any(_LIGHTNING_KEY.encode() in archive.read(name) for name in names)
+
+
+def _lightning(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is a Lightning checkpoint of a whole module, not a weight file of a backbone: load it with "
+        "ImageClassifier.load_from_checkpoint, or pass the weights its training started from"
+    )
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0].strip() if str(error).strip() else type(error).__name__
+    return ValueError(f"weight file {file} cannot be read ({reason[:160]}): download it again")
