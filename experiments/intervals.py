@@ -79,8 +79,8 @@ def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
         denominator += variance**2 / (sample.n - 1)
         rounding += (weight * sample.resolution) ** 2 / 12
     total = sampling + rounding
-    # what rounding adds is known exactly: it has no share in the denominator
-    degrees = total**2 / denominator if denominator > 0 else math.inf
+    # of the sampling alone: rounding, whose variance is known, should not make an interval narrower
+    degrees = sampling**2 / denominator if denominator > 0 else math.inf
     return Interval(mean, t_quantile(degrees) * math.sqrt(total) if total > 0 else 0.0, smallest)
 
 

@@ -13,7 +13,7 @@ from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld import compare, compare_runs, table
 from experiments.metaworld.compare_runs import Job, Variant, run_all
-from experiments.metaworld.compare_statistics import loss_after, over_tasks, paired, success
+from experiments.metaworld.compare_statistics import Interval, loss_after, over_tasks, paired, success
 
 TASK = "handle-press-side-v3"
 CONFIG = Path(__file__).parents[2] / "configs" / "metaworld" / "compare.yaml"
