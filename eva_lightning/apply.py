@@ -87,7 +87,13 @@ def make_plan(
     return Plan(a, state, {n: layer.rank for n, layer in layers.items()}, untouched, capped)
 
 
-def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan, injected: bool = False) -> bool:
+def apply_plan(
+    module: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    plan: Plan,
+    injected: bool = False,
+    rescale_alpha: bool = True,
+) -> bool:
     """Resize, remove and fill the layers; all or nothing. Returns whether parameters were replaced by others.
 
     Args:
@@ -95,6 +101,7 @@ def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan
         layers: canonical name -> layer.
         plan: what each gets.
         injected: the adapters are ours: DoRA's magnitudes are set so that the function is exactly the base model's.
+        rescale_alpha: keep a layer's scaling when its rank changes; otherwise its alpha.
     """
     changed = False
     with isolated_rng(), restored_on_failure(module):
@@ -107,7 +114,7 @@ def apply_plan(module: nn.Module, layers: Mapping[str, AdapterLayer], plan: Plan
                 changed = True
                 continue
             if rank != layer.rank:
-                layer.resize(rank)
+                layer.resize(rank, None if rescale_alpha else layer.alpha)
                 changed = True
             layer.write(plan.a[name])
             if injected:

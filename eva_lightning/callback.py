@@ -73,6 +73,8 @@ class EVAInitCallback(pl.Callback):
         head: output layers that stay trainable in full; "auto" finds them.
         bias: "none", "all" or "lora_only": biases that train, for modules without LoRA layers.
         use_dora, use_rslora, lora_dropout: variants, for modules without LoRA layers.
+        rescale_alpha: alpha follows a layer's rank so that its scaling stays (paper section 4.1); if False alpha stays,
+            and a layer is scaled by alpha over its own rank, as in the authors' vision code.
         tau: convergence threshold in (0, 1].
         delta: share of the layers that must have converged, in (0, 1].
         max_batches: most minibatches to stream.
@@ -116,6 +118,7 @@ class EVAInitCallback(pl.Callback):
         use_dora: bool = False,
         use_rslora: bool = False,
         lora_dropout: float = 0.0,
+        rescale_alpha: bool = True,
         tau: float = 0.99,
         delta: float = 1.0,
         max_batches: int = 64,
@@ -142,6 +145,7 @@ class EVAInitCallback(pl.Callback):
         self.rho = float(rho)
         self.metric = metric
         self.init = init
+        self.rescale_alpha = rescale_alpha
         self.target_modules = _names(target_modules)
         self.exclude = _names(exclude)
         self.forward_fn = forward_fn
@@ -253,7 +257,7 @@ class EVAInitCallback(pl.Callback):
         else:
             state = self._stream(trainer, pl_module, layers, before_sharding)
         plan = make_plan(layers, state, self.rho, self.metric, self.init, self.seed, given=self._given is not None)
-        changed = apply_plan(pl_module, layers, plan, injected=self._injection is not None)
+        changed = apply_plan(pl_module, layers, plan, self._injection is not None, self.rescale_alpha)
         self.state = plan.state
         ckpt.mark_done(pl_module, "initialised")
         vars(pl_module).pop(_INJECTION, None)

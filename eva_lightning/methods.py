@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.data_driven import Kind
     from eva_lightning.forward import MaskFn
+    from eva_lightning.state import EVAState
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class AdapterOptions:
         bias: ``"all"`` trains every bias of the model too, ``"lora_only"`` those of adapted layers, or ``"none"``.
         dropout: Dropout on the adapters' inputs.
         rho: EVA's ρ ≥ 1; 1 keeps ranks uniform.
+        rescale_alpha: α follows a layer's rank under EVA, so that α/r stays; if False α stays.
         init, metric, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
         lora_plus_ratio: LoRA+: learning rate of B over that of A and everything else (its authors' λ = 2⁴).
         max_batches: Most minibatches that EVA streams, or CorDA and LoRA-GA look at; None for their defaults.
-        state: Path of a saved :class:`~eva_lightning.state.EVAState` to start EVA from, instead of streaming.
+        state: An :class:`~eva_lightning.state.EVAState` to start EVA from instead of streaming, or its path.
         seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
 
     Raises:
@@ -51,13 +53,14 @@ class AdapterOptions:
     bias: Literal["none", "all", "lora_only"] = "all"
     dropout: float = 0.0
     rho: float = 2.0
+    rescale_alpha: bool = True
     init: str = "eva"
     metric: str = "ratio"
     tau: float = 0.99
     delta: float = 1.0
     lora_plus_ratio: float = 16.0
     max_batches: int | None = None
-    state: str | os.PathLike[str] | None = None
+    state: EVAState | str | os.PathLike[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class AdapterOptions:
         optional: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
         return {
             "rho": self.rho,
+            "rescale_alpha": self.rescale_alpha,
             "r": self.rank,
             "alpha": self.alpha,
             "bias": self.bias,

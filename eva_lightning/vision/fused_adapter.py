@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -38,12 +37,12 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from eva_lightning.adapters import save_pretrained
+    from eva_lightning.adapters.adalora import is_adalora
 
+    if is_adalora(model):
+        raise ValueError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
     folder = save_pretrained(model, directory)
     file = folder / "adapter_model.safetensors"
-    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-    if kind != "LORA":
-        raise ValueError(f"adapters of kind {kind} cannot be fused exactly: keep those of the split layout")
     config: Any = LoraConfig.from_pretrained(str(folder))
     tensors = load_file(file)
     for path, layer in split_layers(model).items():

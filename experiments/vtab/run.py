@@ -9,32 +9,57 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_lightning._suggest import unknown
 from eva_lightning.vision.method_keys import METHOD_TRAITS
+from eva_lightning.vision.protocol import Protocol, get_protocol, module_options
 from eva_lightning.vision.splits import PROTOCOLS, open_task
+from experiments.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
 from experiments.run_folder import RunFolder
 from experiments.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
     from eva_lightning.state import EVAState
     from eva_lightning.vision.history import EpochHistory
     from eva_lightning.vision.methods import AdapterOptions
     from eva_lightning.vision.module import ImageClassifier
+    from eva_lightning.vision.protocol import OnePassPCA
     from eva_lightning.vision.vtab import VTAB1K
 
 METHODS = tuple(METHOD_TRAITS)
+POSITION_EMBEDDINGS = ("official", "timm")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 #: Settings that say where and how fast a run happens, not what comes out.
-INCIDENTAL = ("root", "output", "name", "overwrite", "workers", "accelerator", "devices", "cache", "progress")
+INCIDENTAL = ("root", "output", "name", "overwrite", "workers", "accelerator", "devices", "cache", "logger", "progress")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run says and leaves besides its metrics; none of it changes them. The defaults are those of a single run.
+
+    Attributes:
+        terminal: Say on the terminal what happens.
+        validate: Note accuracy and loss of val200 after every epoch, where the run is tuned on it.
+        plots: Draw the curves.
+        adapter: Keep the trained adapter.
+        checkpoint_minutes: Least time between checkpoints to resume from; 0: one after every epoch.
+    """
+
+    terminal: bool = True
+    validate: bool = True
+    plots: bool = True
+    adapter: bool = True
+    checkpoint_minutes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,9 @@ class Settings:
     task: str = option(MISSING, "task, such as caltech101")
     model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14")
     weights: str = option("pretrained", "pretrained (Hugging Face hub), none (random), or a weight file")
+    pos_embed: str = option("official", "resampling of DINOv2's position embedding: official (its own code) or timm")
+    split_fused: bool = option(False, "adapt q, k, v and the two halves of SwiGLU separately")
+    protocol: str = option("paper", "paper (its text), or authors-code (what their released pipeline does differently)")
     method: str = option("eva", ", ".join(METHODS))
     rank: int = option(16, "LoRA rank; EVA's mean rank per layer")
     rho: float = option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)")
@@ -75,6 +103,7 @@ class Settings:
     devices: int = option(1, "number of devices")
     workers: int = option(0, "image decoding threads")
     cache: str | None = option(None, "folder for decoded images, or none; OUTPUT/cache if not given")
+    logger: str = option("none", LOGGER_HELP)
     output: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder; made of task, model, method, lr and seed if not given")
     overwrite: bool = option(False, "delete a run of this name first; without it, runs are resumed or reprinted")
@@ -84,6 +113,7 @@ class Settings:
         for kind, value, choices in (
             ("method", self.method, METHODS),
             ("precision", self.precision, PRECISIONS),
+            ("pos_embed", self.pos_embed, POSITION_EMBEDDINGS),
             ("training split", self.split, tuple(PROTOCOLS)),
         ):
             if value not in choices:
@@ -100,11 +130,19 @@ class Settings:
             raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
             raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
+        parse_loggers(self.logger)
+        get_protocol(self.protocol)
 
     @property
     def adapts(self) -> bool:
         """Whether the method has adapters."""
         return METHOD_TRAITS[self.method].adapts
+
+    @property
+    def rules(self) -> Protocol:
+        """What ``protocol`` and ``split_fused`` ask for."""
+        protocol = get_protocol(self.protocol)
+        return replace(protocol, split_fused=protocol.split_fused or self.split_fused)
 
     @property
     def run_name(self) -> str:
@@ -114,8 +152,9 @@ class Settings:
         adapter = f"-r{self.rank}" if self.adapts else ""
         adapter += f"-rho{self.rho:g}" if METHOD_TRAITS[self.method].redistributes else ""
         tuning = "-train800" if self.split == "train800" else ""
-        model = self.model.replace("/", "_").replace(":", "_")
-        return f"{self.task}-{model}-{self.method}{adapter}-lr{self.lr:g}-seed{self.seed}{tuning}"
+        model = self.model.replace("/", "_").replace(":", "_") + ("-split" if self.split_fused else "")
+        protocol = "" if self.protocol == "paper" else f"-{self.protocol}"
+        return f"{self.task}-{model}-{self.method}{adapter}-lr{self.lr:g}-seed{self.seed}{tuning}{protocol}"
 
     @property
     def cache_dir(self) -> Path | None:
@@ -128,8 +167,12 @@ class Settings:
         """The settings that concern adapters."""
         from eva_lightning.vision.methods import AdapterOptions
 
-        shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions) if f.name != "state"}
-        return AdapterOptions(**shared, state=self.eva_state)
+        rules, own = self.rules, ("state", "rho", "rescale_alpha")
+        shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions) if f.name not in own}
+        rho = self.rho
+        if rules.decomposition is not None and METHOD_TRAITS[self.method].redistributes:
+            rho = rules.decomposition.rho(self.rank, rho)
+        return AdapterOptions(**shared, rho=rho, rescale_alpha=rules.rescale_alpha, state=self.eva_state)
 
 
 def parse(args: Sequence[str] | None = None) -> Settings:
@@ -154,29 +197,55 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         if result is not None:
             print(f"{folder.path} is finished already (--overwrite runs it again): {_headline(result)}")
             return result
+    check_loggers(parse_loggers(settings.logger))
     # looked at before timm is imported; the data module below looks again
     open_task(settings.root, settings.task, settings.split, settings.limit_train, settings.limit_test)
-    return _run(settings, folder)
+    return execute(settings, folder)
 
 
-def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
-    import logging
+def build(settings: Settings) -> tuple[VTAB1K, ImageClassifier, list[L.Callback]]:
+    """Data, module and the method's callbacks of a run, in this order of checks: nothing is built for a wrong name.
 
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: As :func:`main`.
+    """
     import lightning as L
 
     from eva_lightning.vision.backbones import resolve_model
     from eva_lightning.vision.methods import apply_method
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.vtab import VTAB1K
     from eva_lightning.vision.weights import resolve_weights
 
-    logger = logging.getLogger("experiments.vtab.run")
     options = settings.adapter_options()
     weights = resolve_weights(resolve_model(settings.model), settings.weights)
-    data = VTAB1K(
+    data = _data(settings, settings.split)
+    rules = settings.rules
+    rules.batches_per_epoch(len(data.data.train), settings.batch_size)
+    L.seed_everything(settings.seed, workers=True, verbose=False)
+    module = ImageClassifier(
+        settings.model,
+        data.num_classes,
+        settings.image_size,
+        weights,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        warmup_epochs=settings.warmup_epochs,
+        position_embedding=settings.pos_embed,  # type: ignore[arg-type]
+        **module_options(rules),
+    )
+    major = METHOD_TRAITS[settings.method].state_kind == "major"
+    if rules.decomposition is not None and major and settings.eva_state is None:
+        options = replace(options, state=_decompose(settings, module, rules.decomposition))
+    return data, module, apply_method(settings.method, module, options)
+
+
+def _data(settings: Settings, split: str) -> VTAB1K:
+    from eva_lightning.vision.vtab import VTAB1K
+
+    return VTAB1K(
         settings.root,
         settings.task,
-        split=settings.split,
+        split=split,
         image_size=settings.image_size,
         batch_size=settings.batch_size // settings.accumulate,
         normalization=settings.normalization,
@@ -187,21 +256,35 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
         seed=settings.seed,
         progress=settings.progress,
     )
-    L.seed_everything(settings.seed, workers=True, verbose=False)
-    module = ImageClassifier(
-        settings.model,
-        data.num_classes,
-        settings.image_size,
-        weights,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        warmup_epochs=settings.warmup_epochs,
-    )
-    callbacks = apply_method(settings.method, module, options)
+
+
+def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA) -> EVAState:
+    from eva_lightning.vision.decomposition import decompose
+
+    data = _data(settings, options.split)
+    data.setup("fit")
+    images: Any = data.train_dataloader().dataset
+    progress = settings.progress and sys.stdout.isatty()
+    return decompose(module, images, options, device="cuda" if _on_gpu(settings) else "cpu", progress=progress)
+
+
+def execute(settings: Settings, folder: RunFolder, outputs: Outputs = Outputs()) -> dict[str, Any]:
+    """Train and test as `settings` say, from the last checkpoint in `folder` where there is one.
+
+    Returns:
+        The metrics, which ``metrics.json`` in `folder` holds from then on.
+
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: As :func:`main`.
+    """
+    import logging
+
+    logger = logging.getLogger("experiments.vtab.run")
+    data, module, callbacks = build(settings)
     if settings.overwrite:
         folder.clear()
     folder.start()
-    with folder.logging():
+    with folder.logging(outputs.terminal):
         logger.info(
             "%s: %d training images, %d evaluation images (%s), %d classes",
             settings.task,
@@ -212,34 +295,44 @@ def _run(settings: Settings, folder: RunFolder) -> dict[str, Any]:
         )
         for sentence in data.data.warnings:
             logger.warning(sentence)
-        metrics = _train_and_test(settings, folder, data, module, callbacks)
+        with _open_loggers(settings, folder) as loggers:
+            metrics = _train_and_test(settings, folder, outputs, data, module, callbacks, loggers)
         folder.finish(metrics)
         logger.info("%s -> %s", _headline(metrics), folder.path)
     return metrics
 
 
 def _train_and_test(
-    settings: Settings, folder: RunFolder, data: VTAB1K, module: ImageClassifier, callbacks: list[L.Callback]
+    settings: Settings,
+    folder: RunFolder,
+    outputs: Outputs,
+    data: VTAB1K,
+    module: ImageClassifier,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
 ) -> dict[str, Any]:
     import logging
 
     import lightning as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from eva_lightning.vision.history import EpochHistory
+    from experiments.run_logging import RunLogging
+    from experiments.vtab.checkpoints import EpochCheckpoints
 
     history = EpochHistory(folder.path / "metrics.csv")
-    checkpoints = ModelCheckpoint(folder.checkpoints, filename="last", enable_version_counter=False)
+    checkpoints = EpochCheckpoints(folder.checkpoints / "last.ckpt", outputs.checkpoint_minutes)
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        precision=_precision(settings),  # type: ignore[arg-type]
+        precision=lightning_precision(settings),  # type: ignore[arg-type]
         max_epochs=settings.epochs,
-        limit_val_batches=1.0 if data.validates else 0,
+        limit_train_batches=_limit_train_batches(settings, data),
+        limit_val_batches=1.0 if data.validates and outputs.validate else 0,
         accumulate_grad_batches=settings.accumulate,
-        callbacks=[*callbacks, history, checkpoints],
-        logger=False,
-        enable_progress_bar=settings.progress and sys.stdout.isatty(),
+        callbacks=[*callbacks, RunLogging(), history, checkpoints],
+        logger=loggers or False,
+        log_every_n_steps=1,  # means of epochs are logged; a larger one is warned of where epochs are shorter
+        enable_progress_bar=settings.progress and outputs.terminal and sys.stdout.isatty(),
         enable_model_summary=False,
     )
     checkpoint = folder.last_checkpoint()
@@ -256,24 +349,72 @@ def _train_and_test(
         )
         raise
     started = time.perf_counter()
-    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    tested, evaluation_precision = _test(settings, trainer, module, data)
     metrics = _metrics(settings, data, module, callbacks, history)
+    metrics["evaluation_precision"] = evaluation_precision
     metrics["accuracy"] = tested["test_accuracy"]
     metrics["loss"] = tested["test_loss"]
     metrics["evaluation_seconds"] = time.perf_counter() - started
     metrics["precision"] = trainer.precision
     metrics["device"] = str(trainer.strategy.root_device)
-    _save_outputs(settings, folder, module, callbacks, history, metrics)
+    _save_outputs(settings, folder, outputs, module, callbacks, history, metrics)
     return metrics
 
 
-def _precision(settings: Settings) -> str:
+def _limit_train_batches(settings: Settings, data: VTAB1K) -> int | float:
+    if not settings.rules.drop_last:
+        return 1.0
+    return settings.rules.batches_per_epoch(len(data.data.train), settings.batch_size) * settings.accumulate
+
+
+def _test(
+    settings: Settings, trainer: L.Trainer, module: ImageClassifier, data: VTAB1K
+) -> tuple[Mapping[str, float], str]:
+    """Loss and accuracy of the evaluation split, and the precision they were computed in."""
+    import lightning as L
+
+    from eva_lightning.vision.merged_evaluation import merged_in_fp32
+
+    if not settings.rules.merged_evaluation:
+        return trainer.test(module, datamodule=data, verbose=False)[0], str(trainer.precision)
+    tester = L.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision="32-true",
+        logger=trainer.loggers or False,
+        enable_progress_bar=trainer.progress_bar_callback is not None,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with merged_in_fp32(module):
+        return tester.test(module, datamodule=data, verbose=False)[0], str(tester.precision)
+
+
+def _open_loggers(settings: Settings, folder: RunFolder) -> AbstractContextManager[list[Logger]]:
+    adapter = f"-r{settings.rank}" if settings.adapts else ""
+    return open_loggers(
+        parse_loggers(settings.logger),
+        folder.path,
+        settings.run_name,
+        folder.config,
+        group=f"{settings.task}-{settings.model}-{settings.method}{adapter}-lr{settings.lr:g}",
+        tags=(settings.task, settings.model, settings.method, settings.split),
+    )
+
+
+def lightning_precision(settings: Settings) -> str:
+    """The Trainer's precision: ``"auto"`` is bf16-mixed where there is a GPU that can, and fp32 elsewhere."""
     import torch
 
     if settings.precision != "auto":
         return settings.precision
-    gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if _on_gpu(settings) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _on_gpu(settings: Settings) -> bool:
+    import torch
+
+    return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def _metrics(
@@ -288,6 +429,9 @@ def _metrics(
         "group": checked.task.group,
         "model": settings.model,
         "weights": settings.weights,
+        "protocol": settings.protocol,
+        "split_fused": settings.rules.split_fused,
+        "pos_embed": settings.pos_embed,
         "method": settings.method,
         "lr": settings.lr,
         "seed": settings.seed,
@@ -326,18 +470,25 @@ def _eva_state(callbacks: list[L.Callback]) -> EVAState | None:
 def _save_outputs(
     settings: Settings,
     folder: RunFolder,
+    outputs: Outputs,
     module: ImageClassifier,
     callbacks: list[L.Callback],
     history: EpochHistory,
     metrics: dict[str, Any],
 ) -> None:
     state = _eva_state(callbacks)
-    if "rank" in metrics:
+    if "rank" in metrics and outputs.adapter:
         from eva_lightning.adapters import save_pretrained
+        from eva_lightning.adapters.adalora import is_adalora
+        from eva_lightning.vision.fused_adapter import save_fused_adapter
 
         save_pretrained(module.model, folder.path / "adapter")
-    if state is not None:
+        if settings.rules.split_fused and not is_adalora(module.model):
+            save_fused_adapter(module.model, folder.path / "adapter" / "fused")
+    if state is not None and outputs.adapter:
         state.without_components().save(folder.path / "eva_state")
+    if not outputs.plots:
+        return
     title = f"{settings.task}, {settings.model}, {settings.method}" + (" (limited data)" if metrics["limited"] else "")
     folder.plots.mkdir(exist_ok=True)
     for name, figure in _figures(history, state, settings, title).items():
