@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,10 @@ def target_return(settings: Settings, task: str, about: Mapping[str, Any]) -> fl
     means = about.get("mean_return") or {}
     if settings.target_return is not None:
         target, mean = settings.target_return, means.get(task)
+        if mean is None:
+            # only a warning hangs on it: demonstrations that are not there are no reason to stop
+            with suppress(FileNotFoundError, ValueError):
+                mean = read_index(settings.data)[task].mean_return
     elif task in noted:
         target, mean = noted[task], means.get(task)
     else:

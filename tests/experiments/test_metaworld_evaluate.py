@@ -9,8 +9,10 @@ import torch
 
 from eva_lightning.methods import AdapterOptions, apply_method
 from eva_lightning.rl import rendering, rollouts
+from eva_lightning.rl.demonstrations import read_index
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from experiments.metaworld import evaluate
+from tests.rl.synthetic import write_synthetic
 
 QUICK = ["--episodes=2", "--horizon=4", "--progress=false"]
 
@@ -104,3 +106,16 @@ def test_a_high_target_is_warned_of(checkpoint: Path, caplog: pytest.LogCaptureF
     about = {"mean_return": {"push-v3": 1000.0}}
     assert evaluate.target_return(settings, "push-v3", about) == 2000
     assert "the target return 2000 is 2.00 times the mean return 1000" in caplog.text
+
+
+def test_a_high_target_is_measured_by_the_demonstrations_where_the_checkpoint_has_no_mean(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_synthetic(tmp_path / "data", ["push-v3"], episodes=2)
+    mean = read_index(tmp_path / "data")["push-v3"].mean_return
+    words = [f"--ckpt={checkpoint}", f"--data={tmp_path / 'data'}", f"--target-return={3 * mean}"]
+    assert evaluate.target_return(evaluate.parse(words), "push-v3", {}) == pytest.approx(3 * mean)
+    assert "is 3.00 times the mean return" in caplog.text
+    caplog.clear()
+    assert evaluate.target_return(evaluate.parse([*words[:1], "--data=nowhere", *words[2:]]), "push-v3", {}) > 0
+    assert not caplog.text

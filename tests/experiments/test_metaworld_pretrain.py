@@ -107,6 +107,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         (["--max-steps", "0"], "max_steps must be at least 1, got 0"),
         (["--val-episodes", "6"], "too few for 1 training and 6 held-out episodes"),
         (["--logger", "wand"], "did you mean wandb"),
+        (["--rollout-video", "1"], "rollout_video needs a logger that takes videos"),
     ],
 )
 def test_bad_input_is_one_sentence(
