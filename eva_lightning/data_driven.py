@@ -18,7 +18,7 @@ from eva_lightning.adapters.starts import corda, lora_ga, put_back_on_failure, s
 from eva_lightning.batches import set_up_loader, training_batches
 from eva_lightning.callback import rebuild_optimizers, refresh_averages
 from eva_lightning.forward import MaskFn
-from eva_lightning.isolation import isolated_rng
+from eva_lightning.isolation import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.training_statistics import Mean, input_moments, weight_gradients
 
@@ -86,10 +86,16 @@ class DataDrivenStart(pl.Callback):
             return
         started = time.perf_counter()
         layers = find_adapters(pl_module)
-        limit = int(min(self.max_batches, set_up_loader(trainer)))
-        with isolated_rng():
-            means = self._average(trainer, self._look(trainer, pl_module, layers, limit))
-            self._write(trainer, layers, means)
+        restore_rng = snapshot_rng()
+        try:
+            # this draws random numbers too, those that training would otherwise draw here a moment later
+            limit = int(min(self.max_batches, set_up_loader(trainer)))
+            with isolated_rng():
+                means = self._average(trainer, self._look(trainer, pl_module, layers, limit))
+                self._write(trainer, layers, means)
+        except BaseException:
+            restore_rng()
+            raise
         ckpt.mark_done(pl_module, "initialised")
         if trainer.world_size > 1:
             rebuild_optimizers(trainer, pl_module)  # which sends the weights of the first process to the others

@@ -139,7 +139,7 @@ class AdapterCheckpoints(L.Callback):
     def __init__(self, injection: dict[str, Any], adapter_only: bool = True) -> None:
         self.injection = injection
         self.adapter_only = adapter_only
-        self._stop_watching: Callable[[], None] = lambda: None
+        self._stop_watching: Callable[[], None] = _nothing
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fill the frozen weights in again when a checkpoint is restored."""
@@ -151,6 +151,10 @@ class AdapterCheckpoints(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the module's own loading as it was."""
         self._stop_watching()
+
+
+def _nothing() -> None:
+    pass  # a lambda could not go to another process
 
 
 class AdaLoRACallback(L.Callback):
