@@ -183,7 +183,7 @@ def _read_splits(folder: Path, spec: VTABTask) -> tuple[dict[str, Split], list[s
 def _notes(spec: VTABTask, splits: dict[str, Split], truncated: tuple[str, ...]) -> list[str]:
     notes = [
         f"{name}.txt lists {len(split)} images where VTAB-1K has {expected_size(spec, name)}: results are not "
-        "comparable with published numbers"
+        "comparable with published numbers (for the archive's file, delete it and prepare again)"
         for name, split in splits.items()
         if len(split) != expected_size(spec, name)
     ]
