@@ -1,0 +1,99 @@
+"""What a sweep says while it runs: a live display in a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+#: Without a terminal, a line about progress after so many seconds; what matters more is said at once.
+EVERY_SECONDS = 30.0
+_LAST = 5
+
+
+class SweepProgress:
+    """Shows how far a sweep is, for as long as its context lasts.
+
+    Args:
+        done: Runs that were done before this session.
+        total: All runs.
+        show: False for no progress, but for what :meth:`say` is given.
+        live: Redraw in place; None where standard output is a terminal.
+    """
+
+    def __init__(self, done: int, total: int, show: bool = True, live: bool | None = None) -> None:
+        self._done = done
+        self._total = total
+        self._show = show
+        self._started = time.monotonic()
+        self._said = self._started
+        self._mine = 0
+        self._last: deque[str] = deque(maxlen=_LAST)
+        self._bar: Progress | None = None
+        self._live: Live | None = None
+        if show and (sys.stdout.isatty() if live is None else live):
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
+            self._bar = Progress(TextColumn("VTAB-1K"), *columns)
+            self._row = self._bar.add_task("runs", total=total, completed=done, eta="")
+            self._live = Live(console=Console(), transient=True, get_renderable=self._picture, refresh_per_second=4)
+
+    def __enter__(self) -> SweepProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Something that is worth a line of its own."""
+        if self._live is not None:
+            self._live.console.print(Text(text))
+        else:
+            print(text, flush=True)
+
+    def finished(self, text: str) -> None:
+        """One more run is over; `text` says which and how."""
+        self._done += 1
+        self._mine += 1
+        self._last.append(text)
+        if self._bar is not None:
+            self._bar.update(self._row, completed=self._done, eta=self._eta())
+        elif self._show and (time.monotonic() - self._said >= EVERY_SECONDS or self._done == self._total):
+            self._said = time.monotonic()
+            print(f"[{self._done}/{self._total}] {text}; {self._eta()}", flush=True)
+
+    def _eta(self) -> str:
+        left = self._total - self._done
+        seconds = (time.monotonic() - self._started) / max(1, self._mine) * left
+        return f"{span(seconds)} to go" if left else f"{span(time.monotonic() - self._started)}"
+
+    def _picture(self) -> Group:
+        assert self._bar is not None
+        return Group(self._bar, *(Text(f"  {line}", style="dim") for line in self._last))
+
+
+def span(seconds: float) -> str:
+    """A duration as people say it: ``"45 s"``, ``"12 min"``, ``"3.5 h"``, ``"6 days"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
+
+
+def headline(row: dict[str, Any]) -> str:
+    """A finished run in one line."""
+    point = f"lr {row['lr']:g}" + ("" if row["rank"] is None else f", r {row['rank']}")
+    split = "val200" if row["phase"] == "tune" else "test"
+    return f"{row['task']}, {row['method']}, {point}, seed {row['seed']}: {split} {row['accuracy']:.1%}"
