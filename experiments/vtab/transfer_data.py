@@ -29,7 +29,10 @@ TASK = "caltech101"
 HELD_OUT = 0.1
 
 #: Least area of a random crop, as a share of the image.
-LEAST_AREA = 0.35
+LEAST_AREA = 0.2
+
+#: Most that brightness, contrast and saturation are changed by, as a share.
+JITTER = 0.4
 
 
 @dataclass(frozen=True)
@@ -205,31 +208,54 @@ class TransferData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Crop while training."""
+        """Crop, flip and jitter while training, by numbers that depend on seed and step alone."""
         if self.crop_to is None or self.trainer is None or not self.trainer.training:
             return batch
-        return random_crops(batch[0], self.crop_to), batch[1]
+        # a resumed run goes on as if it had not been interrupted
+        state = np.random.SeedSequence([self.seed, self.trainer.global_step]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        return random_jitter(random_crops(batch[0], self.crop_to, generator), generator), batch[1]
 
 
-def random_crops(images: Tensor, size: int, least_area: float = LEAST_AREA) -> Tensor:
+def random_crops(images: Tensor, size: int, generator: torch.Generator, least_area: float = LEAST_AREA) -> Tensor:
     """A random square of every image, flipped from left to right half of the time.
 
     Args:
         images: Shape ``(B, 3, H, W)``.
         size: Height and width of the result, in pixels; bilinear.
+        generator: Where the numbers come from.
         least_area: Least area of the square, as a share of the image; uniform from there to 1.
 
     Returns:
         Shape ``(B, 3, size, size)``.
     """
     n = len(images)
-    side = torch.empty(n).uniform_(least_area, 1.0).sqrt()
-    centre = (1 - side)[:, None] * torch.empty(n, 2).uniform_(-1, 1)
-    flip = torch.randint(0, 2, (n,)) * 2.0 - 1.0
+    side = torch.empty(n).uniform_(least_area, 1.0, generator=generator).sqrt()
+    centre = (1 - side)[:, None] * torch.empty(n, 2).uniform_(-1, 1, generator=generator)
+    flip = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0
     zero = torch.zeros(n)
     rows = [torch.stack([side * flip, zero, centre[:, 0]], 1), torch.stack([zero, side, centre[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, 1).to(images), [n, images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def random_jitter(images: Tensor, generator: torch.Generator, most: float = JITTER) -> Tensor:
+    """Change brightness, contrast and saturation of every image, each by a random share of up to `most`.
+
+    Args:
+        images: Normalised, shape ``(B, 3, H, W)``.
+        generator: Where the numbers come from.
+        most: At most so much more or less; 0 leaves images as they are.
+
+    Returns:
+        Shape ``(B, 3, H, W)``.
+    """
+    factors = torch.empty(3, len(images), 1, 1, 1).uniform_(-most, most, generator=generator).to(images)
+    brightness, contrast, saturation = factors[0], 1 + factors[1], 1 + factors[2]
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + saturation * (images - grey)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + brightness + contrast * (images - mean)
 
 
 def _drawn(seed: int, text: str) -> int:

@@ -130,7 +130,7 @@ def _conditions(settings: Settings, pretraining: Mapping[str, Any], runs: Sequen
     parts = halves(settings.root, settings.split_seed, settings.train_images, settings.validation_images)
     first, second = parts.classes
     return (
-        f"A ViT of 0.22 M parameters (48x48 images, 8x8 patches, width 64, 4 blocks) was pre-trained on "
+        f"A ViT of 0.23 M parameters (48x48 images, 12x12 patches, width 64, 4 blocks) was pre-trained on "
         f"{len(parts.pretraining):,} images of {first} classes for {settings.pretrain_epochs} epochs of random crops. "
         f"Each method then fine-tuned it on the same {len(parts.train):,} images of the other {second} classes: "
         f"{settings.epochs} epochs at batch size {settings.batch_size}, AdamW with weight decay "
