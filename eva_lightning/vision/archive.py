@@ -6,20 +6,20 @@ complete, and of a task that is there already only what is missing or differs is
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import shutil
 import stat
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from urllib.parse import urlparse
 
 from ._threads import ordered_map
 from .hub import endpoint, require_hub
 from .tasks import SPLITS, TASKS
-
-logger = logging.getLogger(__name__)
 
 REPOSITORY = "XiN0919/VTAB-1k"
 ARCHIVE_NAME = "vtab-1k.zip"
@@ -250,22 +250,17 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
         return file
     remedy = f"download {ARCHIVE_NAME} (data set {REPOSITORY}) where there is a network, and pass it as --archive FILE"
     require_hub(f"datasets/{REPOSITORY}/resolve/main/README.md", missing, remedy)
+    from huggingface_hub import utils
+
     folder = Path(root) / _DOWNLOADS
     folder.mkdir(parents=True, exist_ok=True)
-    partial = sum(part.stat().st_size for part in folder.rglob("*.incomplete"))
+    partial = sum(part.stat().st_size for part in folder.glob("*.incomplete"))
     require_room(folder, 2 * ARCHIVE_BYTES - partial, "downloading and unpacking VTAB-1K")
-    _fetch(folder, progress, remedy)
-    return folder / ARCHIVE_NAME
-
-
-def _fetch(folder: Path, progress: bool, remedy: str) -> None:
-    from huggingface_hub import hf_hub_download, utils
-
     hidden = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
-    if not progress:
+    if not (progress and sys.stderr.isatty()):
         utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
-        hf_hub_download(REPOSITORY, ARCHIVE_NAME, repo_type="dataset", local_dir=folder, endpoint=endpoint())
+        return _fetch(folder)
     except Exception as error:
         # the client reports the network by errors of its own, of its HTTP library and of Python; those with a number
         # are the disk's
@@ -279,6 +274,42 @@ def _fetch(folder: Path, progress: bool, remedy: str) -> None:
     finally:
         if not hidden:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+def _fetch(folder: Path) -> Path:
+    """Download by the parts of the hub's client: its ``hf_hub_download`` begins anew after every interruption."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
+    from huggingface_hub.file_download import http_get
+
+    url = hf_hub_url(REPOSITORY, ARCHIVE_NAME, repo_type="dataset", endpoint=endpoint())
+    found = get_hf_file_metadata(url)
+    # bytes of another version of the file are another file
+    tag = "".join(character for character in found.etag or "" if character.isalnum())
+    partial = folder / f"{ARCHIVE_NAME}.{tag[:64]}.incomplete"
+    headers = dict(utils.build_hf_headers())  # type: ignore[attr-defined]
+    if urlparse(found.location).netloc != urlparse(url).netloc:
+        headers.pop("authorization", None)
+    with partial.open("ab") as stream:
+        http_get(
+            found.location,
+            stream,
+            resume_size=stream.tell(),
+            headers=headers,
+            expected_size=found.size,
+            displayed_filename=ARCHIVE_NAME,
+        )
+    if len(tag) == 64 and _sha256(partial) != tag:
+        partial.unlink()
+        raise ConnectionError("the file that arrived is not the hub's")
+    return partial.replace(folder / ARCHIVE_NAME)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_download(root: str | Path) -> None:

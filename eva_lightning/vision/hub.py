@@ -25,16 +25,21 @@ def require_hub(path: str, missing: str, remedy: str) -> None:
     Raises:
         ConnectionError: No answer, or only server errors; one sentence of `missing`, the reason and `remedy`.
     """
+    reason = _silence(path)
+    if reason is not None:
+        raise ConnectionError(f"{missing} and the Hugging Face hub does not answer ({reason}): {remedy}")
+
+
+def _silence(path: str) -> object:
+    """Why the hub does not answer, or None where it does."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ConnectionError(f"{missing} and HF_HUB_OFFLINE forbids asking the Hugging Face hub: {remedy}")
-    request = urllib.request.Request(f"{endpoint()}/{path}", method="HEAD")
+        return "HF_HUB_OFFLINE is set"
     try:
+        request = urllib.request.Request(f"{endpoint()}/{path}", method="HEAD")
         with urllib.request.urlopen(request, timeout=_WAIT_SECONDS):
-            return
+            return None
     except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return  # it answers; whatever it objects to, its client will say better
-        reason: object = f"HTTP status {error.code}"
+        # whatever it objects to below 500, its client will say better
+        return None if error.code < 500 else f"HTTP status {error.code}"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-    raise ConnectionError(f"{missing} and the Hugging Face hub does not answer ({reason}): {remedy}")
+        return getattr(error, "reason", error)
