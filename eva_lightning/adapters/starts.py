@@ -132,7 +132,9 @@ def corda(layer: AdapterLayer, covariance: Tensor) -> tuple[Tensor, Tensor]:
 def lora_ga(layer: AdapterLayer, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as PEFT's LoRA-GA with its default settings makes them (Wang et al., 2024): along the gradient.
 
-    PEFT finds the gradient's singular directions by a randomized SVD: the global generator decides the last digits.
+    A takes the first ``rank`` right singular vectors of the gradient and B the next ``rank`` left ones. PEFT (0.21)
+    also multiplies B by their singular values and scales B alone, where the authors' code scales both by
+    ``(out_features ** 0.25) / sqrt(gamma)`` and leaves the singular values out: PEFT's B starts smaller. PEFT finds the gradient's singular directions by a randomized SVD: the global generator decides the last digits.
 
     Args:
         layer: A fresh adapter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class DecisionTransformerModule(L.LightningModule):
         min_lr: Learning rate after the last step.
         gradient_clip: Largest norm of the gradient, where the trainer is given none; None for no clipping.
 
+    Attributes:
+        lr_multipliers: From a parameter's name in this module to a factor on its learning rate, or None. For methods to
+            set before ``fit`` (LoRA+ trains B faster than A).
+
     Raises:
         ValueError: A value is out of range.
     """
@@ -100,6 +104,7 @@ class DecisionTransformerModule(L.LightningModule):
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.min_lr = lr, weight_decay, min_lr
         self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
+        self.lr_multipliers: Callable[[str], float] | None = None
         self.normalisation = Normalisation(state_mean, state_std, return_scale, reward_scale)
         self.model = DecisionTransformer(
             state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps
@@ -188,8 +193,13 @@ class DecisionTransformerModule(L.LightningModule):
         """AdamW over the trainable parameters and a learning rate set per step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(self.warmup_steps, total // 10)
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        by_factor: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                factor = 1.0 if self.lr_multipliers is None else self.lr_multipliers(name)
+                by_factor.setdefault(factor, []).append(parameter)
+        groups = [{"params": parameters, "lr": self.lr * factor} for factor, parameters in by_factor.items()]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         lowest = self.min_lr / self.lr
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, lowest))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
