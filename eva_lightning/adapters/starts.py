@@ -134,7 +134,8 @@ def lora_ga(layer: AdapterLayer, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
     A takes the first ``rank`` right singular vectors of the gradient and B the next ``rank`` left ones. PEFT (0.21)
     also multiplies B by their singular values and scales B alone, where the authors' code scales both by
-    ``(out_features ** 0.25) / sqrt(gamma)`` and leaves the singular values out: PEFT's B starts smaller. PEFT finds the gradient's singular directions by a randomized SVD: the global generator decides the last digits.
+    ``(out_features ** 0.25) / sqrt(gamma)`` and leaves the singular values out: PEFT's B starts smaller. PEFT finds
+    the directions by a randomized SVD: the global generator decides the last digits.
 
     Args:
         layer: A fresh adapter.
