@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from eva_lightning.adapters import merge_and_unload
@@ -31,9 +32,8 @@ def merged_in_fp32(module: nn.Module) -> Iterator[None]:
     try:
         for value in values:
             if value.is_floating_point():
-                wide = value.data.float()
                 # merging writes in place
-                value.data = wide.clone() if id(value) in adapted and wide is value.data else wide
+                value.data = value.data.to(torch.float32, copy=id(value) in adapted)
         merge_and_unload(module)
         yield
     finally:
