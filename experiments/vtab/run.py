@@ -265,7 +265,7 @@ def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA)
     data.setup("fit")
     images: Any = data.train_dataloader().dataset
     progress = settings.progress and sys.stdout.isatty()
-    return decompose(module, images, options, device="cuda" if _on_gpu(settings) else "cpu", progress=progress)
+    return decompose(module, images, options, device="cuda" if on_gpu(settings) else "cpu", progress=progress)
 
 
 def execute(settings: Settings, folder: RunFolder, outputs: Outputs = Outputs()) -> dict[str, Any]:
@@ -281,6 +281,9 @@ def execute(settings: Settings, folder: RunFolder, outputs: Outputs = Outputs())
 
     logger = logging.getLogger("experiments.vtab.run")
     data, module, callbacks = build(settings)
+    for callback in callbacks:
+        if not outputs.terminal and hasattr(callback, "verbose"):
+            callback.verbose = False
     if settings.overwrite:
         folder.clear()
     folder.start()
@@ -408,10 +411,11 @@ def lightning_precision(settings: Settings) -> str:
 
     if settings.precision != "auto":
         return settings.precision
-    return "bf16-mixed" if _on_gpu(settings) and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if on_gpu(settings) and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _on_gpu(settings: Settings) -> bool:
+def on_gpu(settings: Settings) -> bool:
+    """Whether a CUDA device is wanted and there."""
     import torch
 
     return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

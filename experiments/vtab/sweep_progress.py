@@ -35,6 +35,7 @@ class SweepProgress:
         self._started = time.monotonic()
         self._said = self._started
         self._mine = 0
+        self._first = self._started
         self._last: deque[str] = deque(maxlen=_LAST)
         self._bar: Progress | None = None
         self._live: Live | None = None
@@ -66,6 +67,9 @@ class SweepProgress:
         """One more run is over; `text` says which and how."""
         self._done += 1
         self._mine += 1
+        if self._mine == 1:
+            # starting processes and decoding images is not what the other runs will take
+            self._first = time.monotonic()
         self._last.append(text)
         if self._bar is not None:
             self._bar.update(self._row, completed=self._done, eta=self._eta())
@@ -74,9 +78,12 @@ class SweepProgress:
             print(f"[{self._done}/{self._total}] {text}; {self._eta()}", flush=True)
 
     def _eta(self) -> str:
-        left = self._total - self._done
-        seconds = (time.monotonic() - self._started) / max(1, self._mine) * left
-        return f"{span(seconds)} to go" if left else f"{span(time.monotonic() - self._started)}"
+        now, left = time.monotonic(), self._total - self._done
+        if not left:
+            return f"{span(now - self._started)} in all"
+        if self._mine < 3:
+            return "…"
+        return f"{span((now - self._first) / (self._mine - 1) * left)} to go"
 
     def _picture(self) -> Group:
         assert self._bar is not None
@@ -89,7 +96,7 @@ def span(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def headline(row: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ import gc
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
 import warnings
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +89,16 @@ def attempt(job: Job, options: WorkerOptions) -> Outcome:
     """Run `job`; whatever goes wrong with it is an outcome, not an exception.
 
     A folder with ``metrics.json`` is a run that was finished, but not recorded before the sweep was killed: its figures
-    are handed in, and nothing is run twice.
+    are handed in, and nothing is run twice. Every execution leaves a line where it begins and one where it ends in
+    ``OUTPUT/journal.log``.
     """
     try:
-        return Outcome(job.run_id, "done", _execute(job, options))
+        metrics = job.folder().result()
+        if metrics is None:
+            _note(job, "begin")
+            metrics = _execute(job, options)
+            _note(job, "end")
+        return Outcome(job.run_id, "done", metrics)
     except Exception as error:
         kind: Literal["failed", "no-room"] = "no-room" if _is_out_of_room(error, job.settings.output) else "failed"
         return Outcome(job.run_id, kind, error=traceback.format_exc())
@@ -100,28 +108,31 @@ def attempt(job: Job, options: WorkerOptions) -> Outcome:
 
 def _execute(job: Job, options: WorkerOptions) -> dict[str, Any]:
     started = time.perf_counter()
-    folder = job.folder()
-    metrics = folder.result()
-    if metrics is None:
-        settings = job.settings
-        shared = SharedState.of(job)
-        if shared is not None:
-            settings = replace(settings, eva_state=str(shared.obtain()))
-            folder.config["eva_state"] = settings.eva_state
-        final = job.phase == "final"
-        outputs = run.Outputs(
-            terminal=False,
-            validate=False,
-            plots=False,
-            adapter=final,
-            checkpoint_minutes=options.checkpoint_minutes,
-        )
-        metrics = run.execute(settings, folder, outputs)
-        if shared is not None:
-            metrics["eva_state"] = Path(str(settings.eva_state)).name
-    metrics.setdefault("seconds", time.perf_counter() - started)
+    folder, settings = job.folder(), job.settings
+    shared = SharedState.of(job)
+    if shared is not None:
+        settings = replace(settings, eva_state=str(shared.obtain()))
+        folder.config["eva_state"] = settings.eva_state
+    outputs = run.Outputs(
+        terminal=False,
+        validate=False,
+        plots=False,
+        adapter=job.phase == "final",
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
+    metrics = run.execute(settings, folder, outputs)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return metrics
+    return {**metrics, "seconds": time.perf_counter() - started}
+
+
+def _note(job: Job, what: str) -> None:
+    """A line in the journal; lines of several processes do not mix."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    line = f"{now} {what} {job.run_id} process {os.getpid()} on {socket.gethostname()}: {job}\n"
+    journal = Path(job.settings.output) / "journal.log"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def _is_out_of_room(error: BaseException | None, output: str) -> bool:
