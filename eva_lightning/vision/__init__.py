@@ -5,7 +5,9 @@ timm is loaded.
 
 - ``eva_lightning.vision.tasks``: the 19 tasks as a table
 - ``eva_lightning.vision.splits``: reading and checking the folder
+- ``eva_lightning.vision.archive``, ``originals``, ``status``: getting the folder, building it, what is in it
 - ``eva_lightning.vision.vtab``: :class:`VTAB1K`, the LightningDataModule
+- ``eva_lightning.vision.cache``: decoded images as a checksummed memory map
 - ``eva_lightning.vision.backbones``, ``weights``: timm models and where their weights come from
 - ``eva_lightning.vision.module``: :class:`ImageClassifier`, the LightningModule
 - ``eva_lightning.vision.method_keys``: what methods there are, their labels, and what each needs

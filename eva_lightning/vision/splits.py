@@ -163,7 +163,10 @@ def _task_folder(root: Path, task: str) -> Path:
         raise FileNotFoundError(
             f"{root} is itself a task folder: pass its parent folder ({root.resolve().parent}) as root"
         )
-    present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    deeper = next((root / name for name in present if (root / name / task).is_dir()), None)
+    if deeper is not None:
+        raise FileNotFoundError(f"{root} has no folder {task}, but {deeper} does: pass that as root")
     raise FileNotFoundError(
         f"{root} has no folder {task} (it holds: {', '.join(present) or 'no folder'}): take it from {ARCHIVE}"
     )

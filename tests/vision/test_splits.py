@@ -57,6 +57,9 @@ def test_missing_root_and_task_folder(tmp_path: Path) -> None:
         open_task(tmp_path, "dmlab")
     with pytest.raises(FileNotFoundError, match="is itself a task folder: pass its parent folder"):
         open_task(tmp_path / "kitti", "kitti")
+    make_task(tmp_path / "data" / "vtab-1k")
+    with pytest.raises(FileNotFoundError, match=r"data has no folder kitti, but .*vtab-1k does: pass that as root"):
+        open_task(tmp_path / "data", "kitti")
 
 
 def test_missing_split_file_says_how_to_get_it(tmp_path: Path) -> None:
