@@ -126,7 +126,7 @@ class Job:
     def folder(self) -> RunFolder:
         """Where the run works. Final runs keep it; that of a tuning run goes when its row is written."""
         path = Path(self.settings.output) / PHASE_FOLDERS[self.phase] / f"{self.settings.run_name}-{self.run_id[:8]}"
-        return RunFolder(path, asdict(self.settings), (*run.INCIDENTAL, "eva_state"))
+        return RunFolder(path, asdict(self.settings), (*run.INCIDENTAL, "eva_state", "weights"))
 
     @property
     def keeps_folder(self) -> bool:

@@ -245,7 +245,7 @@ def _opened(file: Path) -> sqlite3.Connection:
         check_format(connection, file)
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise sqlite3.DatabaseError(f"malformed: {verdict}")
+            raise sqlite3.DatabaseError(f"malformed: {' '.join(verdict.split())}")
         # Readers and the writer do not wait for each other. A file system without shared memory stays with the
         # rollback journal, which is as safe.
         connection.execute("PRAGMA journal_mode = WAL")

@@ -122,7 +122,10 @@ def _execute(job: Job, options: WorkerOptions) -> dict[str, Any]:
     )
     metrics = run.execute(settings, folder, outputs)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return {**metrics, "seconds": time.perf_counter() - started}
+    metrics["seconds"] = time.perf_counter() - started
+    if shared is not None:
+        metrics["eva_state"] = Path(str(settings.eva_state)).name
+    return metrics
 
 
 def _note(job: Job, what: str) -> None:
