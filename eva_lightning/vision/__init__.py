@@ -9,7 +9,10 @@ timm is loaded.
 - ``eva_lightning.vision.vtab``: :class:`VTAB1K`, the LightningDataModule
 - ``eva_lightning.vision.cache``: decoded images as a checksummed memory map
 - ``eva_lightning.vision.backbones``, ``weights``: timm models and where their weights come from
+- ``eva_lightning.vision.position_embedding``: DINOv2's for another image size, as the official code resamples it
+- ``eva_lightning.vision.split_fused``, ``fused_adapter``: q, k, v and SwiGLU's halves apart, and back together
 - ``eva_lightning.vision.module``: :class:`ImageClassifier`, the LightningModule
+- ``eva_lightning.vision.protocol``: where the authors' code differs from the paper's text, as named fields
 - ``eva_lightning.vision.method_keys``: what methods there are, their labels, and what each needs
 - ``eva_lightning.vision.methods``: what each does to an ImageClassifier
 """

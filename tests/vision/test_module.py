@@ -1,38 +1,17 @@
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
+from eva_lightning.callback import EVAInitCallback
 from eva_lightning.vision.module import ImageClassifier
-from eva_lightning.vision.schedules import warmup_cosine
-
-
-def test_schedule_is_torchs_linear_warm_up_then_cosine() -> None:
-    total, warmup = 60, 6
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, end_factor=1, total_iters=warmup - 1),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warmup),
-        ],
-        milestones=[warmup],
-    )
-    for step in range(total):
-        assert warmup_cosine(step, warmup, total) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
-        optimizer.step()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SequentialLR itself steps by epoch number
-            schedule.step()
-    assert warmup_cosine(total, warmup, total) == pytest.approx(0)
-
-
-def test_schedule_without_warm_up_and_all_warm_up() -> None:
-    assert warmup_cosine(0, 0, 10) == 1
-    assert warmup_cosine(9, 10, 10) == 1
 
 
 def test_layer_decay_is_a_power_per_layer_counted_from_the_head() -> None:
@@ -61,3 +40,98 @@ def test_first_loss_is_that_of_guessing() -> None:
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     loss = nn.functional.cross_entropy(module(images), labels)
     assert loss.item() == pytest.approx(torch.log(torch.tensor(7.0)).item(), abs=1e-2)
+
+
+def data(n: int = 20, size: int = 32) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, 3, size, size, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(n) % 5), batch_size=8)
+
+
+def trainer(**options: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="cpu", **{**quiet, **options})
+
+
+def test_logged_means_are_those_of_torchmetrics() -> None:
+    module = ImageClassifier("test_vit", num_classes=5, image_size=32, lr=0.0)
+    nn.init.normal_(module.get_submodule(module.head_name).weight)  # type: ignore[arg-type]
+    loader = data()
+    loss, accuracy = MeanMetric(), MulticlassAccuracy(5, average="micro")
+    with torch.no_grad():
+        for images, labels in loader:  # the last batch is smaller: examples count, not batches
+            logits = module.eval()(images)
+            loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+            accuracy.update(logits, labels)
+    expected = {"loss": float(loss.compute()), "accuracy": float(accuracy.compute())}
+
+    seen: dict[str, float] = {}
+
+    class Look(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.update({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    run = trainer(max_epochs=2, callbacks=[Look()])
+    run.fit(module.train(), loader, loader)
+    # callbacks see them at the end of the epoch, as EpochHistory needs
+    for stage in ("train", "val"):
+        for kind, value in expected.items():
+            assert seen[f"{stage}_{kind}"] == pytest.approx(value, rel=1e-5), (stage, kind)
+    (tested,) = run.test(module, loader, verbose=False)
+    assert tested == pytest.approx({f"test_{kind}": value for kind, value in expected.items()}, rel=1e-5)
+
+
+def test_an_interrupted_epoch_leaves_nothing_in_the_next() -> None:
+    module = ImageClassifier("test_vit", num_classes=5, image_size=32, lr=0.0)
+    first = trainer(max_epochs=1, callbacks=[_Interrupt()])
+    with pytest.raises(RuntimeError, match="power cut"):
+        first.fit(module, data())
+    second = trainer(max_epochs=1)
+    second.fit(module, data())
+    whole = ImageClassifier("test_vit", num_classes=5, image_size=32, lr=0.0)
+    whole.load_state_dict(module.state_dict())
+    third = trainer(max_epochs=1)
+    third.fit(whole, data())
+    assert second.callback_metrics["train_loss"] == third.callback_metrics["train_loss"]
+
+
+class _Interrupt(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("split", [False, True])
+def test_trains_in_bfloat16(precision: str, split: bool) -> None:
+    L.seed_everything(0, verbose=False)
+    module = ImageClassifier("test_vit", num_classes=5, image_size=32, lr=5e-3, warmup_epochs=0, split_fused=split)
+    callback = EVAInitCallback(r=4, head=module.head_name, verbose=False)
+    losses = []
+
+    class Losses(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    trainer(max_epochs=4, precision=precision, callbacks=[callback, Losses()]).fit(module, data())
+    assert losses[-1] < losses[0] - 0.1
+    expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in module.parameters()} == {expected}
+
+
+def test_a_step_costs_no_metric_and_logs_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's log() takes about as long as the forward pass of a tiny model."""
+    module = ImageClassifier("test_vit", num_classes=5, image_size=32)
+    calls = []
+    monkeypatch.setattr(module, "log", lambda name, *args, **kwargs: calls.append(name))
+    trainer(max_epochs=2).fit(module, data(40))
+    assert calls == ["train_loss", "train_accuracy"] * 2
+
+
+def test_unknown_schedule_suggests() -> None:
+    with pytest.raises(ValueError, match="unknown schedule 'cosin': did you mean cosine"):
+        ImageClassifier("test_vit", num_classes=5, image_size=32, schedule="cosin")

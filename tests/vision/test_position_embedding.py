@@ -78,6 +78,25 @@ def test_model_of_the_checkpoints_own_size_is_untouched(tmp_path: Path) -> None:
     assert torch.equal(model.pos_embed, source.pos_embed)  # type: ignore[arg-type]
 
 
+def test_weights_from_the_hub_are_resampled_the_official_way_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    source = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **options)
+    nn.init.normal_(source.pos_embed)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    asked: list[tuple[object, ...]] = []
+
+    def download(*place: object) -> Path:
+        asked.append(place)
+        return tmp_path / "model.safetensors"
+
+    monkeypatch.setattr("eva_lightning.vision.backbones.download", download)
+    model = create_backbone("dinov2_s14", 3, 224, Weights(pretrained=True), options=options)
+    assert asked == [("timm/vit_small_patch14_dinov2.lvd142m", None)]
+    assert torch.equal(model.pos_embed, official(source.pos_embed, 224, 224))  # type: ignore[arg-type]
+
+
 def test_unknown_choice_is_named() -> None:
     with pytest.raises(ValueError, match="unknown position embedding 'offical': did you mean official"):
         create_backbone("test_vit", 3, 32, position_embedding="offical")  # type: ignore[arg-type]
