@@ -51,7 +51,7 @@ class Settings:
 
     root: str = option("vtab-1k", "folder that holds VTAB-1K's caltech101 folder")
     methods: str = option(_all_methods(), "methods, EVA's ρ behind a colon; scratch and linear-random: not pre-trained")
-    seeds: int = option(3, "seeds per method, from 0")
+    seeds: int = option(6, "seeds per method, from 0")
     rank: int = option(4, "LoRA rank; EVA's mean rank per layer, so that all share one budget")
     alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank")
     epochs: int = option(6, "epochs of fine-tuning")

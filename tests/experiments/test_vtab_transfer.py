@@ -198,7 +198,7 @@ def test_a_rate_that_diverged_or_failed_is_not_taken() -> None:
 
     scores = transfer.tune(settings, "digest", stage)
     assert transfer.best_rates(settings, scores) == {"lora": 1e-3}
-    assert [job.variant for job in transfer.final_jobs(settings, {"lora": 1e-3}, "digest")] == ["lora"] * 3
+    assert [job.variant for job in transfer.final_jobs(settings, {"lora": 1e-3}, "digest")] == ["lora"] * 6
 
 
 def test_differences_are_taken_within_a_seed() -> None:
