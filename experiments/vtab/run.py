@@ -377,6 +377,7 @@ def _test(
     import lightning as L
 
     from eva_lightning.vision.merged_evaluation import merged_in_fp32
+    from experiments.run_logging import RunLogging
 
     if not settings.rules.merged_evaluation:
         return trainer.test(module, datamodule=data, verbose=False)[0], str(trainer.precision)
@@ -384,6 +385,7 @@ def _test(
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision="32-true",
+        callbacks=[RunLogging()],
         logger=trainer.loggers or False,
         enable_progress_bar=trainer.progress_bar_callback is not None,
         enable_model_summary=False,

@@ -137,6 +137,19 @@ def test_a_run_leaves_its_curves_in_every_logger(tmp_path: Path, capfd: pytest.C
     assert not any((folder / name).exists() for name in ("csv", "tensorboard", "wandb"))
 
 
+def test_merged_evaluation_is_logged_too(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    make_task(tmp_path / "data")
+    metrics = run.main(
+        f"--root {tmp_path / 'data'} --task kitti --model test_vit --weights none --image-size 32 --batch-size 8 "
+        f"--rank 2 --epochs 1 --warmup-epochs 0 --accelerator cpu --output {tmp_path} --name run --method lora "
+        "--protocol authors-code --logger tensorboard".split()
+    )
+    events = reading.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for key in ("test_accuracy", "hp/test_accuracy"):
+        assert [e.value for e in events.Scalars(key)] == pytest.approx([metrics["accuracy"]])
+
+
 def test_a_resumed_run_continues_and_another_run_is_another(tmp_path: Path) -> None:
     for start in range(2):
         (logger,) = make_loggers(["csv"], tmp_path / "a", "a", {"lr": 1})
