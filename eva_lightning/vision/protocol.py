@@ -82,7 +82,7 @@ class Protocol:
     decay_matrices_only: bool
 
     def batches_per_epoch(self, images: int, batch_size: int) -> int:
-        """Training batches of an epoch, which :meth:`limit_train_batches` gives a Trainer.
+        """Optimizer steps of an epoch.
 
         Raises:
             ValueError: The last batch is dropped and it is the only one.

@@ -36,7 +36,7 @@ def test_inside_there_are_fp32_weights_without_adapters(options: dict[str, Any])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("options", [*KINDS, {"adalora": {"target_r": 2, "total_step": 10}}], ids=str)
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_everything_is_bit_for_bit_as_before(
     dtype: torch.dtype, options: dict[str, Any], fails: bool
