@@ -153,7 +153,7 @@ def run(job: Job) -> dict[str, Any]:
     """The metrics of a job, also written to its folder.
 
     ``looks`` has one row per look (``epoch``, ``loss``, ``accuracy``, ``class_accuracy``), the last one after training;
-    ``seconds`` are those of the processor, ``look_seconds`` of them for looking.
+    ``seconds`` are those of the processor, looks included.
     """
     import lightning as L
 
@@ -191,7 +191,6 @@ def run(job: Job) -> dict[str, Any]:
         "rank": job.rank if variant.method in METHOD_TRAITS and METHOD_TRAITS[variant.method].adapts else None,
         "looks": looks.rows,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "look_seconds": looks.seconds,
         "seconds": time.process_time() - processor,
         "elapsed_seconds": time.perf_counter() - started,
     }

@@ -83,7 +83,7 @@ def test_bare_epochs_are_not_timed_with_ours(monkeypatch: pytest.MonkeyPatch) ->
     def wait(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr(benchmark_train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("experiments.vtab.benchmark_train.time.perf_counter", lambda: clock[0])
     interleaved = benchmark_train._Interleaved(lambda: wait(20.0))
     arguments: Any = (None, None)
     interleaved.on_train_start(*arguments)
