@@ -237,12 +237,12 @@ def _differences(shared: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[
         notes.append("data of other than the official sizes")
     defaults = experiment_settings(run.Settings("", next(iter(HEADINGS))))
     changed = [
-        f"{name} {shared[name]} (paper: {default})"
+        f"{name} {shared[name]} (default: {default})"
         for name, default in defaults.items()
         if name not in _SILENT and shared[name] != default
     ]
     if changed:
-        notes.append(f"other settings than the paper's: {', '.join(changed)}")
+        notes.append(f"other settings than the defaults, which are the paper's: {', '.join(changed)}")
     return notes
 
 
