@@ -24,7 +24,7 @@ _REFERENCE: dict[str, Any] = {"color": "#d1603d", "linewidth": 2.2, "zorder": 5}
 
 
 def curves_figure(runs: Sequence[Mapping[str, Any]], labels: Mapping[str, str], epochs: Sequence[int]) -> Figure:
-    """Mean test loss by epoch with its 95% interval, LoRA in every panel; both axes logarithmic."""
+    """Mean test loss by epoch with its 95% interval, LoRA in every panel."""
     known = {key for group in GROUPS.values() for key in group}
     groups = {**GROUPS, "others": tuple(key for key in labels if key not in known and key != "lora")}
     shown = {title: [key for key in keys if key in labels] for title, keys in groups.items()}
@@ -52,12 +52,8 @@ def curves_figure(runs: Sequence[Mapping[str, Any]], labels: Mapping[str, str], 
                 **style,
             )
         panel.set_xscale("log")
-        panel.set_yscale("log")
         panel.set_xticks(epochs, [str(epoch) for epoch in epochs])
         panel.minorticks_off()
-        low, high = panel.get_ylim()
-        ticks = [t for t in (0.5, 0.7, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0) if low <= t <= high]
-        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.grid(alpha=0.25, linewidth=0.5)
         panel.set_title(title, fontsize="medium", loc="left")
         panel.set_xlabel("epoch")
@@ -83,7 +79,7 @@ def differences_figure(columns: Mapping[str, Mapping[str, Interval | None]], lab
     places = {key: -number for number, key in enumerate(labels)}
     for panel, (title, cells) in zip(panels.flat, columns.items(), strict=True):
         for key, interval in cells.items():
-            if interval is None:
+            if interval is None or key not in places:
                 continue
             better = interval.mean < 0 if "loss" in title else interval.mean > 0
             colour = ("#1f5f9c" if better else "#c0392b") if interval.excludes_zero else "#9aa5ab"

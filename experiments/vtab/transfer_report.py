@@ -82,9 +82,10 @@ def write_report(
         pictures.append("![test loss by epoch, in four groups of methods](curves.png)")
     others = [variant for variant in found if variant.key != REFERENCE and variant.pretrained]
     if others and any(run["variant"] == REFERENCE for run in runs):
-        labels = {variant.key: variant.label for variant in others}
+        # linear probing and full fine-tuning differ so much that nothing else could be seen beside them
+        labels = {variant.key: variant.label for variant in others if variant.adapts}
         differences_figure(_columns(settings, runs, others), labels).savefig(folder / "differences.png", dpi=110)
-        pictures.append("![differences to LoRA with their intervals](differences.png)")
+        pictures.append("![differences of the methods with adapters to LoRA, with their intervals](differences.png)")
     parts = [
         "# Transfer on real images: half of Caltech101 to the other half",
         _conditions(settings, pretraining, runs, seconds),
@@ -188,7 +189,7 @@ def _in_short(settings: Settings, runs: Sequence[Run], others: Sequence[Variant]
     note = (
         "± is half a 95% interval (t distribution) over seeds; differences are taken within a seed. The intervals are "
         "not corrected for the number of comparisons: where no method differs from LoRA, one in twenty would still "
-        "exclude 0."
+        "exclude 0. A star marks what remains after Bonferroni's correction for the number of methods."
     )
     return "\n".join([*lines, "", note])
 
@@ -211,10 +212,22 @@ def _separated(
     for name, sign in (("better", better), ("worse", -better)):
         members = [(v, i) for v, i in known if i.excludes_zero and i.mean * sign > 0]
         members.sort(key=lambda member: -abs(member[1].mean))
-        words = ", ".join(f"{variant.label} ({interval.mean:+.{digits}f})" for variant, interval in members)
+        words = ", ".join(
+            f"{variant.label} ({interval.mean:+.{digits}f}{'*' if _remains(interval, len(known)) else ''})"
+            for variant, interval in members
+        )
         groups.append(f"{name} than LoRA: {words or 'none'}")
     same = len(known) - sum(interval.excludes_zero for _, interval in known)
     return [f"- {title[0].upper()}{title[1:]}: {'; '.join(groups)}; not told apart from LoRA: {same} of {len(known)}."]
+
+
+def _remains(interval: Interval, comparisons: int) -> bool:
+    """Whether 0 lies outside of the interval at the level 1 - 0.05 / `comparisons`, too."""
+    from scipy.special import stdtrit
+
+    degrees = interval.n - 1
+    wider = float(stdtrit(degrees, 1 - 0.025 / comparisons) / stdtrit(degrees, 0.975))
+    return interval.half is not None and abs(interval.mean) > wider * interval.half
 
 
 def _results(settings: Settings, rates: Rates, runs: Sequence[Run], found: Sequence[Variant]) -> str:

@@ -67,6 +67,11 @@ class Variant:
         label = found.traits.label + ("" if found.rho is None else f" ρ={found.rho:g}")
         return cls(found.key, label, found.method, found.rho)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether it has adapters, and so a rank."""
+        return self.method is not None and METHOD_TRAITS[self.method].adapts
+
 
 @dataclass(frozen=True)
 class Job:
@@ -188,7 +193,7 @@ def run(job: Job) -> dict[str, Any]:
         "phase": job.phase,
         "lr": job.lr,
         "seed": job.seed,
-        "rank": job.rank if variant.method in METHOD_TRAITS and METHOD_TRAITS[variant.method].adapts else None,
+        "rank": job.rank if variant.adapts else None,
         "looks": looks.rows,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "seconds": time.process_time() - processor,

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from eva_lightning.vision.splits import Split
 from eva_lightning.vision.vtab import SplitDataset
-from experiments.vtab import transfer, transfer_data, transfer_model, transfer_runs
+from experiments.vtab import transfer, transfer_data, transfer_model, transfer_report, transfer_runs
 from experiments.vtab.transfer_report import paired
 from experiments.vtab.transfer_runs import Job, Variant
 from tests.vision.fakes import make_task
@@ -209,6 +209,19 @@ def test_differences_are_taken_within_a_seed() -> None:
     assert (found.mean, found.half, found.n) == (0.5, 0.0, 4)
     assert paired(runs[:-1], "eva", "lora", lambda run: run["x"]).n == 3  # type: ignore[union-attr]
     assert paired(runs, "dora", "lora", lambda run: run["x"]) is None
+
+
+def test_bonferroni_widens_the_interval() -> None:
+    from scipy.stats import ttest_1samp
+
+    from experiments.intervals import Interval
+
+    values = [0.9, 1.1, 1.4, 0.6, 1.2, 0.3]
+    p = ttest_1samp(values, 0.0).pvalue
+    comparisons = int(0.05 / p)
+    assert comparisons > 10
+    assert transfer_report._remains(Interval.of(values), comparisons)
+    assert not transfer_report._remains(Interval.of(values), comparisons + 1)
 
 
 def test_pretraining_goes_on_where_it_was_ended(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
