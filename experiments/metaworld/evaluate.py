@@ -189,10 +189,11 @@ def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="success: share of episodes solved at any step, ± standard error")
+    # the longest name of a task leaves room for five columns in 80 characters
+    table = Table(title=f"success in {len(results[0])} episodes: share solved at any step, ± standard error")
     table.add_column("task", no_wrap=True)
-    for name in ("success", "last step", "return", "target", "episodes"):
-        table.add_column(name, justify="right")
+    for name in ("success", "last step", "return", "target"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             result.task,
@@ -200,13 +201,12 @@ def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> N
             f"{result.final_success_rate:.2f}",
             f"{result.mean_return:.0f} ± {result.return_stderr:.0f}",
             f"{targets[result.task]:.0f}",
-            str(len(result)),
         )
     if len(results) > 1:
         n = len(results)
         success, final = (sum(r.success_rate for r in results) / n, sum(r.final_success_rate for r in results) / n)
         table.add_section()
-        table.add_row("mean of the tasks", f"{success:.2f}", f"{final:.2f}", "", "", "")
+        table.add_row("mean of the tasks", f"{success:.2f}", f"{final:.2f}", "", "")
     console = Console()
     console.print(table)
     steps, seconds = sum(result.steps for result in results), sum(result.seconds for result in results)
