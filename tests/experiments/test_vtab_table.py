@@ -180,8 +180,8 @@ def test_differences_are_over_shared_tasks_and_need_two_seeds(tables: Callable[.
         ({"weights": "some/model.pth"}, {}, ("weights of the file model.pth",)),
         ({"protocol": "authors-code"}, {}, ("protocol authors-code, not the text of the paper",)),
         ({"image_size": 98, "epochs": 3}, {}, (
-            "other settings than the defaults, which are the paper's: epochs 3 (default: 30), "
-            "image_size 98 (default: 224)",)),
+            ("other settings than the defaults, which are the paper's: epochs 3 (default: 30), "
+             "image_size 98 (default: 224)"),)),
         ({"limit_train": 8}, {"limited": True, "official_sizes": False}, ("limited to a part of the data",)),
         ({}, {"official_sizes": False}, ("data of other than the official sizes",)),
     ],
