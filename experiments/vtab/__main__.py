@@ -6,6 +6,7 @@ Without a command, a line that names a ``--task`` is one run, and one that does 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels that nothing here needs
     command = importlib.import_module(f"experiments.vtab.{name}")
     status: int = command.command_line(words)
     return status
