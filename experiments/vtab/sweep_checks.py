@@ -52,13 +52,10 @@ def check_data(settings: Settings) -> None:
         FileNotFoundError, ValueError: What the first task lacks, and how many others lack something.
     """
     errors: list[Exception] = []
-    tasks = track(
-        settings.task_names,
-        "checking data",
-        transient=True,
-        console=Console(stderr=True),
-        disable=not settings.progress,
-    )
+    terminal = Console(stderr=True)
+    # where there is no terminal, rich would still print an empty line
+    hidden = not (settings.progress and terminal.is_terminal)
+    tasks = track(settings.task_names, "checking data", transient=True, console=terminal, disable=hidden)
     for task in tasks:
         try:
             for opened in opened_splits(settings, task):
