@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +114,11 @@ def _fit(
     from eva_lightning.vision.methods import AdapterOptions, apply_method
     from eva_lightning.vision.module import ImageClassifier
     from eva_lightning.vision.vtab import VTAB1K
+    from experiments.demo_runs import quiet
     from experiments.vtab.benchmark_images import task_folder
 
     clock = _Steps()
-    with task_folder(settings.root, settings.task, images) as (root, task), TemporaryDirectory() as cache:
+    with quiet(), task_folder(settings.root, settings.task, images) as (root, task), TemporaryDirectory() as cache:
         data = VTAB1K(
             root, task, image_size=image_size, batch_size=batch_size, limit_train=images, limit_test=1,
             cache_dir=cache, progress=False,
@@ -138,9 +138,7 @@ def _fit(
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data)
     return clock, callbacks
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -72,26 +71,26 @@ def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> t
     from eva_lightning.vision.history import EpochHistory
     from eva_lightning.vision.methods import AdapterOptions, apply_method
     from eva_lightning.vision.module import ImageClassifier
+    from experiments.demo_runs import quiet
 
     torch.manual_seed(0)
     module = ImageClassifier(model, data.num_classes, data.image_size)
     callbacks = apply_method(method, module, AdapterOptions(rank=rank))
     data.setup("fit")
     interleaved = _Interleaved(BareLoop(module, data, repeats + 1))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=repeats + 1,
-        limit_val_batches=0,
-        # the history first: what comes after the bare epoch would be timed with the next of ours, and is
-        callbacks=[*callbacks, EpochHistory(), interleaved],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no loader processes, few batches per epoch
+    with quiet():
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=repeats + 1,
+            limit_val_batches=0,
+            # the history first: what comes after the bare epoch would be timed with the next of ours, and is
+            callbacks=[*callbacks, EpochHistory(), interleaved],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
         trainer.fit(module, datamodule=data)
     return interleaved.ours[1:], interleaved.bare[1:]
 

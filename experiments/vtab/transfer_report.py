@@ -170,16 +170,18 @@ def _in_short(settings: Settings, runs: Sequence[Run], others: Sequence[Variant]
     ]
     if worth:
         lines.append(f"- Test accuracy in %: {', '.join(worth)}.")
+    labels = {variant.key: variant.label for variant in others} | {REFERENCE: "LoRA"}
     for variant in others:
-        if not variant.key.startswith("eva") or variant.method not in ("eva", "eva-dora"):
+        if variant.method not in ("eva", "eva-dora"):
             continue
-        words = []
-        for epoch in settings.look_epochs:
-            found = paired(runs, variant.key, REFERENCE, look(epoch, "loss"))
-            if found is not None:
-                words.append(f"{found.text(3, sign=True)} after epoch {epoch}{_verdict(found)}")
-        if words:
-            lines.append(f"- {variant.label} minus LoRA, test loss: {'; '.join(words)}.")
+        for baseline in (REFERENCE, "dora") if variant.method == "eva-dora" and "dora" in labels else (REFERENCE,):
+            words = []
+            for epoch in settings.look_epochs:
+                found = paired(runs, variant.key, baseline, look(epoch, "loss"))
+                if found is not None:
+                    words.append(f"{found.text(3, sign=True)} after epoch {epoch}{_verdict(found)}")
+            if words:
+                lines.append(f"- {variant.label} minus {labels[baseline]}, test loss: {'; '.join(words)}.")
     for title, value, digits in (
         (f"test loss after epoch {settings.look_epochs[0]}", look(settings.look_epochs[0], "loss"), 3),
         ("test loss at the end", look(last, "loss"), 3),

@@ -6,10 +6,8 @@ A run takes seconds, so an interrupted one starts over, and nothing but its figu
 from __future__ import annotations
 
 import functools
-import logging
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -233,14 +231,13 @@ def attempt(job: Job, run_one: Callable[[Job], dict[str, Any]] = run) -> Outcome
     """Run a job in one thread; what goes wrong is written to its folder and handed back."""
     import torch
 
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from experiments.demo_runs import quiet
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     record = job.folder.path / "error.txt"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Lightning's, once per run: no loader processes, no logger
+        with quiet():
             metrics = run_one(job)
     except Exception as error:
         record.parent.mkdir(parents=True, exist_ok=True)
