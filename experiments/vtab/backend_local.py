@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -128,10 +128,14 @@ class LocalBackend:
         gpu = self._gpus[number % len(self._gpus)] if self._gpus else None
         self._log_folder.mkdir(parents=True, exist_ok=True)
         log = self._log_folder / f"worker-{number}.log"
-        process = _SPAWN.Process(
-            target=_serve, args=(theirs, self._options, gpu, str(log)), name=f"vtab-worker-{number}"
-        )
-        process.start()
+        process = _SPAWN.Process(target=_serve, args=(theirs, self._options, str(log)), name=f"vtab-worker-{number}")
+        threads = str(self._options.threads)
+        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if gpu is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
+        # for the process from its first line on: libraries read them when they are imported
+        with _environment(variables):
+            process.start()
         theirs.close()
         return _Worker(process, ours)
 
@@ -163,7 +167,21 @@ def _ending(status: int | None) -> str:
     return f"ended with exit status {status}"
 
 
-def _serve(pipe: Connection, options: WorkerOptions, gpu: str | None, log: str) -> None:
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Connection, options: WorkerOptions, log: str) -> None:
     """A worker process: jobs in, outcomes out, until the pipe closes."""
     # Ctrl-C is the parent's to handle: it ends this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -173,9 +191,6 @@ def _serve(pipe: Connection, options: WorkerOptions, gpu: str | None, log: str) 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     try:
         prepare(options)
     except Exception:

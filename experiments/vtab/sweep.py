@@ -23,7 +23,7 @@ from experiments.settings import in_terminal
 from experiments.vtab.backends import Backend, open_backend
 from experiments.vtab.jobs import PHASE_FOLDERS
 from experiments.vtab.schedule import Schedule
-from experiments.vtab.store_writer import StoreWriter, held_store
+from experiments.vtab.store_writer import StoreWriter, held_store, refuse_if_held
 from experiments.vtab.sweep_checks import check_everything, expected_slots, may_keep_models
 from experiments.vtab.sweep_progress import SweepProgress, headline
 from experiments.vtab.sweep_settings import Settings, parse
@@ -53,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
         print(plan(settings), flush=True)
         return []
+    refuse_if_held(settings.store_path)
     check_everything(settings)
     try:
         with _ending_politely(), held_store(settings.store_path) as store:
@@ -154,7 +155,7 @@ def _open(settings: Settings) -> Backend:
         settings.backend,
         options,
         workers=settings.workers,
-        gpus_per_run=settings.gpus_per_run,
+        gpus_per_run=0.0 if settings.base.accelerator == "cpu" else settings.gpus_per_run,
         cpus_per_run=settings.cpus_per_run,
         address=settings.ray_address,
         log_folder=str(Path(settings.output) / "workers"),
@@ -194,6 +195,11 @@ def _report(settings: Settings, schedule: Schedule, interrupted: bool = False) -
                 "(--skip-failed chooses without them)"
             )
     elif not left and not interrupted:
+        precisions = sorted({str(row["metrics"].get("precision")) for row in schedule.rows()})
+        if len(precisions) > 1:
+            lines.append(
+                f"note: runs differ in precision ({', '.join(precisions)}), as their devices do; see --precision"
+            )
         lines.append(f"the table: python -m experiments.vtab table --store {settings.store_path}")
     print("\n".join(lines), flush=True)
 

@@ -48,6 +48,7 @@ class Settings:
     gpus_per_run: float | None = option(None, "share of a GPU per run, such as 0.5; a whole one if not given")
     cpus_per_run: float = option(1.0, "CPU cores per run, for ray")
     threads: int | None = option(None, "CPU threads per run; CPU cores / workers if not given")
+    decode_threads: int = option(4, "threads that decode a task's images, the first time")
     ray_address: str | None = option(
         None, "running Ray cluster (auto, or ray://host:port); starts its own if not given"
     )
@@ -65,7 +66,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(unknown("backend", self.backend, BACKENDS))
-        for name in ("workers", "threads", "state_components"):
+        for name in ("workers", "threads", "decode_threads", "state_components"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -147,6 +148,7 @@ class Settings:
             task=self.task_names[0],
             method=self.keys[0].method,
             output=self.output,
+            workers=self.decode_threads,
             progress=False,
             **values,
         )
