@@ -84,7 +84,7 @@ def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> t
             devices=1,
             max_epochs=repeats + 1,
             limit_val_batches=0,
-            # the history first: what comes after the bare epoch would be timed with the next of ours, and is
+            # what runs after the last callback is timed with the next epoch of ours
             callbacks=[*callbacks, EpochHistory(), interleaved],
             logger=False,
             enable_progress_bar=False,

@@ -320,7 +320,6 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _pretrain(settings: Settings) -> dict[str, Any]:
     """Metrics of the pre-training, which is done first where it is missing; all images are decoded once."""
-    from experiments.demo_runs import quiet
     from experiments.vtab.transfer_data import decoded
     from experiments.vtab.transfer_model import CROPPED_FROM, IMAGE_SIZE, Pretraining, pretrain
 
@@ -333,8 +332,7 @@ def _pretrain(settings: Settings) -> dict[str, Any]:
         decoded(split, IMAGE_SIZE, cache, progress)
     recipe = Pretraining(settings.split_seed, settings.pretrain_epochs)
     _LOGGER.info("pre-training on %d images of %d classes", len(train), found.classes[0])
-    with quiet():
-        _, metrics = pretrain(recipe, found.classes[0], train, held_out, settings.weights.parent, progress)
+    _, metrics = pretrain(recipe, found.classes[0], train, held_out, settings.weights.parent, progress)
     last = metrics["held_out"][-1]
     _LOGGER.info("pre-trained: held-out accuracy %.1f%%, %.0f s", 100 * last["accuracy"], metrics["seconds"])
     return metrics

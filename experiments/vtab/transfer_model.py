@@ -171,6 +171,8 @@ def pretrain(
     """
     from safetensors.torch import save_file
 
+    from experiments.demo_runs import quiet
+
     folder = RunFolder(path, {"model": MODEL, **asdict(recipe)})
     weights = path / "backbone.safetensors"
     metrics = folder.result()
@@ -191,8 +193,9 @@ def pretrain(
     looks = HeldOut(evaluation, {*range(every, recipe.epochs, every), recipe.epochs})
     clock = _Clock()
     checkpoints = ModelCheckpoint(folder.checkpoints, "last", every_n_epochs=every, enable_version_counter=False)
-    trainer = quiet_trainer(recipe.epochs, [looks, clock, checkpoints], progress)
-    trainer.fit(module, datamodule=data, ckpt_path=folder.last_checkpoint())
+    with quiet():
+        trainer = quiet_trainer(recipe.epochs, [looks, clock, checkpoints], progress)
+        trainer.fit(module, datamodule=data, ckpt_path=folder.last_checkpoint())
     head = module.head_name.removeprefix("model.")
     state = {name: value for name, value in module.model.state_dict().items() if not name.startswith(f"{head}.")}
     temporary = weights.with_suffix(".part")
