@@ -85,11 +85,12 @@ def _several(
     tasks: Sequence[str], episodes: int, repeats: int, horizon: int, seed: int, workers: int
 ) -> dict[str, float]:
     from eva_lightning.rl.collection import collect
+    from experiments.metaworld.compare_runs import start_worker
 
     tasks = [resolve_task(task) for task in tasks]
     ratios = []
     # unlike multiprocessing.Pool, it gives up where its processes cannot start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
 
         def bare(jobs: Sequence[str], of_each: int, steps: int) -> None:
             for future in [pool.submit(_bare_loop, task, of_each, steps, seed) for task in jobs]:

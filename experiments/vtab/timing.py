@@ -103,7 +103,8 @@ class _Bench:
         """From models of one and two blocks and a few images."""
         _, forward = self.times("linear", 1, 1)
         few = max(1, min(batch, int(BUDGET_SECONDS / len(classes) / (forward * 3 * 3 * _PASSES + 1e-9))))
-        steps, image = {}, 0.0
+        steps: dict[str, float] = {}
+        image = 0.0
         deadline, unmeasured = time.monotonic() + BUDGET_SECONDS, []
         for method in sorted(classes, key=lambda name: name != "lora"):
             if steps and time.monotonic() > deadline:
