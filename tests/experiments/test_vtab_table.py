@@ -213,6 +213,12 @@ def test_notes_name_tasks_seeds_and_foreign_grids(store: Path) -> None:
     }
 
 
+def test_tuning_on_fewer_seeds_than_the_papers_is_noted(store: Path) -> None:
+    fill(store, [*sweep_like(["lora"], tasks=["kitti"]), *tuning_like(["lora"], ["kitti"], seeds=1)])
+    (ours,) = gather(read_store(store))
+    assert ours.notes == ("learning rate and rank chosen by 1 seed instead of the paper's 3",)
+
+
 def test_experiments_do_not_mix(tables: Callable[..., table.Tables]) -> None:
     made = tables(
         sweep_like(["eva", "lora"], tasks=FEW)
@@ -394,7 +400,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     fill(tmp_path / "good.sqlite", sweep_like(["lora"], tasks=["kitti"], seeds=1))
     final = [(job("lora", "kitti", seed), None) for seed in range(5)]
-    fill(tmp_path / "tuning.sqlite", [*tuning_like(["lora"], ["kitti"]), *final])
+    fill(tmp_path / "tuning.sqlite", [*tuning_like(["lora"], ["kitti"], seeds=1), *final])
     (tmp_path / "text.sqlite").write_text("not a database, but long enough to look at " * 40)
     words = f"{arguments} --output {{0}}/out".format(tmp_path).split()
     assert table.command_line(words) == 2

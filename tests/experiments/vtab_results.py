@@ -72,11 +72,13 @@ def sweep_like(
     return runs
 
 
-def tuning_like(methods: Sequence[str], tasks: Iterable[str], points: Sequence[Point] | None = None) -> list[Any]:
+def tuning_like(
+    methods: Sequence[str], tasks: Iterable[str], points: Sequence[Point] | None = None, seeds: int = 3
+) -> list[Any]:
     """Tuning runs over `points`, or over the paper's."""
     runs = []
     for method, task in itertools.product(methods, tasks):
         for point in points or PAPER.points(MethodKey.parse(method).adapts):
-            run = job(method, task, 0, point, "tune")
-            runs.append((run, metrics(run, 0.5)))
+            tuning = [job(method, task, seed, point, "tune") for seed in range(seeds)]
+            runs += [(run, metrics(run, 0.5)) for run in tuning]
     return runs
