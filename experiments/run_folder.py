@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class RunFolder:
         config_file, metrics_file = self.path / "config.yaml", self.path / "metrics.json"
         if not config_file.is_file() or not (metrics_file.is_file() or self.last_checkpoint()):
             return None
-        found = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
+        found = _mapping(config_file, yaml.safe_load)
         keys = [key for key in {**found, **self.config} if key not in self.incidental]
         differ = [key for key in keys if found.get(key) != self.config.get(key)]
         if differ:
@@ -74,8 +74,7 @@ class RunFolder:
             )
         if not metrics_file.is_file():
             return None
-        result: dict[str, Any] = json.loads(metrics_file.read_text(encoding="utf-8"))
-        return result
+        return _mapping(metrics_file, json.loads)
 
     def clear(self) -> None:
         """Delete what a run writes; other files in the folder stay."""
@@ -133,6 +132,18 @@ class RunFolder:
                 logger.setLevel(level)
                 logger.propagate = propagate
             file.close()
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{file} is damaged ({' '.join(str(error).split())}): pass --overwrite to run again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (no mapping in it): pass --overwrite to run again")
+    return content
 
 
 class _Terminal(logging.Formatter):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar, get_type_hints
 
 S = TypeVar("S")
+
+#: Of paths that users gave: no permission, a file in place of a folder or the other way round, a read-only disk.
+_UNUSABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)
 
 
 def option(default: Any, text: str) -> Any:
@@ -52,6 +56,17 @@ def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] 
     try:
         run(args)
     except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is not None:
+        return f"{error.filename} cannot be used: {(error.strerror or '').lower()}"
+    return str(error)

@@ -88,7 +88,7 @@ def load_grid(name: str) -> Grid:
         return PAPER
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{unknown('grid', name, ['paper'])}, or a YAML file")
+        raise ValueError(f"{unknown('grid', name, ['paper'])} (a grid of your own is a file name.yaml)")
     if not file.is_file():
         raise FileNotFoundError(f"grid file {file} does not exist")
     try:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 METHODS = tuple(METHOD_TRAITS)
 POSITION_EMBEDDINGS = ("official", "timm")
+PIXEL_NORMALIZATIONS = ("imagenet", "none")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 #: Settings that say where and how fast a run happens, not what comes out.
@@ -114,6 +115,7 @@ class Settings:
             ("method", self.method, METHODS),
             ("precision", self.precision, PRECISIONS),
             ("pos_embed", self.pos_embed, POSITION_EMBEDDINGS),
+            ("normalization", self.normalization, PIXEL_NORMALIZATIONS),
             ("training split", self.split, tuple(PROTOCOLS)),
         ):
             if value not in choices:
@@ -126,6 +128,8 @@ class Settings:
         for name in ("weight_decay", "warmup_epochs", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,8 @@ def test_config_file(arguments: list[str], tmp_path: Path) -> None:
         ("--lr -1", ValueError, r"lr must be above 0, got -1\.0"),
         ("--accumulate 3", ValueError, "accumulate must divide batch_size 8, got 3"),
         ("--precision 8", ValueError, "unknown precision '8'"),
+        ("--normalization imagnet", ValueError, "unknown normalization 'imagnet': did you mean imagenet"),
+        ("--seed -1", ValueError, r"seed must be at least 0 and below 2\^32, got -1"),
         ("--name a/b", ValueError, "name must be the plain name of a folder, got 'a/b'"),
     ],
 )
@@ -230,6 +233,25 @@ def test_terminal_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     sentence = capsys.readouterr().err
     assert sentence.startswith("error: the VTAB-1K folder")
     assert len(sentence.splitlines()) == 1
+
+
+def test_an_output_that_is_a_file_is_one_sentence(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").write_text("a file")
+    assert command_line(arguments) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'runs/run'} cannot be used: not a directory\n"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json"])
+def test_damaged_run_folder_is_named(arguments: list[str], tmp_path: Path, name: str) -> None:
+    run = tmp_path / "runs/run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(asdict(parse(arguments))))
+    (run / "metrics.json").write_text("{}")
+    (run / name).write_text("{[")
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*--overwrite"):
+        main(arguments)
 
 
 @pytest.mark.skipif(not (SHARED / "caltech101").is_dir(), reason="the shared Caltech101 folder is not on this machine")
