@@ -216,7 +216,7 @@ def _time(
         if cell.key.streams_eva and progress.left("tune") + progress.left("final"):
             tasks_with_states.add((cell.task, cell.key.state_kind))
     states = 2 * len(tasks_with_states) * _STATE_BATCHES * base.batch_size * speed.image
-    steps = ", ".join(f"{key.key} {speed.step[key.method]:.3g}" for key in settings.keys)
+    steps = ", ".join(f"{key.key} {_seconds(speed.step[key.method])}" for key in settings.keys)
     unit = "CPU" if speed.memory is None else "GPU"
     yield f"measured: seconds per step of {base.batch_size} images: {steps}; {1 / speed.image:.3g} images/s evaluated"
     yield f"  on {speed.device}; {speed.how}"
@@ -234,3 +234,7 @@ def _time(
 
 def _hours(seconds: float, unit: str) -> str:
     return f"{seconds / 3600:,.1f} {unit}-hours"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
