@@ -171,7 +171,11 @@ class Schedule:
             return
         cell.final = final_jobs(cell, cell.choice, self._settings)
         self._store.add(job.row() for job in cell.final)
-        self._store.supersede(cell.final[0].experiment, cell.task, cell.key.key, [job.run_id for job in cell.final])
+        # seeds that this sweep does not ask for are results of the same choice, and count on
+        first = cell.final[0].row()
+        place = {name: first[name] for name in ("experiment", "task", "method", "phase", "lr", "rank")}
+        same = self._store.rows(superseded=True, details=False, **place)
+        self._store.supersede(first["experiment"], cell.task, cell.key.key, [row["run_id"] for row in same])
         self._known |= known_rows(self._store, task=cell.task, method=cell.key.key, phase="final")
         self._take_up(cell, cell.final)
 

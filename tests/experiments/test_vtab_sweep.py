@@ -141,6 +141,16 @@ def test_a_run_of_the_sweep_is_the_run_command(root: Path, output: Path, monkeyp
     assert (alone["accuracy"], alone["loss"]) == (row["accuracy"], row["loss"])
 
 
+def test_fewer_final_seeds_later_hide_no_results(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = inline(monkeypatch, pretend(lambda job: 0.5))
+    sweep.main(words(root, output, f"{SMALL} --methods lora --final-seeds 3"))
+    backend.jobs.clear()
+    rows = sweep.main(words(root, output, f"{SMALL} --methods lora --final-seeds 1"))
+    assert not backend.jobs
+    assert sum(row["phase"] == "final" for row in rows) == 1
+    assert {row["seed"] for row in ResultsStore(output / "results.sqlite").rows(phase="final")} == {0, 1, 2}
+
+
 def test_more_methods_and_a_larger_grid_later(
     root: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
