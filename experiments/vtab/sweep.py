@@ -169,7 +169,9 @@ def _clear_unfinished(settings: Settings, store: StoreWriter) -> None:
         return
     done = {row["run_id"][:8] for row in store.rows(details=False, phase="tune", status="done")}
     for entry in folder.iterdir():
-        if entry.name.rpartition("-")[2] in done:
+        # what loggers wrote, perhaps in an earlier sweep, is somebody's to keep
+        logged = any((entry / name).is_dir() for name in ("csv", "tensorboard", "wandb"))
+        if entry.name.rpartition("-")[2] in done and not logged:
             shutil.rmtree(entry, ignore_errors=True)
 
 
