@@ -7,6 +7,7 @@ trained are head, LoRA matrices and biases; 1,000 training images, accuracy on t
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,7 @@ def build(settings: Settings) -> tuple[VTAB1K, ImageClassifier, list[L.Callback]
     from eva_lightning.vision.module import ImageClassifier
     from eva_lightning.vision.weights import resolve_weights
 
+    _check_devices(settings)
     options = settings.adapter_options()
     weights = resolve_weights(resolve_model(settings.model), settings.weights)
     data = _data(settings, settings.split)
@@ -418,6 +420,16 @@ def lightning_precision(settings: Settings) -> str:
     if settings.precision != "auto":
         return settings.precision
     return "bf16-mixed" if on_gpu(settings) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _check_devices(settings: Settings) -> None:
+    """Lightning starts as many processes as it is told to on a CPU, and they never end."""
+    import torch
+
+    there = torch.cuda.device_count() if on_gpu(settings) else os.cpu_count() or 1
+    if settings.devices > there:
+        kind = "GPUs" if on_gpu(settings) else "CPU cores"
+        raise ValueError(f"devices must be at most the {there} {kind} of this machine, got {settings.devices}")
 
 
 def on_gpu(settings: Settings) -> bool:

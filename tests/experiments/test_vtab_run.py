@@ -235,6 +235,11 @@ def test_terminal_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(sentence.splitlines()) == 1
 
 
+def test_more_devices_than_there_are_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line([*arguments, "--devices", "99999"]) == 2
+    assert "of this machine, got 99999" in capsys.readouterr().err
+
+
 def test_an_output_that_is_a_file_is_one_sentence(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
