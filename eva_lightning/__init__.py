@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eva_lightning.batch_forward import attention_mask
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.checkpoint import load_from_checkpoint
-    from eva_lightning.forward import attention_mask
     from eva_lightning.state import EVAState
     from eva_lightning.streaming import StreamingOptions, compute_eva_state
 
@@ -32,7 +32,7 @@ _HOMES = {
     "EVAInitCallback": "callback",
     "EVAState": "state",
     "StreamingOptions": "streaming",
-    "attention_mask": "forward",
+    "attention_mask": "batch_forward",
     "compute_eva_state": "streaming",
     "load_from_checkpoint": "checkpoint",
 }

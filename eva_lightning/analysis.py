@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.batch_forward import ForwardFn, no_grad_forward
 from eva_lightning.capture import InputCapture
-from eva_lightning.forward import ForwardFn, no_grad_forward
-from eva_lightning.isolation import observing
+from eva_lightning.layer_inputs import inputs_of
+from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
 from eva_lightning.svd import StreamingSVD, make_engine
-from eva_lightning.tokens import inputs_of
 
 RHOS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.5, 3.0)
 """The values the paper searches over (section G)."""
@@ -69,7 +69,7 @@ def convergence_curve(
         k: components per layer, at most its width.
         tau: threshold in (0, 1].
         engine: "incremental" (the paper's Algorithm 2) or "exact".
-        forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.forward.run_forward`.
+        forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.batch_forward.run_forward`.
 
     Raises:
         ValueError: k or tau out of range, unknown engine, or no minibatch.

@@ -20,17 +20,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import AdapterLayer, Injection, find_adapters, find_skipped, has_adapters, inject
-from eva_lightning.adapters.layers import disabled
 from eva_lightning.adapters.quantised import kept_trainable
+from eva_lightning.adapters.registry import disabled
 from eva_lightning.adapters.targets import select
-from eva_lightning.apply import Plan, apply_plan, make_plan
-from eva_lightning.batches import set_up_loader, training_batches
-from eva_lightning.forward import ForwardFn, MaskFn
-from eva_lightning.isolation import snapshot_rng
+from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.rank_plan import Plan, apply_plan, make_plan
+from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import StreamingOptions, allocation, compute_eva_state
 from eva_lightning.summary import print_summary, streaming_progress
-from eva_lightning.token_choice import TokensPerSample
+from eva_lightning.token_subsampling import TokensPerSample
+from eva_lightning.training_batches import set_up_loader, training_batches
 from eva_lightning.validation import check_options
 
 # WeightAveraging came with Lightning 2.5.3
@@ -79,7 +79,7 @@ class EVAInitCallback(pl.Callback):
         delta: share of the layers that must have converged, in (0, 1].
         max_batches: most minibatches to stream.
         tokens_per_sample: tokens to use per sample, other ones in every minibatch; ``None``: all; "auto": at least 32
-            (:func:`eva_lightning.token_choice.automatic`).
+            (:func:`eva_lightning.token_subsampling.automatic`).
         engine: "exact" (covariance), "incremental" (the paper's Algorithm 2), "sketch" (randomized range finder, for
             very wide layers) or "auto": exact, and the sketch for layers that are much wider than the others (unless
             all tokens are asked for) or would not fit ``memory_budget`` (:func:`eva_lightning.svd.choose_engines`).

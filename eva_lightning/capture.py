@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from eva_lightning.layer_inputs import LayerInputs, Tokens
 from eva_lightning.svd import StreamingSVD
-from eva_lightning.token_choice import TokenChoice
-from eva_lightning.tokens import LayerInputs, Tokens
+from eva_lightning.token_subsampling import TokenChoice
 
 
 class SharingChanged(Exception):

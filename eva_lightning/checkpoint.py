@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
-from eva_lightning.adapters.layers import add_layers, remove, restored_on_failure, sync_configs, target_of
+from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
 
 KEY = "eva_lightning"
 """Where a checkpoint keeps the description of its adapters."""

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eva_lightning.allocation import Allocation
+from eva_lightning.batch_forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.capture import InputCapture, SharingChanged
-from eva_lightning.forward import ForwardFn, MaskFn, no_grad_forward
-from eva_lightning.isolation import observing
+from eva_lightning.engine_plan import Allocation
+from eva_lightning.layer_inputs import LayerInputs, inputs_of
+from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
 from eva_lightning.svd import ExactSVD, StreamingSVD, SVDResult, solve
-from eva_lightning.svd.convergence import StoppingRule, make_stopping_rule
-from eva_lightning.token_choice import TokenChoice, TokensPerSample
-from eva_lightning.tokens import LayerInputs, inputs_of
+from eva_lightning.svd.stopping import StoppingRule, make_stopping_rule
+from eva_lightning.token_subsampling import TokenChoice, TokensPerSample
 
 
 class Progress(Protocol):
@@ -70,9 +70,9 @@ def compute_eva_state(
         model: what ``forward_fn`` runs.
         batches: gives the minibatches, from the start at each call (rarely twice: when inputs stop being shared).
         layers: canonical name -> the layer whose inputs to decompose, or how to read them
-            (:mod:`eva_lightning.tokens`).
+            (:mod:`eva_lightning.layer_inputs`).
         options: see :class:`StreamingOptions`.
-        forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.forward.run_forward`.
+        forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.batch_forward.run_forward`.
         mask_fn: ``mask_fn(batch)`` -> bool tensor of the tokens that count, or ``None``.
         context: entered around each forward pass (autocast).
         progress: told after every minibatch.

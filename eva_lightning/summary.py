@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from eva_lightning.adapters import Injection
-from eva_lightning.apply import Plan
+from eva_lightning.rank_plan import Plan
 from eva_lightning.state import EVAState
 
 

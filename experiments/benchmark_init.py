@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from eva_lightning import streaming
-from eva_lightning.batches import set_up_loader, training_batches
+from eva_lightning.batch_forward import run_forward
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.capture import InputCapture
-from eva_lightning.forward import run_forward
-from eva_lightning.isolation import observing
-from experiments.run_folder import _LOGGERS
+from eva_lightning.side_effects import observing
+from eva_lightning.training_batches import set_up_loader, training_batches
+from experiments.runner.run_folder import _LOGGERS
 
 Batch = tuple[Tensor, Tensor]
 

@@ -57,7 +57,7 @@ def make_images(folder: Path | None, n_batches: int, batch_size: int, size: int,
 
 
 def _of_folder(folder: Path, n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    from eva_lightning.vision.images import load_image
+    from eva_lightning.vision.data.images import load_image
 
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")
@@ -121,9 +121,9 @@ def build_classifier(model: str, image_size: int, weights: Path | None, seed: in
     Raises:
         FileNotFoundError, ValueError: unknown model, unsuitable image size, missing or unreadable weights.
     """
-    from eva_lightning.vision.backbones import resolve_model
+    from eva_lightning.vision.backbone.timm_models import resolve_model
+    from eva_lightning.vision.backbone.weights import resolve_weights
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.weights import resolve_weights
 
     resolved = resolve_weights(resolve_model(model), "none" if weights is None else str(weights))
     torch.manual_seed(seed)

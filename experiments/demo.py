@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 from experiments.demo_runs import (
     ADAPTERS,
     METHODS,
@@ -59,7 +59,7 @@ from experiments.demo_summary import (
     summarise,
     verdict_sentence,
 )
-from experiments.processes import worker_pool
+from experiments.runner.processes import worker_pool
 
 PARTS = ("vision", "rl")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"

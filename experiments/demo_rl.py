@@ -42,7 +42,7 @@ from experiments.demo_rl_runs import (
     write_film,
 )
 from experiments.demo_rl_summary import Row, before_success, rows, short
-from experiments.processes import worker_pool
+from experiments.runner.processes import worker_pool
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo_rl.yaml"
 FILMED = "eva"

@@ -102,7 +102,7 @@ class Config:
             FileNotFoundError: There is no such file.
             ValueError: A setting is unknown or wrong, or a method lacks a learning rate above 0.
         """
-        from eva_lightning._suggest import unknown
+        from eva_lightning.errors import unknown
 
         if not path.is_file():
             raise FileNotFoundError(f"no configuration at {path}: pass --rl-config")

@@ -6,10 +6,10 @@ transformers and costs seconds that ``import eva_lightning`` should not.
 
 from __future__ import annotations
 
+from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.export import merge_and_unload, save_pretrained
 from eva_lightning.adapters.injection import Injection, inject
-from eva_lightning.adapters.layer import AdapterLayer
-from eva_lightning.adapters.layers import find_adapters, find_skipped, has_adapters
+from eva_lightning.adapters.registry import find_adapters, find_skipped, has_adapters
 from eva_lightning.adapters.targets import find_head, find_targets
 
 __all__ = [

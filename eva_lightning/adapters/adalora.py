@@ -38,7 +38,7 @@ class RankAllocation:
     def __init__(self, module: nn.Module, total_steps: float) -> None:
         from peft.tuners.adalora.layer import RankAllocator
 
-        from eva_lightning.adapters.layers import lora_layers
+        from eva_lightning.adapters.registry import lora_layers
 
         layers = [layer for layer in lora_layers(module) if hasattr(layer.module, "lora_E")]
         if not layers:

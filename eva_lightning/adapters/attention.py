@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from eva_lightning.adapters.layer import AdapterLayer
-from eva_lightning.tokens import AttentionInputs, AttentionOutputs, LayerInputs
+from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.layer_inputs import AttentionInputs, AttentionOutputs, LayerInputs
 
 OUT_PROJECTION = ".base_layer.out_proj"
 """Where the output projection's LoRA layer stands below that of the attention."""

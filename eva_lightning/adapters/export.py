@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters.adalora import is_adalora
-from eva_lightning.adapters.layer import AdapterLayer
-from eva_lightning.adapters.layers import describe_layers, find_adapters, lora_layers, replace_everywhere
-from eva_lightning.adapters.starts import INITIAL_A, INITIAL_B
+from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
+from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers, replace_everywhere
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:

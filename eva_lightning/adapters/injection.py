@@ -9,18 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from eva_lightning._suggest import unknown
-from eva_lightning.adapters.kinds import is_linear
-from eva_lightning.adapters.layer import AdapterLayer
-from eva_lightning.adapters.layers import (
-    CONFIG_ATTRIBUTE,
-    find_adapters,
-    lora_layers,
-    replace_everywhere,
-    sync_configs,
-)
-from eva_lightning.adapters.quantised import announce_quantisation
-from eva_lightning.adapters.starts import (
+from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.adapters.base_weight_init import (
     FROM_DATA,
     PEFT_NAMES,
     Initialisation,
@@ -29,8 +19,18 @@ from eva_lightning.adapters.starts import (
     remember_start,
     start_at,
 )
+from eva_lightning.adapters.quantised import announce_quantisation
+from eva_lightning.adapters.registry import (
+    CONFIG_ATTRIBUTE,
+    find_adapters,
+    lora_layers,
+    replace_everywhere,
+    sync_configs,
+)
+from eva_lightning.adapters.supported_layers import is_linear
 from eva_lightning.adapters.targets import find_targets, language_model_heads
-from eva_lightning.isolation import isolated_rng
+from eva_lightning.errors import unknown
+from eva_lightning.side_effects import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -109,7 +109,7 @@ def inject(
         initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
             (its least ones), "olora" (its first columns after a QR decomposition). "corda" and "lora-ga" start like
-            "lora" and wait for :class:`eva_lightning.data_driven.DataDrivenStart`.
+            "lora" and wait for :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
             rank they start with.
 

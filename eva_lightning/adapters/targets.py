@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from eva_lightning.adapters.kinds import OUT_PROJECTION_IS_SILENT, is_adaptable, is_linear, refusal
+from eva_lightning.adapters.supported_layers import OUT_PROJECTION_IS_SILENT, is_adaptable, is_linear, refusal
 
 HEAD_NAMES = frozenset(
     {"head", "heads", "classifier", "score", "lm_head", "fc", "fc_out", "out", "output", "output_layer", "predictor"}

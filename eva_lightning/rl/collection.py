@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .demonstrations import (
+from eva_lightning.rl.demonstrations import (
     INDEX,
     DemonstrationIndex,
     DemonstrationMeta,
@@ -38,8 +38,8 @@ from .demonstrations import (
     write_atomically,
     write_task,
 )
-from .environments import ACTION_DIM, HORIZON, STATE_DIM, MetaWorldEnvironment, check_horizon
-from .tasks import resolve_task
+from eva_lightning.rl.environments import ACTION_DIM, HORIZON, STATE_DIM, MetaWorldEnvironment, check_horizon
+from eva_lightning.rl.tasks import resolve_task
 
 logger = logging.getLogger(__name__)
 

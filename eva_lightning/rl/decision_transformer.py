@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 #: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
 MODALITIES = ("return", "state", "action", "reward")

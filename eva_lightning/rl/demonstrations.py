@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .environments import ACTION_DIM, STATE_DIM
-from .tasks import resolve_task
+from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
+from eva_lightning.rl.tasks import resolve_task
 
 INDEX = "index.json"
 _FORMAT = 1

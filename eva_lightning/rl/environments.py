@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .rendering import no_video_reason, rendering_backend
-from .tasks import resolve_task
+from eva_lightning.rl.rendering import no_video_reason, rendering_backend
+from eva_lightning.rl.tasks import resolve_task
 
 if TYPE_CHECKING:
     from metaworld.types import Task

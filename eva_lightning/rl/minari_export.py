@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from .demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
-from .environments import ACTION_DIM, STATE_DIM
-from .tasks import resolve_task
+from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
+from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
+from eva_lightning.rl.tasks import resolve_task
 
 _VARIABLE = "MINARI_DATASETS_PATH"
 

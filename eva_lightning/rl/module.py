@@ -12,9 +12,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from eva_lightning._suggest import unknown
-
-from .decision_transformer import DecisionTransformer, Normalisation, token_mask
+from eva_lightning.errors import unknown
+from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 
 Batch = Mapping[str, Tensor]
 

@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eva_lightning._suggest import unknown
-
-from .decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
-from .module import DecisionTransformerModule
+from eva_lightning.errors import unknown
+from eva_lightning.rl.decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
+from eva_lightning.rl.module import DecisionTransformerModule
 
 Mode = Literal["exact", "streaming"]
 

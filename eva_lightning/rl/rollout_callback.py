@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from .environments import HORIZON, check_horizon
-from .policy import Mode
-from .rendering import no_video_reason, rendering_backend
-from .tasks import resolve_task
-from .video import write_video
+from eva_lightning.rl.environments import HORIZON, check_horizon
+from eva_lightning.rl.policy import Mode
+from eva_lightning.rl.rendering import no_video_reason, rendering_backend
+from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.video import write_video
 
 if TYPE_CHECKING:
-    from .rollouts import RolloutResult
+    from eva_lightning.rl.rollouts import RolloutResult
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class RolloutCallback(L.Callback):
         return self._last_step < 0 or step // self.every_n_steps > self._last_step // self.every_n_steps
 
     def _roll_out(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        from .rollouts import evaluate
+        from eva_lightning.rl.rollouts import evaluate
 
         film = self._films(trainer)
         values: dict[str, float] = {}

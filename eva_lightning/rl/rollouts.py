@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eva_lightning.isolation import isolated_rng, observing
-
-from .environments import HORIZON, MetaWorldEnvironment, check_horizon
-from .policy import DecisionTransformerPolicy, Mode
-from .rendering import no_video_reason, rendering_backend
-from .tasks import resolve_task
+from eva_lightning.rl.environments import HORIZON, MetaWorldEnvironment, check_horizon
+from eva_lightning.rl.policy import DecisionTransformerPolicy, Mode
+from eva_lightning.rl.rendering import no_video_reason, rendering_backend
+from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.side_effects import isolated_rng, observing
 
 if TYPE_CHECKING:
-    from .module import DecisionTransformerModule
+    from eva_lightning.rl.module import DecisionTransformerModule
 
 Frames = npt.NDArray[np.uint8]
 """One episode's pictures, ``(T, H, W, 3)``."""

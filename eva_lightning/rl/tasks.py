@@ -7,7 +7,7 @@ stick-pull twice; its tables have handle-press-side. Names are those of metaworl
 
 from __future__ import annotations
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 #: Fine-tuning tasks, in the paper's order.
 CW10: tuple[str, ...] = (

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eva_lightning._suggest import unknown
-
-from .demonstrations import TaskDemonstrations, load_task, read_index
-from .environments import ACTION_DIM, STATE_DIM
-from .tasks import resolve_task
+from eva_lightning.errors import unknown
+from eva_lightning.rl.demonstrations import TaskDemonstrations, load_task, read_index
+from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
+from eva_lightning.rl.tasks import resolve_task
 
 Ints = npt.NDArray[np.int64]
 Batch = dict[str, Tensor]

@@ -1,8 +1,8 @@
 """Streaming SVD of mean-centred tokens: pure torch, no Lightning, no PEFT."""
 
-from eva_lightning.svd.convergence import CosineRule, DoublingRule, StoppingRule, make_stopping_rule
 from eva_lightning.svd.exact import ExactSVD
-from eva_lightning.svd.factory import (
+from eva_lightning.svd.incremental import IncrementalSVD
+from eva_lightning.svd.memory import (
     ENGINES,
     choose_engines,
     estimate_bytes,
@@ -11,10 +11,10 @@ from eva_lightning.svd.factory import (
     place_engines,
     total_bytes,
 )
-from eva_lightning.svd.incremental import IncrementalSVD
-from eva_lightning.svd.result import StreamingSVD, SVDResult
+from eva_lightning.svd.protocol import StreamingSVD, SVDResult
 from eva_lightning.svd.sketch import SketchSVD
-from eva_lightning.svd.solving import Solution, solve
+from eva_lightning.svd.solver import Solution, solve
+from eva_lightning.svd.stopping import CosineRule, DoublingRule, StoppingRule, make_stopping_rule
 
 __all__ = [
     "ENGINES",

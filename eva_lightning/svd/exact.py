@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_lightning.svd import distributed
+from eva_lightning.svd.eigensolver import canonical_sign, complete_rows, iterated_columns, top_eigenpairs
 from eva_lightning.svd.inputs import (
     flatten_tokens,
     full_precision,
@@ -18,8 +19,7 @@ from eva_lightning.svd.inputs import (
     token_mean,
     wide_dtype,
 )
-from eva_lightning.svd.result import SVDResult
-from eva_lightning.svd.subspace import canonical_sign, complete_rows, iterated_columns, top_eigenpairs
+from eva_lightning.svd.protocol import SVDResult
 
 if TYPE_CHECKING:
     from typing_extensions import Self

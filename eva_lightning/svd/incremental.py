@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eva_lightning.svd.factored import Factor, FactoredSVD, combine
 from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
+from eva_lightning.svd.low_rank import Factor, FactoredSVD, combine
 
 
 class IncrementalSVD(FactoredSVD):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eva_lightning.svd.factored import Factor, FactoredSVD
+from eva_lightning.svd.eigensolver import gaussian, orthonormal_columns
 from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
-from eva_lightning.svd.subspace import gaussian, orthonormal_columns
+from eva_lightning.svd.low_rank import Factor, FactoredSVD
 
 FRESH = 16
 _EPS = torch.finfo(torch.float32).eps

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from eva_lightning.adapters.targets import find_targets
+from eva_lightning.layer_inputs import inputs_of
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import StreamingOptions, compute_eva_state
-from eva_lightning.tokens import inputs_of
-
-from .module import ImageClassifier
-from .protocol import OnePassPCA
-from .vtab import Batch
+from eva_lightning.vision.data.datamodule import Batch
+from eva_lightning.vision.module import ImageClassifier
+from eva_lightning.vision.protocol import OnePassPCA
 
 
 def decompose(
@@ -38,7 +37,7 @@ def decompose(
     Args:
         module: Without adapters, in fp32; back on its own device afterwards.
         images: Data set of images ``(3, H, W)`` and labels that fetches lists (``__getitems__``), as
-            :class:`~eva_lightning.vision.vtab.SplitDataset` does.
+            :class:`~eva_lightning.vision.data.datamodule.SplitDataset` does.
         options: Sizes.
         seed: Seed of the order.
         device: Where to compute.

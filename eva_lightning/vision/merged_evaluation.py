@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eva_lightning.adapters import merge_and_unload
-from eva_lightning.adapters.layers import lora_layers
+from eva_lightning.adapters.registry import lora_layers
 
 
 @contextmanager

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from eva_lightning._suggest import unknown
-
-from .backbones import classifier_name, create_backbone
-from .parameter_groups import Multiplier, layer_decay, parameter_groups
-from .position_embedding import PositionEmbedding
-from .schedules import SCHEDULES
-from .vtab import Batch
-from .weights import Weights
+from eva_lightning.errors import unknown
+from eva_lightning.optim.parameter_groups import Multiplier, layer_decay, parameter_groups
+from eva_lightning.optim.schedules import SCHEDULES
+from eva_lightning.vision.backbone.position_embedding import PositionEmbedding
+from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
+from eva_lightning.vision.backbone.weights import Weights
+from eva_lightning.vision.data.datamodule import Batch
 
 
 class EpochMeans:
@@ -69,9 +68,9 @@ class ImageClassifier(L.LightningModule):
         layer_decay: Factor on the learning rate per layer counted from the head (the paper's 0.75 for full
             fine-tuning), or None.
         decay_matrices_only: No weight decay on parameters of one dimension (biases, norms).
-        schedule: Name of the learning-rate schedule in :data:`eva_lightning.vision.schedules.SCHEDULES`.
-        split_fused: Take fused projections of the backbone apart (:mod:`eva_lightning.vision.split_fused`).
-        position_embedding, model_options: See :func:`~eva_lightning.vision.backbones.create_backbone`.
+        schedule: Name of the learning-rate schedule in :data:`eva_lightning.optim.schedules.SCHEDULES`.
+        split_fused: Take fused projections of the backbone apart (:mod:`eva_lightning.vision.backbone.split_fused`).
+        position_embedding, model_options: See :func:`~eva_lightning.vision.backbone.timm_models.create_backbone`.
 
     Attributes:
         lr_multipliers: From a parameter's name in this module (such as

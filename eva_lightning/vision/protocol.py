@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Protocol:
             converged (section 3.2, Algorithm 1). Authors: one pass (``trainers/eva_pca_trainer.py``).
         rescale_alpha: Keep α/r in layers whose rank changes, by rescaling α (section 4.1). Authors: α stays, so the
             update of a layer is scaled by α over its own rank (``adapters/lora_linear.py``, ``change_lora_rank``).
-        schedule: Name of the learning-rate schedule in :data:`eva_lightning.vision.schedules.SCHEDULES`. The text:
+        schedule: Name of the learning-rate schedule in :data:`eva_lightning.optim.schedules.SCHEDULES`. The text:
             linear warm-up and cosine. Authors: the same but for the ends of the cosine
             (``schedules/warmup_cosine_schedule.py``).
         merged_evaluation: Test with adapters added to the weights and everything in fp32, whatever precision trained.

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 #: Command -> what ``--help`` says about it. The module has the same name and a function ``command_line(args) -> int``.
 COMMANDS: dict[str, str] = {

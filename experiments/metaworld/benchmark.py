@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from eva_lightning._suggest import unknown
-from experiments.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import unknown
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 PARTS = ("collect", "data", "rollout")
 

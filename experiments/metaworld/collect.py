@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eva_lightning.rl.tasks import parse_tasks
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     from eva_lightning.rl.demonstrations import DemonstrationIndex

@@ -26,7 +26,7 @@ import yaml
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.metaworld import finetune
 from experiments.metaworld.compare_runs import Job, Variant, run_all
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 _LOGGER = logging.getLogger("experiments.metaworld.compare")
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 from experiments.metaworld import finetune
 from experiments.metaworld.table import LABELS
-from experiments.run_folder import RunFolder
+from experiments.runner.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.intervals import Interval
+from experiments.runner.statistics import Interval
 
 __all__ = ["Interval", "Run", "Value", "loss_after", "over_seeds", "over_tasks", "paired", "success"]
 

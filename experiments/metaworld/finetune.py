@@ -17,16 +17,16 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.metaworld.table import EXPERIMENT, LABELS
-from experiments.run_folder import RunFolder
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.run_folder import RunFolder
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from eva_lightning.methods import AdapterOptions
+    from eva_lightning.methods.apply import AdapterOptions
     from eva_lightning.rl.module import DecisionTransformerModule
     from eva_lightning.rl.rollouts import RolloutResult
     from eva_lightning.rl.trajectories import TrajectoryDataModule
@@ -134,7 +134,7 @@ class Settings:
 
     def adapter_options(self, seed: int) -> AdapterOptions:
         """The settings that concern adapters."""
-        from eva_lightning.methods import AdapterOptions
+        from eva_lightning.methods.apply import AdapterOptions
 
         bias: Any = self.bias  # checked there
         return AdapterOptions(rank=self.rank, alpha=self.alpha, bias=bias, rho=self.rho, seed=seed)
@@ -216,8 +216,8 @@ def prepare(
     import torch
     from torch import nn
 
-    from eva_lightning.isolation import isolated_rng
-    from eva_lightning.methods import apply_method
+    from eva_lightning.methods.apply import apply_method
+    from eva_lightning.side_effects import isolated_rng
 
     if settings.method == "scratch":
         # the network's own initialisation, with the pre-training's normalisation
@@ -431,7 +431,7 @@ def _save(
     import copy
 
     from eva_lightning.adapters import save_pretrained
-    from eva_lightning.adapters.layers import has_adapters
+    from eva_lightning.adapters.registry import has_adapters
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.rl.module import save_weights
 
@@ -448,7 +448,7 @@ def merged(module: DecisionTransformerModule) -> DecisionTransformerModule:
     import copy
 
     from eva_lightning.adapters import merge_and_unload
-    from eva_lightning.adapters.layers import has_adapters
+    from eva_lightning.adapters.registry import has_adapters
     from eva_lightning.rl.module import DecisionTransformerModule
 
     network = copy.deepcopy(module.model).cpu()

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 from eva_lightning.rl.tasks import parse_tasks
-from experiments.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
-from experiments.run_folder import RunFolder
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
+from experiments.runner.run_folder import RunFolder
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from eva_lightning.rl.module import DecisionTransformerModule
     from eva_lightning.rl.trajectories import TrajectoryDataModule
-
-    from .history import StepHistory
+    from experiments.metaworld.history import StepHistory
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
@@ -152,8 +151,7 @@ def _run(settings: Settings, folder: RunFolder, tasks: Sequence[str], rollout_ta
     from eva_lightning.rl.demonstrations import read_index
     from eva_lightning.rl.module import DecisionTransformerModule, save_weights
     from eva_lightning.rl.trajectories import TrajectoryDataModule
-
-    from .history import StepHistory
+    from experiments.metaworld.history import StepHistory
 
     logger = logging.getLogger("experiments.metaworld")
     index = read_index(settings.data)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

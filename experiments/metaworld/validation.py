@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from eva_lightning.isolation import isolated_rng, observing
+from eva_lightning.side_effects import isolated_rng, observing
 
 
 class ValidationLosses(L.Callback):

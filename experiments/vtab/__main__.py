@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 #: Command -> what ``--help`` says about it. The module has the same name and a function ``command_line(args) -> int``.
 COMMANDS: dict[str, str] = {
@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels that nothing here needs
-    command = importlib.import_module(f"experiments.vtab.{name}")
+    command = importlib.import_module("tools.vtab.prepare" if name == "prepare" else f"experiments.vtab.{name}")
     status: int = command.command_line(words)
     return status
 

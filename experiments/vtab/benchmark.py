@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eva_lightning._suggest import unknown
-from experiments.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import unknown
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 PARTS = ("train", "data", "gpu")
 
@@ -64,11 +64,11 @@ def main(args: Sequence[str] | None = None) -> dict[str, Figures]:
     """
     settings = parse(args)
     if settings.root is not None:
-        from eva_lightning.vision.splits import open_task
+        from eva_lightning.vision.data.splits import open_task
 
         open_task(settings.root, settings.task)
     if "train" in settings.selected:
-        from eva_lightning.vision.backbones import resolve_model
+        from eva_lightning.vision.backbone.timm_models import resolve_model
 
         resolve_model(settings.model)
     results: dict[str, Figures] = {}

@@ -1,7 +1,7 @@
 """What decoding once saves: the data time of the first epoch, of the second, and of the first of another run.
 
-Data time is what a run waits for its images: ``setup`` of :class:`~eva_lightning.vision.vtab.VTAB1K` (in the first
-epoch: decode, resize, write the cache) and taking every batch from the loader, without a model.
+Data time is what a run waits for its images: ``setup`` of :class:`~eva_lightning.vision.data.datamodule.VTAB1K` (in the
+first epoch: decode, resize, write the cache) and taking every batch from the loader, without a model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(settings: Settings, images: int = 400, image_size: int = 224, repeat
 
 def _run(root: Path, task: str, images: int, image_size: int, cache: str) -> tuple[float, float]:
     """Seconds of data in the first two epochs of a run."""
-    from eva_lightning.vision.vtab import VTAB1K
+    from eva_lightning.vision.data.datamodule import VTAB1K
 
     data = VTAB1K(root, task, image_size=image_size, limit_train=images, limit_test=1, cache_dir=cache, progress=False)
     times = []

@@ -111,9 +111,9 @@ def _fit(
     images: int,
 ) -> tuple[_Steps, list[Any]]:
     """Train for some steps; gives their times and the method's callbacks."""
-    from eva_lightning.vision.methods import AdapterOptions, apply_method
+    from eva_lightning.methods.vision import AdapterOptions, apply_method
+    from eva_lightning.vision.data.datamodule import VTAB1K
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.vtab import VTAB1K
     from experiments.demo_runs import quiet
     from experiments.vtab.benchmark_images import task_folder
 

@@ -36,7 +36,7 @@ def _make_up(folder: Path, images: int, height: int, width: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from eva_lightning.vision.tasks import TASKS
+    from eva_lightning.vision.data.tasks import TASKS
 
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -2,10 +2,10 @@
 
 The bare loop is what one would write by hand for the same model, optimizer and schedule over images that lie in memory
 normalised: shuffle, index, forward, cross-entropy, backward, step. Ours is ``Trainer.fit`` with
-:class:`~eva_lightning.vision.module.ImageClassifier` and :class:`~eva_lightning.vision.vtab.VTAB1K`, which normalises
-decoded images batch by batch, logs epoch means and keeps a history; neither writes checkpoints. Bare epochs run between
-ours, so what Lightning does from one epoch to the next counts as ours. The ratio is the median over epochs of ours ÷
-the bare one right after it.
+:class:`~eva_lightning.vision.module.ImageClassifier` and
+:class:`~eva_lightning.vision.data.datamodule.VTAB1K`, which normalises decoded images batch by batch, logs epoch means
+and keeps a history; neither writes checkpoints. Bare epochs run between ours, so what Lightning does from one epoch to
+the next counts as ours. The ratio is the median over epochs of ours ÷ the bare one right after it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import lightning as L
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from eva_lightning.vision.data.datamodule import VTAB1K
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.vtab import VTAB1K
     from experiments.vtab.benchmark import Settings
 
 #: Key of :func:`measure` -> what it should be.
@@ -47,7 +47,7 @@ def measure(
     Returns:
         For linear probing and LoRA: ``…_epoch_ratio``, and the median seconds of both, ``…_epoch_s`` and ``…_bare_s``.
     """
-    from eva_lightning.vision.vtab import VTAB1K
+    from eva_lightning.vision.data.datamodule import VTAB1K
     from experiments.vtab.benchmark_images import task_folder
 
     figures: dict[str, float] = {}
@@ -68,8 +68,8 @@ def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> t
     """Seconds of our epochs and of the bare ones, in pairs; the first pair is left out."""
     import torch
 
-    from eva_lightning.vision.history import EpochHistory
-    from eva_lightning.vision.methods import AdapterOptions, apply_method
+    from eva_lightning.methods.vision import AdapterOptions, apply_method
+    from eva_lightning.vision.epoch_csv import EpochHistory
     from eva_lightning.vision.module import ImageClassifier
     from experiments.demo_runs import quiet
 
@@ -111,7 +111,7 @@ class BareLoop:
     def __init__(self, module: ImageClassifier, data: VTAB1K, epochs: int) -> None:
         import torch
 
-        from eva_lightning.vision.schedules import warmup_cosine
+        from eva_lightning.optim.schedules import warmup_cosine
 
         dataset: Any = data.train_dataloader().dataset
         self.images, self.labels = dataset.__getitems__(range(len(dataset)))

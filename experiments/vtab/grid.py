@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 
 @dataclass(frozen=True)

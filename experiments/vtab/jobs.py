@@ -10,9 +10,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from eva_lightning.vision.method_keys import MethodKey
-from eva_lightning.vision.tasks import TASKS
-from experiments.run_folder import RunFolder
+from eva_lightning.methods.keys import MethodKey
+from eva_lightning.vision.data.tasks import TASKS
+from experiments.runner.run_folder import RunFolder
 from experiments.vtab import run
 from experiments.vtab.grid import Point
 from experiments.vtab.store import Phase

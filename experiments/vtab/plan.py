@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from eva_lightning.vision.splits import open_task
-from eva_lightning.vision.tasks import TASKS, TRAIN_SIZES
+from eva_lightning.vision.data.splits import open_task
+from eva_lightning.vision.data.tasks import TASKS, TRAIN_SIZES
 from experiments.vtab.jobs import SPLITS
 from experiments.vtab.schedule import Cell, cells, choice_of, final_jobs, known_rows
 from experiments.vtab.sizes import ModelSize, cache_bytes, human
@@ -60,7 +60,7 @@ def plan(settings: Settings) -> str:
     Raises:
         ValueError: An unknown model, a wrong option, or a damaged store.
     """
-    from eva_lightning.vision.backbones import resolve_model
+    from eva_lightning.vision.backbone.timm_models import resolve_model
 
     resolve_model(settings.base.model)
     size = ModelSize.of(settings.base)
@@ -155,8 +155,8 @@ def _missing(settings: Settings) -> Iterator[str]:
         )
     else:
         yield f"data: all {len(settings.task_names)} tasks are in {settings.root}"
-    from eva_lightning.vision.backbones import resolve_model
-    from eva_lightning.vision.weights import resolve_weights
+    from eva_lightning.vision.backbone.timm_models import resolve_model
+    from eva_lightning.vision.backbone.weights import resolve_weights
 
     try:
         resolve_weights(resolve_model(base.model), base.weights)

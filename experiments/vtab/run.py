@@ -16,25 +16,25 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning._suggest import unknown
-from eva_lightning.vision.method_keys import METHOD_TRAITS
+from eva_lightning.errors import unknown
+from eva_lightning.methods.keys import METHOD_TRAITS
+from eva_lightning.vision.data.splits import PROTOCOLS, open_task
 from eva_lightning.vision.protocol import Protocol, get_protocol, module_options
-from eva_lightning.vision.splits import PROTOCOLS, open_task
-from experiments.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
-from experiments.run_folder import RunFolder
-from experiments.settings import in_terminal, option, parse_settings
+from experiments.runner.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
+from experiments.runner.run_folder import RunFolder
+from experiments.runner.settings import in_terminal, option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
+    from eva_lightning.methods.vision import AdapterOptions
     from eva_lightning.state import EVAState
-    from eva_lightning.vision.history import EpochHistory
-    from eva_lightning.vision.methods import AdapterOptions
+    from eva_lightning.vision.data.datamodule import VTAB1K
+    from eva_lightning.vision.epoch_csv import EpochHistory
     from eva_lightning.vision.module import ImageClassifier
     from eva_lightning.vision.protocol import OnePassPCA
-    from eva_lightning.vision.vtab import VTAB1K
 
 METHODS = tuple(METHOD_TRAITS)
 POSITION_EMBEDDINGS = ("official", "timm")
@@ -170,7 +170,7 @@ class Settings:
 
     def adapter_options(self) -> AdapterOptions:
         """The settings that concern adapters."""
-        from eva_lightning.vision.methods import AdapterOptions
+        from eva_lightning.methods.vision import AdapterOptions
 
         rules, own = self.rules, ("state", "rho", "rescale_alpha")
         shared = {f.name: getattr(self, f.name) for f in fields(AdapterOptions) if f.name not in own}
@@ -216,10 +216,10 @@ def build(settings: Settings) -> tuple[VTAB1K, ImageClassifier, list[L.Callback]
     """
     import lightning as L
 
-    from eva_lightning.vision.backbones import resolve_model
-    from eva_lightning.vision.methods import apply_method
+    from eva_lightning.methods.vision import apply_method
+    from eva_lightning.vision.backbone.timm_models import resolve_model
+    from eva_lightning.vision.backbone.weights import resolve_weights
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.weights import resolve_weights
 
     _check_devices(settings)
     options = settings.adapter_options()
@@ -246,7 +246,7 @@ def build(settings: Settings) -> tuple[VTAB1K, ImageClassifier, list[L.Callback]
 
 
 def _data(settings: Settings, split: str) -> VTAB1K:
-    from eva_lightning.vision.vtab import VTAB1K
+    from eva_lightning.vision.data.datamodule import VTAB1K
 
     return VTAB1K(
         settings.root,
@@ -324,8 +324,8 @@ def _train_and_test(
 
     import lightning as L
 
-    from eva_lightning.vision.history import EpochHistory
-    from experiments.run_logging import RunLogging
+    from eva_lightning.vision.epoch_csv import EpochHistory
+    from experiments.runner.run_logging import RunLogging
     from experiments.vtab.checkpoints import EpochCheckpoints
 
     history = EpochHistory(folder.path / "metrics.csv")
@@ -383,7 +383,7 @@ def _test(
     import lightning as L
 
     from eva_lightning.vision.merged_evaluation import merged_in_fp32
-    from experiments.run_logging import RunLogging
+    from experiments.runner.run_logging import RunLogging
 
     if not settings.rules.merged_evaluation:
         return trainer.test(module, datamodule=data, verbose=False)[0], str(trainer.precision)
@@ -502,7 +502,7 @@ def _save_outputs(
     if "rank" in metrics and outputs.adapter:
         from eva_lightning.adapters import save_pretrained
         from eva_lightning.adapters.adalora import is_adalora
-        from eva_lightning.vision.fused_adapter import save_fused_adapter
+        from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
 
         save_pretrained(module.model, folder.path / "adapter")
         if settings.rules.split_fused and not is_adalora(module.model):

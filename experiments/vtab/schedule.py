@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eva_lightning.vision.method_keys import MethodKey
+from eva_lightning.methods.keys import MethodKey
 from experiments.vtab.grid import Choice, choose
 from experiments.vtab.jobs import Job
 from experiments.vtab.states import SharedState

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eva_lightning.vision.method_keys import MethodKey
-from eva_lightning.vision.tasks import SPLITS, TASKS, expected_size
+from eva_lightning.methods.keys import MethodKey
+from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size
 from experiments.vtab import run
 from experiments.vtab.grid import Grid
 
@@ -43,7 +43,7 @@ class ModelSize:
         import torch
 
         from eva_lightning.adapters.targets import find_targets
-        from eva_lightning.vision.backbones import classifier_name, create_backbone
+        from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
 
         with torch.device("meta"):
             model = create_backbone(

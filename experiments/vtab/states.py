@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from eva_lightning.vision.method_keys import StateKind
+from eva_lightning.methods.keys import StateKind
 from experiments.vtab import run
 from experiments.vtab.jobs import Job, digest, weights_identity
 

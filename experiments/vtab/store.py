@@ -29,7 +29,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from eva_lightning._suggest import unknown
+from eva_lightning.errors import unknown
 
 Status = Literal["pending", "running", "done", "failed"]
 Phase = Literal["tune", "final"]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.settings import in_terminal
+from experiments.runner.settings import in_terminal
 from experiments.vtab.backends import Backend, open_backend
 from experiments.vtab.jobs import PHASE_FOLDERS
 from experiments.vtab.schedule import Schedule

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from eva_lightning.vision.splits import TaskData, open_task
-from experiments.loggers import check_loggers, parse_loggers
+from eva_lightning.vision.data.splits import TaskData, open_task
+from experiments.runner.loggers import check_loggers, parse_loggers
 from experiments.vtab.jobs import SPLITS
 from experiments.vtab.sizes import ModelSize, final_bytes, human, missing_cache_bytes
 from experiments.vtab.sweep_settings import Settings
@@ -35,8 +35,8 @@ def check_everything(settings: Settings) -> None:
         import_ray()
     check_loggers(parse_loggers(settings.base.logger))
     check_data(settings)
-    from eva_lightning.vision.backbones import resolve_model
-    from eva_lightning.vision.weights import resolve_weights
+    from eva_lightning.vision.backbone.timm_models import resolve_model
+    from eva_lightning.vision.backbone.weights import resolve_weights
 
     resolve_weights(resolve_model(settings.base.model), settings.base.weights)
     size = ModelSize.of(settings.base)

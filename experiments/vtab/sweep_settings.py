@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from eva_lightning._suggest import unknown
-from eva_lightning.vision.method_keys import MethodKey
-from eva_lightning.vision.tasks import TASKS
-from experiments.settings import option, parse_settings
+from eva_lightning.errors import unknown
+from eva_lightning.methods.keys import MethodKey
+from eva_lightning.vision.data.tasks import TASKS
+from experiments.runner.settings import option, parse_settings
 from experiments.vtab import run
 from experiments.vtab.backends import BACKENDS
 from experiments.vtab.grid import Grid, load_grid, override

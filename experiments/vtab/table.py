@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eva_lightning._suggest import unknown
-from eva_lightning.vision.method_keys import METHOD_TRAITS
-from experiments.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import unknown
+from eva_lightning.methods.keys import METHOD_TRAITS
+from experiments.runner.settings import in_terminal, option, parse_settings
 from experiments.vtab.table_layout import (
     Difference,
     Notes,

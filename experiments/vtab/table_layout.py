@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from eva_lightning.vision.method_keys import METHOD_TRAITS
-from experiments.intervals import Interval, Sample, mean_difference, mean_over
+from eva_lightning.methods.keys import METHOD_TRAITS
+from experiments.runner.statistics import Interval, Sample, mean_difference, mean_over
 from experiments.vtab.table_paper import GROUP_HEADINGS, GROUPS, HEADINGS, PaperLine, paper_lines, table25_methods
 from experiments.vtab.table_results import Ours
 

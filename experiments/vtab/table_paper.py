@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from eva_lightning.vision.tasks import TASKS
-from experiments.intervals import Sample
+from eva_lightning.vision.data.tasks import TASKS
+from experiments.runner.statistics import Sample
 
 #: Task -> heading, as printed.
 HEADINGS: dict[str, str] = {

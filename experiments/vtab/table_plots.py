@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eva_lightning.vision.method_keys import METHOD_TRAITS
-from experiments.intervals import Interval
+from eva_lightning.methods.keys import METHOD_TRAITS
+from experiments.runner.statistics import Interval
 from experiments.vtab.table_layout import Notes, Samples, mean_interval
 from experiments.vtab.table_paper import GROUP_HEADINGS, GROUPS, HEADINGS, paper_lines
 from experiments.vtab.table_results import Ours

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from eva_lightning.vision.method_keys import METHOD_TRAITS, MethodKey
-from eva_lightning.vision.tasks import TASKS
-from experiments.intervals import Sample
+from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
+from eva_lightning.vision.data.tasks import TASKS
+from experiments.runner.statistics import Sample
 from experiments.vtab import run
 from experiments.vtab.grid import PAPER, Point
 from experiments.vtab.jobs import digest, experiment_settings

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.intervals import Interval
+from experiments.runner.statistics import Interval
 from experiments.vtab.table_layout import NOTHING, Column, Difference, Sheet, SheetLine, letter, mean_interval
 from experiments.vtab.table_paper import GROUP_HEADINGS, GROUPS, paper_lines
 from experiments.vtab.table_results import Ours

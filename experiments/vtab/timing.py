@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from eva_lightning.vision.method_keys import METHOD_TRAITS
-from eva_lightning.vision.methods import apply_method
+from eva_lightning.methods.keys import METHOD_TRAITS
+from eva_lightning.methods.vision import apply_method
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import module_options
 from experiments.vtab import run

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eva_lightning.vision.method_keys import METHOD_TRAITS
-from experiments.processes import worker_pool
-from experiments.settings import in_terminal, option, parse_settings
+from eva_lightning.methods.keys import METHOD_TRAITS
+from experiments.runner.processes import worker_pool
+from experiments.runner.settings import in_terminal, option, parse_settings
 from experiments.vtab.transfer_runs import BASELINES, Job, Variant, halves, run_all
 
 _LOGGER = logging.getLogger("experiments.vtab.transfer")

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from eva_lightning.vision.cache import cached_images
-from eva_lightning.vision.splits import Split, read_split
-from eva_lightning.vision.tasks import get_task
-from eva_lightning.vision.vtab import Batch, EpochShuffle, SplitDataset
+from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
+from eva_lightning.vision.data.image_cache import cached_images
+from eva_lightning.vision.data.splits import Split, read_split
+from eva_lightning.vision.data.tasks import get_task
 
 TASK = "caltech101"
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from eva_lightning.adapters import has_adapters, merge_and_unload
-from eva_lightning.isolation import isolated_rng, observing
+from eva_lightning.side_effects import isolated_rng, observing
+from eva_lightning.vision.data.datamodule import SplitDataset
 from eva_lightning.vision.module import ImageClassifier
-from eva_lightning.vision.vtab import SplitDataset
-from experiments.run_folder import RunFolder
+from experiments.runner.run_folder import RunFolder
 from experiments.vtab.transfer_data import TransferData
 
 MODEL = "vit_transfer_patch12_48"

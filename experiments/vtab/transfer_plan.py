@@ -39,7 +39,7 @@ def measure_speed(settings: Settings) -> dict[str, tuple[float, float]]:
     import torch
     from torch.nn import functional as F
 
-    from eva_lightning.vision.methods import AdapterOptions, apply_method
+    from eva_lightning.methods.vision import AdapterOptions, apply_method
     from eva_lightning.vision.module import ImageClassifier
     from experiments.vtab.transfer_model import IMAGE_SIZE, MODEL
 

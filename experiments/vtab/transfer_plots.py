@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.intervals import Interval
+from experiments.runner.statistics import Interval
 
 #: Panels of the curves: title -> methods, beside LoRA.
 GROUPS: dict[str, tuple[str, ...]] = {

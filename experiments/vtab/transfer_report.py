@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.intervals import Interval
+from experiments.runner.statistics import Interval
 from experiments.vtab.transfer_plots import curves_figure, differences_figure
 from experiments.vtab.transfer_runs import Variant, halves
 

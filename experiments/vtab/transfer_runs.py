@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eva_lightning._suggest import unknown
-from eva_lightning.vision.method_keys import METHOD_TRAITS, MethodKey
-from experiments.run_folder import RunFolder
+from eva_lightning.errors import unknown
+from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
+from experiments.runner.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from eva_lightning.vision.vtab import SplitDataset
+    from eva_lightning.vision.data.datamodule import SplitDataset
     from experiments.vtab.transfer_data import Halves
 
 #: What the pre-trained weights are worth is seen beside these, which start from random ones: key -> label.
@@ -38,7 +38,7 @@ class Variant:
     Attributes:
         key: How it is written in settings.
         label: How it is written in tables.
-        method: Name in :data:`eva_lightning.vision.methods.METHODS`; None trains everything at one rate.
+        method: Name in :data:`eva_lightning.methods.vision.METHODS`; None trains everything at one rate.
         rho: EVA's ρ; None for methods without.
         pretrained: Starts from the pre-trained weights.
     """
@@ -160,8 +160,8 @@ def run(job: Job) -> dict[str, Any]:
     """
     import lightning as L
 
+    from eva_lightning.vision.backbone.weights import Weights
     from eva_lightning.vision.module import ImageClassifier
-    from eva_lightning.vision.weights import Weights
     from experiments.vtab.transfer_data import TransferData
     from experiments.vtab.transfer_model import IMAGE_SIZE, MODEL, HeldOut, quiet_trainer
 
@@ -205,7 +205,7 @@ def run(job: Job) -> dict[str, Any]:
 def prepare(variant: Variant, module: Any, job: Job) -> list[L.Callback]:
     """Make `module` ready for a variant; returns the callbacks to train with."""
     from eva_lightning.callback import EVAInitCallback
-    from eva_lightning.vision.methods import AdapterOptions, apply_method
+    from eva_lightning.methods.vision import AdapterOptions, apply_method
 
     if variant.method is None:
         return []
@@ -256,7 +256,7 @@ def run_all(
 
     Args:
         jobs: What to run, in this order.
-        pool: Processes, as :func:`experiments.processes.worker_pool` makes them.
+        pool: Processes, as :func:`experiments.runner.processes.worker_pool` makes them.
         run_one: A function of a module's top level.
     """
     if pool is None:

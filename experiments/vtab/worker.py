@@ -73,7 +73,7 @@ def prepare(options: WorkerOptions) -> None:
     import timm  # noqa: F401
     import torch
 
-    from eva_lightning.vision.reuse import reuse_backbones
+    from eva_lightning.vision.backbone.backbone_cache import reuse_backbones
 
     torch.set_num_threads(options.threads)
     reuse_backbones(options.reuse_backbones)

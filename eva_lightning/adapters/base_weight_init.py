@@ -1,0 +1,183 @@
+"""Adapters that start as a part of the base weight: PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA.
+
+Their B is not zero at the start. So that the function stays, ``scaling * B A`` is taken out of the base weight, and the
+layer's change is ``B A`` less what it started as: an export to plain LoRA has to take that off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eva_lightning.adapters.adapter_layer import AdapterLayer
+
+Initialisation = Literal["lora", "pissa", "milora", "olora", "corda", "lora-ga"]
+"""How an adapter starts: "lora" with A random and B = 0, the others as a part of the base weight."""
+
+PEFT_NAMES: dict[str, Any] = {
+    "lora": True, "pissa": "pissa", "milora": True, "olora": "olora", "corda": True, "lora-ga": True,
+}  # fmt: skip
+"""PEFT's ``init_lora_weights`` while layers are made; where that is True, what is not "lora" is written later."""
+
+FROM_DATA = frozenset({"corda", "lora-ga"})
+"""Initialisations that wait for statistics of training minibatches (:mod:`eva_lightning.methods.data_driven`)."""
+
+INITIAL_A, INITIAL_B = "initial_lora_A", "initial_lora_B"
+"""Buffers of such layers, in checkpoints too: the A and B that left the base weight."""
+
+
+def capped(
+    module: nn.Module, targets: Iterable[str], initialisation: str, r: int, alpha: float, use_rslora: bool
+) -> dict[str, Any]:
+    """PEFT's patterns of rank and alpha for layers whose weight has too few singular directions; the scaling stays.
+
+    LoRA-GA takes B from other directions than A, and so needs twice as many as the rank.
+
+    Raises:
+        ValueError: There is not even one direction; names the layer.
+    """
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name in targets:
+        weight: Any = module.get_submodule(name).weight
+        rank = min(r, min(weight.shape) // (2 if initialisation == "lora-ga" else 1))
+        if rank < 1:
+            raise ValueError(
+                f"{initialisation} needs layers of at least 2 inputs and outputs, but {name!r} has a weight of shape "
+                f"{tuple(weight.shape)}; leave it out"
+            )
+        if rank < r:
+            pattern = "^" + re.escape(f"module.{name}")
+            ranks[pattern] = rank
+            alphas[pattern] = alpha * (rank / r) ** (0.5 if use_rslora else 1.0)
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def remember_start(layer: AdapterLayer) -> None:
+    """Keep the A and B that the layer has now as those it started with."""
+    with torch.no_grad():
+        layer.module.register_buffer(INITIAL_A, layer.a.detach().clone())
+        layer.module.register_buffer(INITIAL_B, layer.b.detach().clone())
+
+
+def start_at(layer: AdapterLayer, a: Tensor, b: Tensor) -> None:
+    """Write A and B into a fresh adapter and take ``scaling * B A`` out of the base weight.
+
+    A and B are rounded to the adapter's precision first, so that what leaves the weight is what the adapter gives
+    back. Parameters are written in place: optimizers that hold them hold the new values.
+
+    Args:
+        layer: With B = 0 and its whole base weight.
+        a: Shape ``(rank, in_features)``.
+        b: Shape ``(out_features, rank)``.
+    """
+    weight: Any = layer.base.weight
+    with torch.no_grad():
+        layer.a.copy_(a)
+        layer.b.copy_(b)
+        delta = layer.module.scaling[layer.adapter] * layer.b.float() @ layer.a.float()
+        delta = delta.T if layer.module.fan_in_fan_out else delta
+        weight.copy_(weight.float() - delta)
+        remember_start(layer)
+
+
+def milora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """A and B from the least singular directions of the base weight, ``sqrt(s / scaling)`` in each.
+
+    MiLoRA (Wang et al., 2024, section 3): the reverse of PiSSA, which keeps the large directions where pre-training
+    left them and trains the small ones. PEFT has no such initialisation.
+
+    Returns:
+        Shapes ``(rank, in_features)`` and ``(out_features, rank)``, fp32.
+    """
+    weight: Any = layer.base.weight
+    matrix = weight.detach().float()
+    u, s, vh = torch.linalg.svd(matrix.T if layer.module.fan_in_fan_out else matrix, full_matrices=False)
+    root = (s[-layer.rank :] / layer.module.scaling[layer.adapter]).sqrt()
+    return root[:, None] * vh[-layer.rank :], u[:, -layer.rank :] * root
+
+
+def corda(layer: AdapterLayer, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT's CorDA in its instruction-previewed mode makes them (Yang et al., 2024).
+
+    They are the top directions of the weight seen through its inputs, ``svd(W C) C^-1``.
+
+    Args:
+        layer: A fresh adapter.
+        covariance: Second moments of the layer's inputs, shape ``(in_features, in_features)``, finite and not all zero.
+
+    Returns:
+        Shapes ``(rank, in_features)`` and ``(out_features, rank)``, fp32.
+    """
+    from peft.tuners.lora.corda import CordaEigens, collect_eigens_for_layer
+
+    base: Any = layer.base
+    base.covariance_matrix = covariance
+    try:
+        found = collect_eigens_for_layer(base, layer.config)
+    finally:
+        del base.covariance_matrix
+    r, device = layer.rank, base.weight.device
+    base.eigens = CordaEigens(
+        S_WC=found.S_WC[:r].clone(), U_WC=found.U_WC[:, :r].to(device), V_WC=found.V_WC[:, :r].to(device)
+    )
+    return _made_by_peft(layer, lambda: layer.module.corda_init(layer.adapter, "corda"), "eigens")
+
+
+def lora_ga(layer: AdapterLayer, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT's LoRA-GA with its default settings makes them (Wang et al., 2024): along the gradient.
+
+    A takes the first ``rank`` right singular vectors of the gradient and B the next ``rank`` left ones. PEFT (0.21)
+    also multiplies B by their singular values and scales B alone, where the authors' code scales both by
+    ``(out_features ** 0.25) / sqrt(gamma)`` and leaves the singular values out: PEFT's B starts smaller. PEFT finds
+    the directions by a randomized SVD: the global generator decides the last digits.
+
+    Args:
+        layer: A fresh adapter.
+        gradient: Of the training loss with respect to the base weight, in its shape.
+
+    Returns:
+        Shapes ``(rank, in_features)`` and ``(out_features, rank)``, in the precision of the base weight.
+    """
+    from peft.tuners.lora.config import LoraGAConfig
+
+    base: Any = layer.base
+    base._peft_loraga_grad = gradient
+    return _made_by_peft(layer, lambda: layer.module.lora_ga_init(layer.adapter, LoraGAConfig()), "_peft_loraga_grad")
+
+
+def _made_by_peft(layer: AdapterLayer, initialise: Callable[[], None], statistic: str) -> tuple[Tensor, Tensor]:
+    """What an initialisation of PEFT's sets A and B to; the layer is left as it was."""
+    base: Any = layer.base
+    parameters = (layer.a, layer.b, base.weight)
+    before = [p.data for p in parameters]  # PEFT puts new tensors in the place of these
+    try:
+        initialise()
+        return layer.a.data, layer.b.data
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
+        vars(base).pop(statistic, None)
+
+
+@contextmanager
+def put_back_on_failure(layers: Iterable[AdapterLayer]) -> Iterator[None]:
+    """Undo what :func:`start_at` did to these layers if the body raises, Ctrl-C included."""
+    chosen = list(layers)
+    bases: list[Any] = [layer.base.weight for layer in chosen]
+    parameters = [*bases, *(layer.a for layer in chosen), *(layer.b for layer in chosen)]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        for layer in chosen:
+            remember_start(layer)
+        raise

@@ -1,0 +1,1 @@
+"""Fine-tuning methods: one registry, and how each method prepares a module."""

@@ -1,0 +1,157 @@
+"""From a decomposition to a model: which rank and which A each layer gets, and putting them there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from eva_lightning.adapters import AdapterLayer
+from eva_lightning.adapters.registry import remove, restored_on_failure, sync_configs
+from eva_lightning.adapters.targets import nearest
+from eva_lightning.initialization import initial_a
+from eva_lightning.ranks import explained_variance, redistribute_ranks
+from eva_lightning.side_effects import isolated_rng
+from eva_lightning.state import EVAState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer gets.
+
+    Attributes:
+        a: layer -> A (rank, in_features); layers with rank 0 are missing.
+        state: the decomposition with ``ranks`` filled in.
+        uniform: the ranks before.
+        untouched: layers that never ran; they keep what they have.
+        capped: layers narrower than their share of components.
+    """
+
+    a: dict[str, Tensor]
+    state: EVAState
+    uniform: dict[str, int]
+    untouched: list[str] = field(default_factory=list)
+    capped: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    layers: Mapping[str, AdapterLayer],
+    state: EVAState,
+    rho: float,
+    metric: str,
+    init: str,
+    seed: int = 0,
+    given: bool = False,
+) -> Plan:
+    """Ranks from the explained variance (paper section 3.5) and A from the components.
+
+    The budget is the sum of the layers' ranks; a layer gets at most ``round(r * rho)`` and its input width. EVA-minor
+    keeps uniform ranks, as in the paper (Table 12), and so do layers that PEFT can store with one rank only
+    (nn.MultiheadAttention): those stay out of the budget.
+
+    Raises:
+        ValueError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
+            other end of the spectrum.
+    """
+    if init == "minor":
+        rho = 1.0
+    if given:
+        _check_fits(layers, state, rho, init)
+    measured = {n: layer for n, layer in layers.items() if n in state.components}
+    caps = {n: min(round(layer.rank * rho), layer.in_features) for n, layer in measured.items()}
+    scores = {
+        n: explained_variance(state.singular_values[n][: caps[n]], state.total_variance[n], state.n_samples[n], metric)
+        for n in measured
+    }
+    ranks = {n: min(layer.rank, layer.in_features) for n, layer in measured.items()}
+    if init != "minor":
+        free = {n: layer for n, layer in measured.items() if not layer.has_fixed_rank}
+        budget = sum(layer.rank for layer in free.values())
+        ranks |= redistribute_ranks({n: scores[n] for n in free}, budget, {n: caps[n] for n in free})
+    generator = torch.Generator().manual_seed(seed)
+    a = {
+        n: initial_a(
+            init, state.components[n], state.singular_values[n], state.explained_variance_ratio[n], rank, generator
+        )
+        for n, rank in ranks.items()
+        if rank > 0
+    }
+    untouched = [n for n in layers if n not in measured]
+    ranks |= {n: layers[n].rank for n in untouched}
+    state = dataclasses.replace(state, ranks={n: ranks[n] for n in layers})
+    state.meta = {**state.meta, "rho": rho, "metric": metric, "init": init}
+    capped = [n for n, layer in measured.items() if caps[n] < round(layer.rank * rho)]
+    return Plan(a, state, {n: layer.rank for n, layer in layers.items()}, untouched, capped)
+
+
+def apply_plan(
+    module: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    plan: Plan,
+    injected: bool = False,
+    rescale_alpha: bool = True,
+) -> bool:
+    """Resize, remove and fill the layers; all or nothing. Returns whether parameters were replaced by others.
+
+    Args:
+        module: holds the layers.
+        layers: canonical name -> layer.
+        plan: what each gets.
+        injected: the adapters are ours: DoRA's magnitudes are set so that the function is exactly the base model's.
+        rescale_alpha: keep a layer's scaling when its rank changes; otherwise its alpha.
+    """
+    changed = False
+    with isolated_rng(), restored_on_failure(module):
+        for name, layer in layers.items():
+            rank = plan.state.ranks[name]
+            if name in plan.untouched:
+                continue
+            if rank == 0:
+                remove(module, layer)
+                changed = True
+                continue
+            if rank != layer.rank:
+                layer.resize(rank, None if rescale_alpha else layer.alpha)
+                changed = True
+            layer.write(plan.a[name])
+            if injected:
+                layer.reset_magnitude()
+        sync_configs(module)
+    return changed
+
+
+def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float, init: str) -> None:
+    if not state.components:
+        raise ValueError(
+            "the EVA state has no components, only ranks and spectra (that of a resumed run, or saved without); give "
+            "the state of the run that streamed"
+        )
+    held_kind = state.meta.get("components", "minor" if state.meta.get("init") == "minor" else "major")
+    wanted_kind = "minor" if init == "minor" else "major"
+    if held_kind != wanted_kind:
+        raise ValueError(
+            f"init={init!r} starts from the components of {_OF[wanted_kind]} variance, the EVA state holds those of "
+            f"{_OF[str(held_kind)]}; compute one with init={'minor' if init == 'minor' else 'eva'!r}"
+        )
+    for name, layer in layers.items():
+        if name not in state.components:
+            raise ValueError(
+                f"the EVA state has no layer {name!r}{nearest(name, state.components)}; it is of another model"
+            )
+        held, width = state.components[name].shape
+        if width != layer.in_features:
+            raise ValueError(
+                f"the EVA state is of another model: layer {name!r} has {layer.in_features} inputs, there {width}"
+            )
+        wanted = min(round(layer.rank * rho), layer.in_features)
+        if wanted > held:
+            raise ValueError(
+                f"r * rho = {layer.rank} * {rho:g} asks for {wanted} components of layer {name!r}, the EVA state holds "
+                f"{held}; compute it with a larger r * rho"
+            )
+
+
+_OF = {"major": "most", "minor": "least"}

@@ -1,0 +1,113 @@
+"""The first training minibatches of a Trainer, without disturbing the training that follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, IterableDataset
+
+from eva_lightning.side_effects import isolated_rng, restored_sources
+
+
+def set_up_loader(trainer: pl.Trainer) -> int | float:
+    """Have the Trainer set its training data up now instead of a moment later; returns the batches per epoch.
+
+    Raises:
+        ValueError: the loader is empty, or a one-shot iterator whose batches would be lost to training.
+    """
+    trainer.fit_loop.setup_data()
+    loader = trainer.train_dataloader
+    for part in _parts(loader):
+        _refuse_one_shot(part)
+    n = trainer.num_training_batches
+    if n == 0:
+        raise ValueError("the training data loader is empty (0 batches); EVA needs at least one batch to look at")
+    return n
+
+
+def training_batches(trainer: pl.Trainer, limit: int) -> Iterator[Any]:
+    """The first ``limit`` training minibatches on the training device, as the training loop would deliver them.
+
+    Works on copies of the loaders; samplers, data sets and random generators are as before when the iterator closes.
+    """
+    loaders = trainer.train_dataloader
+    copies = _map(loaders, _detached)
+    source = copies if _is_single(copies) else (b for b, _, _ in _combined(copies))
+    with isolated_rng(), restored_sources(list(_parts(loaders))):
+        iterator = iter(source)
+        try:
+            for index, batch in enumerate(iterator):
+                yield _delivered(trainer, batch)
+                if index + 1 >= limit:
+                    break
+        finally:
+            # worker processes end with the iterator that owns them
+            del iterator
+
+
+def _combined(loaders: Any) -> Iterator[Any]:
+    combined = CombinedLoader(loaders, "max_size_cycle")
+    yield from combined
+
+
+def _delivered(trainer: pl.Trainer, batch: Any) -> Any:
+    module = trainer.lightning_module
+    batch = trainer.precision_plugin.convert_input(batch)
+    data = getattr(trainer, "datamodule", None)
+    owner = data if data is not None and is_overridden("on_before_batch_transfer", data) else module
+    batch = owner.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _detached(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    duplicate = copy.copy(loader)
+    # persistent workers keep their iterator on the loader: the copy must start its own
+    object.__setattr__(duplicate, "_iterator", None)
+    return duplicate
+
+
+def _refuse_one_shot(loader: Any) -> None:
+    dataset = getattr(loader, "dataset", None)
+    one_shot = isinstance(loader, Iterator) or isinstance(dataset, Iterator)
+    source = dataset if isinstance(dataset, IterableDataset) else loader
+    if not one_shot and not isinstance(source, (DataLoader, list, tuple, torch.Tensor)):
+        with isolated_rng(), restored_sources(source):
+            first = iter(source)
+            one_shot = first is iter(source)
+    if one_shot:
+        what = loader if isinstance(loader, Iterator) else dataset
+        raise ValueError(
+            f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches EVA looks at would "
+            "be lost to training; pass a loader that can be iterated again, or EVAInitCallback(state=...) with a "
+            "precomputed state"
+        )
+
+
+def _is_single(loaders: Any) -> bool:
+    return not isinstance(loaders, (Mapping, list, tuple)) or (
+        isinstance(loaders, (list, tuple)) and not any(isinstance(x, DataLoader) for x in loaders)
+    )
+
+
+def _parts(loaders: Any) -> Iterator[Any]:
+    if _is_single(loaders):
+        yield loaders
+    else:
+        for part in loaders.values() if isinstance(loaders, Mapping) else loaders:
+            yield from _parts(part)
+
+
+def _map(loaders: Any, function: Any) -> Any:
+    if _is_single(loaders):
+        return function(loaders)
+    if isinstance(loaders, Mapping):
+        return {k: _map(v, function) for k, v in loaders.items()}
+    return type(loaders)(_map(v, function) for v in loaders)

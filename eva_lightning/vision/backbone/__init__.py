@@ -1,0 +1,1 @@
+"""timm backbones: models, weights, position embeddings, fused projections."""

@@ -1,0 +1,1 @@
+"""VTAB-1K data: tasks, splits, images, cache, data module."""

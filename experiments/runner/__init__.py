@@ -1,0 +1,1 @@
+"""What every experiment shares: settings, run folders, jobs, pools, tuning, statistics, tables."""

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eva_lightning.adapters import inject, merge_and_unload, save_pretrained
+from eva_lightning.adapters.adalora import RankAllocation, is_adalora, start_rank
+from eva_lightning.checkpoint import load_from_checkpoint
+from eva_lightning.methods.apply import METHODS, WITHOUT_ADAPTERS, AdaLoRACallback, AdapterOptions, apply_method
+from eva_lightning.optim.parameter_groups import Multiplier, parameter_groups
+from tests.modules import IN, Classifier, TokenNet, loader, trainer
+
+ADAPTERS = [m for m in METHODS if m not in WITHOUT_ADAPTERS]
+EDIT_BASE_WEIGHTS = ("pissa", "milora", "olora", "corda", "lora-ga")
+OPTIONS = AdapterOptions(rank=3, bias="none")
+
+
+class Heeding(Classifier):
+    """A classifier that trains parameters at rates of their own where it is told to, as ImageClassifier does."""
+
+    lr_multipliers: Multiplier | None = None
+
+    def configure_optimizers(self) -> Any:
+        multipliers = [] if self.lr_multipliers is None else [self.lr_multipliers]
+        return torch.optim.AdamW(parameter_groups(self.named_parameters(), self.lr, 0.01, multipliers=multipliers))
+
+
+def build(**kwargs: Any) -> Classifier:
+    torch.manual_seed(0)
+    return Heeding(TokenNet(), **kwargs)
+
+
+def prepared(method: str, options: AdapterOptions = OPTIONS, **kwargs: Any) -> tuple[Classifier, list[pl.Callback]]:
+    module = build(**kwargs)
+    torch.manual_seed(1)
+    return module, apply_method(method, module, options, head="net.head", exclude=["net.embed"])
+
+
+def inputs() -> Tensor:
+    return torch.randn(5, 4, IN, generator=torch.Generator().manual_seed(3))
+
+
+def fit(module: Classifier, callbacks: list[pl.Callback], **kwargs: Any) -> pl.Trainer:
+    run = trainer(*callbacks, **{"max_epochs": 2, **kwargs})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        run.fit(module, loader(tokens=4))
+    return run
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "scratch"])
+def test_starts_from_the_pretrained_function(method: str) -> None:
+    module, callbacks = prepared(method, lr=0.0)
+    with torch.no_grad():
+        expected = build()(inputs())
+        fit(module, callbacks, max_steps=1)
+        torch.testing.assert_close(module.eval()(inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains(method: str) -> None:
+    module, callbacks = prepared(method, lr=0.01)
+    fit(module, callbacks, max_epochs=12)
+    assert sum(module.losses[-6:]) < 0.97 * sum(module.losses[:6])
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_trains_adapters_and_head_alone(method: str) -> None:
+    module, callbacks = prepared(method)
+    fit(module, callbacks, max_steps=2)
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.startswith("net.head.") for n in trained)
+    assert any(n.startswith("net.head.") for n in trained)
+    assert not any("embed" in n for n in trained)
+    torch.testing.assert_close(module.net.embed.weight, build().net.embed.weight)  # type: ignore[union-attr]
+
+
+def test_without_a_head_it_is_adapted_or_frozen() -> None:
+    adapted, frozen = build(), build()
+    apply_method("lora", adapted, OPTIONS, head=None)
+    apply_method("lora", frozen, OPTIONS, head=None, exclude=["net.head"])
+    names = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert {"net.head.lora_A.default.weight"} <= names
+    assert all("lora_" in n for n in names)
+    assert not any("head" in n for n, p in frozen.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_merges_and_exports_to_stock_peft(method: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    module, callbacks = prepared(method, lr=0.02)
+    fit(module, callbacks)
+    module.eval()
+    with torch.no_grad():
+        expected = module(inputs())
+        assert not torch.allclose(expected, build()(inputs()), atol=1e-3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_pretrained(module.net, tmp_path)
+            loaded = PeftModel.from_pretrained(build().net, tmp_path).eval()
+        torch.testing.assert_close(loaded(inputs()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merge_and_unload(module)(inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
+    whole, callbacks = prepared(method)
+    fit(whole, callbacks, max_epochs=4)
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise RuntimeError("power cut")
+
+    first, callbacks = prepared(method)
+    data = loader(tokens=4)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(*callbacks, Stop(), max_epochs=4).fit(first, data)
+    second, callbacks = prepared(method)
+    trainer(*callbacks, max_epochs=4).fit(second, data, ckpt_path=tmp_path / "last.ckpt")
+    ours, theirs = second.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_checkpoint_goes_into_a_fresh_module(method: str, tmp_path: Path) -> None:
+    module, callbacks = prepared(method)
+    fit(module, callbacks).save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    frozen = [k for k in torch.load(tmp_path / "a.ckpt")["state_dict"] if "base_layer.weight" in k]
+    assert bool(frozen) == (method in EDIT_BASE_WEIGHTS)
+    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt", net=build().net)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(inputs()), module.eval()(inputs()), rtol=0, atol=0)
+    assert is_adalora(loaded) == (method == "adalora")
+
+
+def test_pissa_exports_after_loading_into_a_module_of_other_weights(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    module, callbacks = prepared("pissa")
+    fit(module, callbacks).save_checkpoint(tmp_path / "a.ckpt")
+    torch.manual_seed(99)
+    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt", net=TokenNet())
+    save_pretrained(loaded.net, tmp_path / "adapter")
+    pre_trained = build().net
+    with torch.no_grad():
+        expected = module.eval()(inputs())
+        peft = PeftModel.from_pretrained(pre_trained, tmp_path / "adapter").eval()
+        # the embedding was frozen, so it is the pre-trained one in both
+        torch.testing.assert_close(peft(inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_milora_starts_at_the_least_singular_directions() -> None:
+    """Wang et al., 2024: what PiSSA takes from the top of the spectrum, MiLoRA takes from its bottom."""
+    module, _ = prepared("milora", AdapterOptions(rank=3, alpha=2.0, bias="none"))
+    for name in ("attention.q", "narrow"):
+        layer: Any = module.net.get_submodule(name)
+        weight = build().net.get_submodule(name).weight.detach()
+        s = torch.linalg.svdvals(weight.double())  # type: ignore[operator,union-attr]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        taken = torch.linalg.svdvals((2 / 3 * b @ a).double())[:3]
+        torch.testing.assert_close(taken, s[-3:], rtol=1e-4, atol=1e-6)
+        left = torch.linalg.svdvals(layer.base_layer.weight.detach().double())
+        torch.testing.assert_close(left[: len(s) - 3], s[:-3], rtol=1e-4, atol=1e-6)
+        assert left[len(s) - 3 :].abs().max() < 1e-5
+        # both halves carry the same share, as in PiSSA
+        torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_weight_based_starts_are_pefts(method: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    module, _ = prepared(method)
+    config = LoraConfig(r=3, lora_alpha=1, target_modules=["q", "narrow"], init_lora_weights=method)
+    theirs: Any = get_peft_model(build().net, config).base_model.model
+    for name in ("attention.q", "narrow"):
+        ours, reference = module.net.get_submodule(name), theirs.get_submodule(name)
+        for factor in ("lora_A", "lora_B"):
+            mine, other = getattr(ours, factor)["default"].weight, getattr(reference, factor)["default"].weight
+            torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(ours.base_layer.weight, reference.base_layer.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", EDIT_BASE_WEIGHTS)
+def test_rank_is_capped_where_the_weight_has_fewer_directions(method: str) -> None:
+    module, callbacks = prepared(method, AdapterOptions(rank=8, alpha=2.0, bias="none"), lr=0.0)
+    fit(module, callbacks, max_steps=1)
+    narrow: Any = module.net.narrow
+    # LoRA-GA takes the directions of B after those of A
+    assert narrow.lora_A["default"].weight.shape == (2 if method == "lora-ga" else 4, 24)
+    assert narrow.scaling["default"] == 0.25
+    assert narrow.lora_B["default"].weight.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(module(inputs()), build()(inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"initialisation": m} for m in EDIT_BASE_WEIGHTS), {"adalora": {"target_r": 2, "total_step": 5}}],
+    ids=str,
+)
+def test_an_injection_is_taken_back(options: dict[str, Any]) -> None:
+    module = build()
+    before = copy.deepcopy(module.state_dict())
+    injection = inject(module, r=3, **options)
+    assert any("lora_A" in name for name in module.state_dict())
+    injection.undo(module)
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], v) for n, v in before.items())
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_adalora_ends_with_the_rank_budget() -> None:
+    module, callbacks = prepared("adalora")
+    fit(module, callbacks, max_steps=12)
+    (allocation,) = [c.allocation for c in callbacks if isinstance(c, AdaLoRACallback)]
+    assert allocation is not None
+    layers = [m for m in module.modules() if hasattr(m, "lora_E")]
+    left = [int((m.lora_E["default"] != 0).sum()) for m in layers]  # type: ignore[index]
+    assert start_rank(3) == 4
+    assert sum(left) == 3 * len(layers) == sum(allocation.ranks().values())
+    assert max(left) > min(left)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_adalora_takes_very_short_trainings(steps: int) -> None:
+    module, callbacks = prepared("adalora")
+    fit(module, callbacks, max_steps=steps)
+
+
+def test_adalora_penalty_is_pefts() -> None:
+    module, _ = prepared("adalora")
+    allocation = RankAllocation(module, 10)
+    allocation.add_penalty_gradient()
+    layer: Any = module.net.attention.q  # type: ignore[union-attr]
+    a = layer.lora_A["default"].detach().clone().requires_grad_()
+    factors = 2 * sum(hasattr(m, "lora_E") for m in module.modules())
+    (0.5 * torch.norm(a @ a.T - torch.eye(len(a)), p="fro") / factors).backward()
+    torch.testing.assert_close(layer.lora_A["default"].grad, a.grad)
+
+
+def test_adalora_without_an_end_is_refused() -> None:
+    module, callbacks = prepared("adalora")
+    with pytest.raises(ValueError, match="number of training steps, got inf"):
+        fit(module, callbacks, max_epochs=-1)
+    with pytest.raises(ValueError, match="Heeding has no AdaLoRA layers"):
+        RankAllocation(build(), 10)
+
+
+def test_scratch_draws_new_weights_and_leaves_the_generators_alone() -> None:
+    module = build()
+    state = torch.get_rng_state()
+    assert apply_method("scratch", module, AdapterOptions(seed=5)) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    again, other = build(), build()
+    apply_method("scratch", again, AdapterOptions(seed=5))
+    apply_method("scratch", other, AdapterOptions(seed=6))
+    assert torch.equal(module.net.embed.weight, again.net.embed.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.equal(module.net.embed.weight, other.net.embed.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.equal(module.net.embed.weight, build().net.embed.weight)  # type: ignore[union-attr,arg-type]
+
+
+def test_scratch_refuses_weights_it_cannot_draw() -> None:
+    module = build()
+    module.net.register_parameter("positions", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match="new weights for 'net': TokenNet has parameters but no reset_parameters"):
+        apply_method("scratch", module, OPTIONS)
+
+
+def test_lora_plus_trains_b_at_another_rate_as_pefts_optimizer_does() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    module, callbacks = prepared("lora+", AdapterOptions(rank=3, bias="none", lora_plus_ratio=8.0))
+    run = fit(module, callbacks, max_steps=1)
+    ours = {id(p): group["lr"] for group in run.optimizers[0].param_groups for p in group["params"]}
+    model = get_peft_model(build().net, LoraConfig(r=3, target_modules=["q"]))
+    theirs_optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=module.lr, loraplus_lr_ratio=8.0)
+    theirs = {id(p): group["lr"] for group in theirs_optimizer.param_groups for p in group["params"]}
+    reference = {n.split("lora_")[1]: theirs[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert reference == {"A.default.weight": module.lr, "B.default.weight": 8 * module.lr}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert ours[id(parameter)] == reference.get(name.partition("lora_")[2], module.lr), name
+
+
+def test_lora_plus_needs_a_module_that_heeds_it() -> None:
+    with pytest.raises(ValueError, match="Classifier has no lr_multipliers"):
+        apply_method("lora+", Classifier(TokenNet()), OPTIONS)
+    with pytest.raises(ValueError, match="lora_plus_ratio must be a finite number above 0, got 0"):
+        AdapterOptions(lora_plus_ratio=0)
+
+
+def test_a_weight_of_two_layers_cannot_give_up_a_part() -> None:
+    module = build()
+    module.net.attention.q.weight = module.net.attention.k.weight  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"milora takes .*'net.attention.q' and 'net.attention.k' share theirs"):
+        inject(module, initialisation="milora")
+    one_input = Classifier(nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2)))
+    with pytest.raises(
+        ValueError, match=r"lora-ga needs layers of at least 2 .*'net\.0' has a weight of shape \(3, 1\)"
+    ):
+        inject(one_input, head="net.1", initialisation="lora-ga")
+
+
+def test_unknown_names_are_suggested() -> None:
+    with pytest.raises(ValueError, match="unknown method 'pisa': did you mean pissa"):
+        apply_method("pisa", build(), OPTIONS)
+    with pytest.raises(ValueError, match="unknown initialisation 'olra': did you mean olora"):
+        inject(build(), initialisation="olra")  # type: ignore[arg-type]
+    conv = Classifier(nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(3, 3), nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"pissa adapts linear layers only, but 'net\.0' is not one"):
+        inject(conv, target_modules=["net.0"], initialisation="pissa")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.rl import rollouts
+from eva_lightning.rl.environments import MetaWorldEnvironment
+from eva_lightning.rl.module import DecisionTransformerModule
+from eva_lightning.rl.policy import DecisionTransformerPolicy
+from eva_lightning.rl.rollouts import RolloutResult, evaluate
+from tests.modules import trainer
+from tests.rl_helpers import windows
+
+QUICK: dict[str, Any] = {"target_return": 1000.0, "horizon": 12}
+
+
+def build(**kwargs: Any) -> DecisionTransformerModule:
+    torch.manual_seed(0)
+    module = DecisionTransformerModule(width=16, layers=1, heads=2, context=4, **kwargs)
+    with torch.no_grad():  # so that actions are far from 0 and differ between states
+        module.model.predict_action.weight.mul_(50)
+    return module
+
+
+def test_equals_one_environment_at_a_time_by_hand() -> None:
+    module = build().eval()
+    result = evaluate(module, "faucet-close", episodes=3, environments=2, seed=7, **QUICK)
+    assert (result.task, len(result), result.steps) == ("faucet-close-v3", 3, 36)
+    for episode in range(3):
+        policy = DecisionTransformerPolicy(module, 1, 1000.0)
+        with MetaWorldEnvironment("faucet-close-v3", seed=7, split="eval", horizon=12) as env:
+            observation, reward, total, solved = env.reset(episode), None, 0.0, []
+            for _ in range(12):
+                observation, value, success, _ = env.step(policy.act(observation[None], reward)[0])
+                reward = np.array([value])
+                total += value
+                solved.append(success)
+        assert result.returns[episode] == pytest.approx(total, rel=1e-4)
+        assert result.successes[episode] == any(solved)
+        assert result.final_successes[episode] == solved[-1]
+
+
+def test_is_reproducible_and_leaves_no_trace() -> None:
+    module = build(dropout=0.5).train()
+    module.model.blocks[0].eval()
+    modes = [m.training for m in module.modules()]
+    weights = {n: v.clone() for n, v in module.state_dict().items()}
+    state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+    first = evaluate(module, "push-v3", episodes=3, **QUICK)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])  # type: ignore[index]  # noqa: NPY002
+    assert random.getstate() == state[2]
+    assert [m.training for m in module.modules()] == modes
+    assert all(torch.equal(v, weights[n]) for n, v in module.state_dict().items())
+    again = evaluate(module, "push-v3", episodes=3, **QUICK)
+    assert np.array_equal(first.returns, again.returns)
+    other = evaluate(module, "push-v3", episodes=3, seed=1, **QUICK)
+    assert not np.array_equal(first.returns, other.returns)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same() -> None:
+    module = build()
+    one = evaluate(module, "push-v3", episodes=3, environments=1, **QUICK)
+    two = evaluate(module, "push-v3", episodes=3, environments=1, workers=2, **QUICK)
+    np.testing.assert_allclose(one.returns, two.returns, rtol=1e-5)
+    assert two.steps == one.steps
+
+
+def test_a_trained_module_with_adapters_can_go_to_workers() -> None:
+    module = build()
+    callbacks = apply_method(
+        "eva", module, AdapterOptions(rank=2, bias="none"), head=module.head_name, mask_fn=module.mask_fn
+    )
+    run = trainer(*callbacks, max_steps=2, max_epochs=-1)
+    run.fit(module, DataLoader(windows(), 4))  # type: ignore[arg-type]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(rollouts._without_trainer(module))))
+    assert module.trainer is run
+    batch = next(iter(DataLoader(windows(), 4)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(batch), module.eval()(batch))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_everything_is_closed_when_interrupted(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    closed: list[Any] = []
+
+    class Counting(MetaWorldEnvironment):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            opened.append(self)
+
+        def step(self, action: Any) -> Any:
+            raise error("stop")
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(rollouts, "MetaWorldEnvironment", Counting)
+    module = build().train()
+    with pytest.raises(error):
+        evaluate(module, "push-v3", episodes=2, **QUICK)
+    assert len(opened) == 2
+    assert set(closed) == set(opened)
+    assert module.training
+
+
+def test_standard_errors() -> None:
+    flags = np.array([True, False, True, True])
+    result = RolloutResult("push-v3", flags, ~flags, np.array([1.0, 2.0, 3.0, 6.0]), 4, 1.0)
+    assert (result.success_rate, result.final_success_rate, result.mean_return) == (0.75, 0.25, 3.0)
+    assert result.success_stderr == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert result.return_stderr == pytest.approx((14 / 3) ** 0.5 / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"environments": 0}, "environments must be at least 1, got 0"),
+        ({"horizon": 501}, "horizon must be from 1 to 500"),
+        ({"context": 5}, "context must be between 1 and the 4 steps of training, got 5"),
+        ({"mode": "exakt"}, "unknown mode 'exakt': did you mean exact"),
+        ({"task": "push-v2"}, "did you mean push-v3"),
+        ({"video_episodes": 1}, "no video: MuJoCo can draw with neither"),
+    ],
+)
+def test_bad_input_is_one_sentence(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "rendering_backend", lambda: None)
+    options = {"task": "push-v3", **QUICK, **change}
+    with pytest.raises(ValueError, match=message):
+        evaluate(build(), **options)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eva_lightning.methods.apply import METHODS
+from eva_lightning.methods.apply import WITHOUT_ADAPTERS as UNADAPTED
+from eva_lightning.rl.collection import collect
+from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.trajectories import TrajectoryDataModule
+from experiments.metaworld import evaluate, finetune, table
+
+TASK = "handle-press-side-v3"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations of one task and a pre-trained network, both tiny."""
+    folder = tmp_path_factory.mktemp("metaworld")
+    collect([TASK], 4, folder / "data", horizon=30, progress=False)
+    torch.manual_seed(7)
+    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
+    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
+    save_weights(module, folder / "init.ckpt", about={"tasks": [TASK]})
+    return folder
+
+
+def command(root: Path, method: str = "eva", *more: str, seeds: int = 1) -> list[str]:
+    options = {
+        "task": TASK, "init": root / "init.ckpt", "data": root / "data", "output": root / "runs", "method": method,
+        "seeds": seeds, "train-episodes": 3, "val-episodes": 1, "max-steps": 6, "batch-size": 8, "val-at": "2,4",
+        "eval-episodes": 1, "horizon": 5, "rank": 2, "progress": "false", "accelerator": "cpu",
+    }  # fmt: skip
+    return [*(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_its_checkpoints_evaluate(method: str, root: Path) -> None:
+    (metrics,) = finetune.main(command(root, method))
+    assert [row["updates"] for row in metrics["val_loss"]] == [0, 2, 4, 6]
+    assert metrics["val_loss"][0]["val_loss"] > 0
+    assert metrics["rank"] == (None if method in UNADAPTED else 2)
+    assert (metrics["episodes"], len(metrics["returns"])) == (1, 1)
+    (folder,) = (p.parent for p in (root / "runs").glob(f"{TASK}-{method}-*/metrics.json") if f"-{method}-" in str(p))
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert (folder / "adapter" / "adapter_config.json").is_file() == (method not in UNADAPTED)
+    # the merged network and the trainer's checkpoint with adapters roll out alike
+    for checkpoint in (folder, folder / "checkpoints" / "last.ckpt"):
+        (result,) = evaluate.main([f"--ckpt={checkpoint}", "--episodes=1", "--horizon=5", "--progress=false"])
+        assert result.returns.tolist() == pytest.approx(metrics["returns"], rel=1e-3)
+
+
+def test_all_methods_but_scratch_start_from_the_same_loss(root: Path) -> None:
+    start = {m: finetune.main(command(root, m))[0]["val_loss"][0]["val_loss"] for m in ("fft", "lora", "eva", "pissa")}
+    assert list(start.values()) == pytest.approx([start["fft"]] * 4, rel=1e-4)
+    (scratch,) = finetune.main(command(root, "scratch"))
+    assert scratch["val_loss"][0]["val_loss"] != pytest.approx(start["fft"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("head", "trains", "adapted"), [("train", 2, 0), ("freeze", 0, 0), ("adapt", 2, 2)])
+def test_embeddings_have_no_adapters_and_the_head_as_asked(head: str, trains: int, adapted: int, root: Path) -> None:
+    settings = finetune.parse(command(root, "lora", f"--head={head}"))
+    base = DecisionTransformerModule.from_pretrained(root / "init.ckpt")
+    module, _ = finetune.prepare(settings, base, 0)
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert not any("embed" in name for name in trained)
+    of_head = [name for name in trained if "predict_action" in name]
+    assert len(of_head) == trains
+    assert sum("lora_" in name for name in of_head) == adapted
+    assert sum("blocks" in name for name in trained) == 2 * 4 * 2
+
+
+def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = command(root, "lora", "--name=again", "--checkpoint-every=3", seeds=2)
+    measure = finetune.measure
+
+    def power_cut(*args: Any) -> Any:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(finetune, "measure", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune.main(line)
+    monkeypatch.setattr(finetune, "measure", measure)
+    first = finetune.main(line)
+    assert "resuming from" in capsys.readouterr().out
+    assert [run["seed"] for run in first] == [0, 1]
+    assert [row["updates"] for row in first[0]["val_loss"]] == [0, 2, 4, 6]
+    assert finetune.main(line) == first
+    printed = capsys.readouterr().out
+    assert printed.count("is finished already") == 2
+    assert "2 seeds (mean ± standard error over seeds): validation loss" in printed
+    with pytest.raises(ValueError, match=r"holds another run, with lr=0.001 \(now 0.01\)"):
+        finetune.main([*line, "--lr=0.01"])
+    assert "| **ours** | **LoRA (r=2)** |" in table.main(["--runs", str(root / "runs" / "again-0")])
+
+
+def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (metrics,) = finetune.main(command(root, "lora", "--name=high", "--target-return=9000"))
+    assert metrics["target_return"] == 9000
+    assert "warning: handle-press-side-v3: the target return 9000 is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--method=evva", "unknown method 'evva': did you mean eva"),
+        ("--task=push-v2", "did you mean push-v3"),
+        ("--task=push-v3", "no demonstrations of push-v3 in"),
+        ("--init=nowhere.ckpt", "there is no checkpoint nowhere.ckpt"),
+        ("--context=5", "context must be at most the 4 steps of"),
+        ("--horizon=501", "horizon must be from 1 to 500"),
+        ("--train-episodes=9", "9"),
+        ("--rank=0", "rank must be at least 1, got 0"),
+        ("--val-at=2,x", "val_at must be numbers with commas between them, got '2,x'"),
+        ("--head=heads", "unknown head 'heads'"),
+    ],
+)
+def test_bad_input_is_one_sentence(change: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune.command_line(command(root, "eva", "--name=bad", change)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (root / "runs" / "bad-0").exists()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_lightning.methods.keys import MethodKey
+from eva_lightning.state import EVAState
+from experiments.runner.run_folder import RunFolder
+from experiments.vtab import run, states
+from experiments.vtab.grid import Point
+from experiments.vtab.jobs import Job
+from experiments.vtab.states import SharedState
+from experiments.vtab.worker import WorkerOptions, attempt
+from tests.experiments.vtab.sweep_fakes import make_tasks
+
+QUIET = run.Outputs(terminal=False, plots=False, adapter=False)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> run.Settings:
+    make_tasks(tmp_path / "data", ["kitti"])
+    return run.Settings(
+        root=str(tmp_path / "data"), task="kitti", model="test_vit", weights="none", image_size=32, epochs=1,
+        batch_size=8, accelerator="cpu", output=str(tmp_path / "out"), progress=False,
+    )  # fmt: skip
+
+
+def job(base: run.Settings, method: str = "eva", rank: int = 4, seed: int = 0, phase: Any = "tune", k: int = 32) -> Job:
+    return Job.of(base, MethodKey.parse(method), "kitti", phase, Point(1e-2, rank), seed, k)
+
+
+def test_who_shares_a_state(base: run.Settings) -> None:
+    def path(*args: Any, changed: dict[str, Any] | None = None, **kwargs: Any) -> Path:
+        shared = SharedState.of(job(replace(base, **(changed or {})), *args, **kwargs))
+        assert shared is not None
+        return shared.path
+
+    one = path()
+    assert path("eva:1", rank=16, seed=2) == one  # any ρ, rank and seed
+    assert path("eva-dora") == path("eva-whiten") == path("lora-redistribute") == one
+    assert path(changed={"epochs": 30, "alpha": 2.0, "lr": 1.0, "metric": "sum", "limit_test": 3}) == one
+    assert path(changed={"root": "elsewhere", "cache": "none", "workers": 5}) == one
+    different = [
+        path(phase="final"),  # all 1,000 images
+        path("eva-minor"),
+        path(k=16),
+        *(
+            path(changed=changed)
+            for changed in (
+                {"image_size": 64}, {"batch_size": 4}, {"tau": 0.9}, {"normalization": "none"}, {"limit_train": 4},
+                {"precision": "bf16-mixed"}, {"split_fused": True}, {"protocol": "authors-code"}, {"weights": "w.pth"},
+            )
+        ),
+    ]  # fmt: skip
+    assert len({one, *different}) == 1 + len(different)
+    assert SharedState.of(job(base, "lora", k=0)) is None
+    authors = replace(base, protocol="authors-code")
+    tune, final = (SharedState.of(job(authors, phase=phase)) for phase in ("tune", "final"))
+    assert tune is not None
+    assert final is not None
+    assert tune.path == final.path  # train800 for both
+
+
+def test_computed_once_under_concurrency(base: run.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Path] = []
+
+    def slow(settings: run.Settings, path: Path) -> None:
+        computed.append(path)
+        time.sleep(0.3)
+        EVAState().save(path)
+
+    monkeypatch.setattr(states, "_compute", slow)
+    shared = [SharedState.of(job(base, rank=rank, seed=seed)) for rank in (2, 4, 8, 16) for seed in (0, 1)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda state: state.obtain(), shared))  # type: ignore[union-attr]
+    assert len(computed) == 1
+    assert set(paths) == set(computed)
+
+
+def test_the_smallest_sufficient_state_serves(base: run.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "_compute", lambda settings, path: EVAState().save(path))
+
+    def obtain(k: int) -> str:
+        shared = SharedState.of(job(base, k=k))
+        assert shared is not None
+        return shared.obtain().name.rpartition("-k")[2]
+
+    assert [obtain(k) for k in (32, 64, 16, 48, 32)] == ["32", "64", "32", "64", "32"]
+
+
+def test_damaged_state_is_computed_again(base: run.Settings) -> None:
+    shared = SharedState.of(job(base, k=8))
+    assert shared is not None
+    path = shared.obtain()
+    tensors = path.with_name(f"{path.name}.safetensors")
+    whole = EVAState.load(path)
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    states._SOUND.clear()  # another process
+    assert shared.obtain() == path
+    again = EVAState.load(path)
+    assert all((whole.components[name] == v).all() for name, v in again.components.items())
+    assert len((path.parent / "computed.log").read_text().splitlines()) == 2
+
+
+def metrics_of(job: Job) -> dict[str, Any]:
+    outcome = attempt(job, WorkerOptions())
+    assert outcome.metrics is not None, outcome.error
+    return outcome.metrics
+
+
+RESULTS = ("accuracy", "loss", "ranks", "trainable_parameters")
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "seed"),
+    [
+        ("eva", 16, 0),  # as many components as the state has, the data order of the state
+        ("eva", 4, 0),  # fewer components
+        ("eva:1", 8, 3),  # another ρ, and another data order of one minibatch
+        ("eva-dora", 4, 1),
+        ("eva-permute", 4, 1),
+        ("eva-minor", 4, 0),
+    ],
+)
+def test_shared_state_gives_the_results_of_streaming_bit_for_bit(
+    base: run.Settings, tmp_path: Path, method: str, rank: int, seed: int
+) -> None:
+    """Where the minibatches are the same: here the training data are one."""
+    shared = job(base, method, rank, seed)
+    with_state = metrics_of(shared)
+    alone = run.execute(shared.settings, RunFolder(tmp_path / "alone", {}), QUIET)
+    assert {k: with_state[k] for k in RESULTS} == {k: alone[k] for k in RESULTS}
+    assert with_state["eva_state"].endswith("-k32")
+
+
+def test_protocol_of_the_authors_code(base: run.Settings, tmp_path: Path) -> None:
+    shared = job(replace(base, protocol="authors-code"), rank=4, seed=1, phase="final")
+    with_state = metrics_of(shared)
+    alone = run.execute(shared.settings, RunFolder(tmp_path / "alone", {}), QUIET)
+    assert {k: with_state[k] for k in ("ranks", "trainable_parameters")} == {
+        k: alone[k] for k in ("ranks", "trainable_parameters")
+    }
+    assert with_state["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert "-train800-" in with_state["eva_state"]

@@ -1,1 +1,0 @@
-"""Names of test files here may be those of test files elsewhere."""

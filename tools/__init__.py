@@ -1,0 +1,1 @@
+"""Preparation of data and weights; run once, not part of an experiment."""

@@ -1,0 +1,1 @@
+"""Download, build and check VTAB-1K."""

@@ -1,0 +1,53 @@
+"""PatchCamelyon, from the HDF5 files that torchvision's ``PCAM`` downloads; TFDS ``patch_camelyon`` 2.0.0.
+
+Key: name of the file's split, underscore, number of the image in the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tools.vtab.originals.pool import Image, Original, Pool
+
+_NAMES = {"train": "train", "validation": "valid", "test": "test"}
+
+
+def load(folder: Path) -> dict[str, Pool]:
+    """The 96x96 images of ``pcam/camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``.
+
+    Raises:
+        RuntimeError: h5py is not installed.
+    """
+    return {split: _pool(folder / "pcam", name) for split, name in _NAMES.items()}
+
+
+def _pool(folder: Path, name: str) -> Pool:
+    try:
+        import h5py
+    except ImportError:
+        raise RuntimeError("the package h5py is not installed") from None
+
+    def opened(part: str) -> Any:
+        return h5py.File(folder / f"camelyonpatch_level_2_split_{name}_{part}.h5", "r")[part]
+
+    images = opened("x")
+    labels = opened("y")[:].reshape(-1).tolist()
+
+    def image(index: int) -> Image:
+        pixels: Image = images[index]
+        return pixels
+
+    return Pool([f"{name}_{index}" for index in range(len(labels))], labels, image)
+
+
+ORIGINALS = (
+    Original(
+        task="patch_camelyon",
+        rule="B",
+        needs=("pcam",),
+        load=load,
+        sizes={"train": 262144, "validation": 32768, "test": 32768},
+        hint="torchvision.datasets.PCAM(DIR, download=True) gets it",
+    ),
+)

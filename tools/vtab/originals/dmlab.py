@@ -1,0 +1,52 @@
+"""DMLab frames, from the TFRecord files that VTAB published; TFDS ``dmlab`` 2.0.1, key: file name in the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.vtab.originals.pool import Encoded, Image, Original, Pool
+from tools.vtab.originals.tfrecord import parse_example, record_spans
+
+
+def load(folder: Path) -> dict[str, Pool]:
+    """The 360x480 JPEGs of ``dmlab/dmlab-{train,validation,test}.tfrecord*``."""
+    return {split: _pool(sorted((folder / "dmlab").glob(f"dmlab-{split}.tfrecord*"))) for split in _SIZES}
+
+
+def _pool(files: Sequence[Path]) -> Pool:
+    if not files:
+        raise FileNotFoundError("a split has no .tfrecord file")
+    places: list[tuple[Path, int, int]] = []
+    keys: list[bytes] = []
+    labels: list[int] = []
+    for file in files:
+        with file.open("rb") as stream:
+            for start, length in record_spans(stream):
+                stream.seek(start)
+                example = parse_example(stream.read(length))
+                keys.append(bytes(example["filename"][0]))
+                labels.append(int(example["label"][0]))
+                places.append((file, start, length))
+
+    def image(index: int) -> Image:
+        file, start, length = places[index]
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return Encoded(bytes(parse_example(stream.read(length))["image"][0]), ".jpg")
+
+    return Pool(keys, labels, image)
+
+
+_SIZES = {"train": 65550, "validation": 22628, "test": 22735}
+
+ORIGINALS = (
+    Original(
+        task="dmlab",
+        rule="B",
+        needs=("dmlab",),
+        load=load,
+        sizes=_SIZES,
+        hint="unpack dmlab.tar.gz of VTAB there, into a folder dmlab",
+    ),
+)

@@ -1,0 +1,95 @@
+"""smallNORB (tasks ``smallnorb_azi`` and ``smallnorb_ele``), from its binary matrices; TFDS ``smallnorb`` 2.0.0.
+
+Key: number of the pair of images. Of each stereo pair the left image is used.
+"""
+
+from __future__ import annotations
+
+import gzip
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tools.vtab.originals.pool import Image, Original, Pool
+
+_FILES = {
+    "train": "smallnorb-5x46789x9x18x6x2x96x96-training-{}.mat",
+    "test": "smallnorb-5x01235x9x18x6x2x96x96-testing-{}.mat",
+}
+#: First number of a file -> type of its elements.
+_TYPES: dict[int, np.dtype[Any]] = {0x1E3D4C55: np.dtype(np.uint8), 0x1E3D4C54: np.dtype("<i4")}
+#: Columns of the info matrix: instance, elevation (0 to 8), azimuth (0, 2, ..., 34), lighting.
+_ELEVATION, _AZIMUTH = 1, 2
+
+
+def read_matrix(file: Path) -> npt.NDArray[np.generic]:
+    """A matrix of the NORB format, gzipped or not.
+
+    Little-endian 32-bit numbers come first: the type, the number of dimensions, and at least three sizes.
+
+    Raises:
+        ValueError: The file is of another format, or incomplete.
+    """
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+        data = stream.read()
+    head = np.frombuffer(data, dtype="<i4", count=min(len(data) // 4, 16))
+    if len(head) < 5 or int(head[0]) not in _TYPES:
+        raise ValueError(f"{file} is no matrix of the NORB format")
+    dimensions = int(head[1])
+    shape = tuple(int(size) for size in head[2 : 2 + dimensions])
+    content = np.frombuffer(data, dtype=_TYPES[int(head[0])], offset=8 + 4 * max(3, dimensions))
+    if content.size != np.prod(shape):
+        raise ValueError(f"{file} holds {content.size} elements where its head promises {np.prod(shape)}")
+    return content.reshape(shape)
+
+
+def label(column: int, info: npt.NDArray[np.generic]) -> list[int]:
+    """The elevation as it is, the azimuth halved."""
+    labels: list[int] = (info[:, column].astype(int) // (2 if column == _AZIMUTH else 1)).tolist()
+    return labels
+
+
+def load(column: int, folder: Path) -> dict[str, Pool]:
+    """The 96x96 left images of ``smallnorb-*-{training,testing}-dat.mat`` with a column of ``-info.mat`` as label."""
+    return {split: _pool(column, folder, name) for split, name in _FILES.items()}
+
+
+def _pool(column: int, folder: Path, name: str) -> Pool:
+    images = _left_images(_file(folder, name.format("dat")))
+
+    def image(index: int) -> Image:
+        pixels: Image = images[index]
+        return pixels
+
+    labels = label(column, read_matrix(_file(folder, name.format("info"))))
+    return Pool(range(len(labels)), labels, image)
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file `name` in the folder ``smallnorb``, perhaps gzipped."""
+    file = folder / "smallnorb" / name
+    zipped = file.with_name(f"{name}.gz")
+    if not (file.is_file() or zipped.is_file()):
+        raise FileNotFoundError(f"{file} is not there")
+    return file if file.is_file() else zipped
+
+
+@lru_cache(maxsize=2)
+def _left_images(file: Path) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(read_matrix(file)[:, 0], dtype=np.uint8)
+
+
+ORIGINALS = tuple(
+    Original(
+        task=task,
+        rule="E",
+        needs=("smallnorb",),
+        load=partial(load, column),
+        sizes={"train": 24300, "test": 24300},
+        hint="put the four files smallnorb-*-dat.mat and smallnorb-*-info.mat there, gzipped or not",
+    )
+    for task, column in (("smallnorb_azi", _AZIMUTH), ("smallnorb_ele", _ELEVATION))
+)
