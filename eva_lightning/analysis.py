@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from eva_lightning.batch_forward import ForwardFn, no_grad_forward
 from eva_lightning.capture import InputCapture
+from eva_lightning.errors import InputError
 from eva_lightning.layer_inputs import inputs_of
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
@@ -72,10 +73,10 @@ def convergence_curve(
         forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.batch_forward.run_forward`.
 
     Raises:
-        ValueError: k or tau out of range, unknown engine, or no minibatch.
+        InputError: k or tau out of range, unknown engine, or no minibatch.
     """
     if not 0 < tau <= 1:
-        raise ValueError(f"tau must be in (0, 1], got {tau}")
+        raise InputError(f"tau must be in (0, 1], got {tau}")
     points: list[ConvergencePoint] = []
     previous: dict[str, Tensor] = {}
     n_samples, started = 0, time.perf_counter()
@@ -91,7 +92,7 @@ def convergence_curve(
             previous[name] = result.components.cpu()
         points.append(ConvergencePoint(len(points) + 1, n_samples, time.perf_counter() - started, converged, total))
     if not points:
-        raise ValueError("convergence_curve needs at least one minibatch, got none")
+        raise InputError("convergence_curve needs at least one minibatch, got none")
     return points
 
 
@@ -106,13 +107,13 @@ def collect_components(
     """Top k right-singular vectors ``(k, dim)`` of every layer's inputs over all of `batches`, on the CPU.
 
     Raises:
-        ValueError: k out of range, unknown engine, or no minibatch.
+        InputError: k out of range, unknown engine, or no minibatch.
     """
     engines: dict[str, StreamingSVD] = {}
     for _, seen in _stream(model, batches, layers, k, engine, forward_fn):
         engines = seen
     if not engines:
-        raise ValueError("collect_components needs at least one minibatch, got none")
+        raise InputError("collect_components needs at least one minibatch, got none")
     return {name: svd.result().components.cpu() for name, svd in engines.items()}
 
 
@@ -122,7 +123,7 @@ def component_cosines(a: Tensor, b: Tensor) -> Tensor:
     The sign of a singular vector is arbitrary, so it does not count.
     """
     if a.shape != b.shape:
-        raise ValueError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise InputError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
     return (a.cpu().double() * b.cpu().double()).sum(dim=1).abs().clamp_max(1.0)
 
 
@@ -133,7 +134,7 @@ def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
     is all that a captured variance depends on, need not change. This is 1 where the spans agree.
     """
     if a.shape != b.shape:
-        raise ValueError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise InputError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
     products = (a.cpu().double() @ b.cpu().double().T).square()
     corners = products.cumsum(0).cumsum(1).diagonal()
     return (corners / torch.arange(1, len(products) + 1)).clamp_max(1.0)
@@ -158,10 +159,10 @@ def component_similarity(runs: Sequence[Components]) -> Similarity:
     Layers with fewer than k components take part in the averages of those they have.
 
     Raises:
-        ValueError: fewer than two runs, or runs of different layers.
+        InputError: fewer than two runs, or runs of different layers.
     """
     if len(runs) < 2:
-        raise ValueError(f"component_similarity compares at least two runs, got {len(runs)}")
+        raise InputError(f"component_similarity compares at least two runs, got {len(runs)}")
     _same_layers(runs)
     k = max(len(v) for v in runs[0].values())
     cosine, overlap = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
@@ -180,10 +181,10 @@ def similarity_matrix(runs: Mapping[Any, Components]) -> Tensor:
     Averaged over components, then layers. The diagonal is 1.
 
     Raises:
-        ValueError: no run, or runs of different layers.
+        InputError: no run, or runs of different layers.
     """
     if not runs:
-        raise ValueError("similarity_matrix needs at least one run, got none")
+        raise InputError("similarity_matrix needs at least one run, got none")
     values = list(runs.values())
     _same_layers(values)
     matrix = torch.eye(len(values), dtype=torch.float64)
@@ -199,7 +200,7 @@ def rank_maps(
     """Ranks of every layer for each rho (paper Figure 13), from one state that holds ``r * max(rhos)`` components.
 
     Raises:
-        ValueError: the state holds too few components, or r, rho or metric is out of range.
+        InputError: the state holds too few components, or r, rho or metric is out of range.
     """
     return {rho: state.redistribute(r, rho, metric) for rho in rhos}
 
@@ -208,10 +209,10 @@ def rank_deltas(maps: Mapping[float, Mapping[str, int]]) -> dict[float, dict[str
     """Change of every layer's rank from the next smaller rho to each rho (paper Figure 14).
 
     Raises:
-        ValueError: fewer than two rhos, or maps of different layers.
+        InputError: fewer than two rhos, or maps of different layers.
     """
     if len(maps) < 2:
-        raise ValueError(f"rank_deltas needs the ranks for at least two rhos, got {len(maps)}")
+        raise InputError(f"rank_deltas needs the ranks for at least two rhos, got {len(maps)}")
     _same_layers(list(maps.values()))
     ordered = sorted(maps)
     return {
@@ -236,10 +237,10 @@ def adapter_distance(a: Tensor, b: Tensor) -> Distance:
     0.58 with LoRA, so part of EVA's higher cosine to its start is due to that alone.
 
     Raises:
-        ValueError: the shapes differ.
+        InputError: the shapes differ.
     """
     if a.shape != b.shape:
-        raise ValueError(f"A matrices must have equal shapes to be compared, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise InputError(f"A matrices must have equal shapes to be compared, got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     norm = float(torch.linalg.matrix_norm(a - b, ord=2))
     return Distance(norm, float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean()))
@@ -251,11 +252,11 @@ def adapter_distances(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[
     Layers whose ranks differ (Table 5 with redistributed ranks) are compared in the rows that both have.
 
     Raises:
-        ValueError: no layer in common, or other widths.
+        InputError: no layer in common, or other widths.
     """
     common = [name for name in a if name in b]
     if not common:
-        raise ValueError("adapter_distances: the two sets of adapters have no layer in common")
+        raise InputError("adapter_distances: the two sets of adapters have no layer in common")
     distances = {}
     for name in common:
         rows = min(len(a[name]), len(b[name]))
@@ -280,7 +281,7 @@ def _stream(
 ) -> Iterator[tuple[Any, dict[str, StreamingSVD]]]:
     """After every minibatch, it and the engines of all layers that have run; the model is as before at the end."""
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise InputError(f"k must be at least 1, got {k}")
     inputs = {name: inputs_of(layer) for name, layer in layers.items()}
     engines = {name: make_engine(engine, x.width, min(k, x.width)) for name, x in inputs.items()}
     # shared inputs are decomposed once per layer: slower, and no layer's curve can depend on another's
@@ -303,4 +304,4 @@ def _same_layers(runs: Sequence[Mapping[str, Any]]) -> None:
     for run in runs[1:]:
         if set(run) != set(runs[0]):
             differ = sorted(set(run) ^ set(runs[0]))
-            raise ValueError(f"runs to compare must hold the same layers; {differ[0]!r} is in only some of them")
+            raise InputError(f"runs to compare must hold the same layers; {differ[0]!r} is in only some of them")

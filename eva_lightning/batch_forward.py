@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError, InputTypeError
+
 ForwardFn = Callable[[nn.Module, Any], Any]
 MaskFn = Callable[[Any], "Tensor | None"]
 
@@ -24,7 +26,7 @@ def run_forward(module: nn.Module, batch: Any) -> Any:
     with logging muted.
 
     Raises:
-        TypeError: there is no way to tell; the message says what to pass as ``forward_fn``.
+        InputTypeError: there is no way to tell; the message says what to pass as ``forward_fn``.
     """
     try:
         return _run(module, batch)
@@ -50,9 +52,9 @@ def _run(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and batch:
         if len(_required(module)) > 1:
             what = f"a {type(batch).__name__} of {len(batch)}: forward needs {_required(module)}"
-            raise TypeError(_help(module, what))
+            raise InputTypeError(_help(module, what))
         return _run(module, batch[0])
-    raise TypeError(_help(module, f"a batch of type {type(batch).__name__}"))
+    raise InputTypeError(_help(module, f"a batch of type {type(batch).__name__}"))
 
 
 def _takes_whole_batch(module: nn.Module) -> bool:
@@ -76,7 +78,7 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in named
         ]
         if missing:
-            raise TypeError(_help(module, f"a batch with keys {list(batch)}, but forward also needs {missing}"))
+            raise InputTypeError(_help(module, f"a batch with keys {list(batch)}, but forward also needs {missing}"))
     if takes_any:
         return dict(batch)
     if named:
@@ -85,7 +87,7 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     floats = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
     if len(required) == 1 and len(floats) == 1:
         return {required[0]: floats[0]}
-    raise TypeError(_help(module, f"a batch with keys {list(batch)}, none of which is an argument of forward"))
+    raise InputTypeError(_help(module, f"a batch with keys {list(batch)}, none of which is an argument of forward"))
 
 
 def _has_no_forward(module: nn.Module) -> bool:
@@ -110,7 +112,7 @@ _UNIMPLEMENTED = _Lazy()
 
 def _run_training_step(module: Any, batch: Any) -> Any:
     if not module.automatic_optimization:
-        raise TypeError(_help(module, "manual optimisation and no forward method (its training_step would train)"))
+        raise InputTypeError(_help(module, "manual optimisation and no forward method (its training_step would train)"))
     with _muted(module):
         arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
         return module.training_step(*arguments)
@@ -120,17 +122,17 @@ def training_loss(module: Any, batch: Any) -> Tensor:
     """What ``training_step`` of a LightningModule gives to be minimised, with logging muted; gradients as they are set.
 
     Raises:
-        TypeError: the module optimises manually, so that its ``training_step`` would train.
-        ValueError: it returned no loss.
+        InputTypeError: the module optimises manually, so that its ``training_step`` would train.
+        InputError: it returned no loss.
     """
     if not module.automatic_optimization:
-        raise TypeError(f"{type(module).__name__} optimises manually: there is no loss to ask its training_step for")
+        raise InputTypeError(f"{type(module).__name__} optimises manually: its training_step returns no loss")
     with _muted(module):
         arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
         result = module.training_step(*arguments)
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step of {type(module).__name__} returned no loss, got {type(loss).__name__}")
+        raise InputError(f"training_step of {type(module).__name__} returned no loss, got {type(loss).__name__}")
     return loss
 
 

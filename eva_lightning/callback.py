@@ -24,6 +24,7 @@ from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.adapters.targets import select
 from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.errors import InputError
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
@@ -102,7 +103,8 @@ class EVAInitCallback(pl.Callback):
         state: the :class:`EVAState` after ``on_fit_start``.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; the message names it, what is expected and what was given.
+        InputError: an argument is out of range or of the wrong type; the message names it, what is expected and what
+            was given.
     """
 
     def __init__(
@@ -237,7 +239,7 @@ class EVAInitCallback(pl.Callback):
     def _inject(self, pl_module: pl.LightningModule) -> None:
         uninitialised = [n for n, p in pl_module.named_parameters() if isinstance(p, UninitializedParameter)]
         if uninitialised:
-            raise ValueError(
+            raise InputError(
                 f"parameter {uninitialised[0]!r} of a lazy layer has no shape yet; run one batch through "
                 f"{type(pl_module).__name__} before fit"
             )
@@ -272,7 +274,7 @@ class EVAInitCallback(pl.Callback):
         layers = find_adapters(pl_module)
         if not layers:
             reasons = [f"{n}: {why}" for n, why in list(find_skipped(pl_module).items())[:3]]
-            raise ValueError(
+            raise InputError(
                 f"{type(pl_module).__name__} has LoRA layers, but none that EVA can initialise"
                 f" ({'; '.join(reasons) or 'no adapter is active'})"
             )
@@ -286,7 +288,7 @@ class EVAInitCallback(pl.Callback):
         chosen = {n: layers[n] for n in names}
         for layer in chosen.values():
             if not layer.is_fresh:
-                raise ValueError(
+                raise InputError(
                     f"layer {layer.name!r}: its LoRA matrix B is not zero, so the adapter is trained or PiSSA-like and "
                     "EVA would erase it; use adapters as LoraConfig makes them by default"
                 )
@@ -329,7 +331,7 @@ class EVAInitCallback(pl.Callback):
 
     def _refuse_sharding(self, trainer: pl.Trainer) -> None:
         if isinstance(trainer.strategy, _OPAQUE) and self._given is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(trainer.strategy).__name__} shards the model before EVA can look at it; compute the state on "
                 "one device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"

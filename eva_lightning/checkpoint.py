@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
+from eva_lightning.errors import InputError
 
 KEY = "eva_lightning"
 """Where a checkpoint keeps the description of its adapters."""
@@ -196,7 +197,7 @@ def fit_to_checkpoint(
     Frozen weights that an adapter-only checkpoint left out are filled in from the module.
 
     Raises:
-        ValueError: the checkpoint's adapters belong to layers this module does not have, the base weights are not
+        InputError: the checkpoint's adapters belong to layers this module does not have, the base weights are not
             those the adapters were trained on, or the module has adapters and the checkpoint none.
     """
     weights: dict[str, Tensor] = checkpoint["state_dict"]
@@ -208,7 +209,7 @@ def fit_to_checkpoint(
         return True
     if not incoming:
         if present:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint holds no adapters but {type(module).__name__} has {len(present)} LoRA layers; load a "
                 "checkpoint of the base model into the module before fit, without ckpt_path"
             )
@@ -222,7 +223,7 @@ def fit_to_checkpoint(
     targets = [path for path in incoming if target_of(path) == path]
     unknown = [path for path in targets if path not in known]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has an adapter on {unknown[0]!r} ({len(unknown)} such), which {type(module).__name__} "
             "lacks: it is of another model"
         )
@@ -230,7 +231,7 @@ def fit_to_checkpoint(
     if not present:
         arguments = description.get("injection", injection)
         if arguments is None:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint does not say how its adapters were made, and {type(module).__name__} has none: give "
                 "it adapters of the same r and alpha first (eva_lightning.adapters.inject)"
             )
@@ -283,7 +284,7 @@ def _fill_base_weights(module: nn.Module, weights: dict[str, Tensor], fingerprin
     own = module.state_dict()
     frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     if base_fingerprint(module) != fingerprint:
-        raise ValueError(
+        raise InputError(
             f"this adapter-only checkpoint was trained on other base weights than those {type(module).__name__} has; "
             "build the module with the same pre-trained weights"
         )

@@ -49,7 +49,7 @@ class Allocation:
             thrifty: let "auto" trade a ten-thousandth of the captured variance for time.
 
         Raises:
-            ValueError: the budget is too small for the smallest engines.
+            InputError: the budget is too small for the smallest engines.
         """
         widths = {name: inputs.width for name, inputs in layers.items()}
         devices = {name: device_of(inputs.module) for name, inputs in layers.items()}

@@ -1,9 +1,41 @@
-"""One-line errors for names that do not exist, with the nearest names that do."""
+"""The errors of this project: what was given cannot be used, said in one sentence.
+
+Checks raise :class:`InputError` or one of its subclasses; command lines print its message and end with exit status 2.
+Every other exception is a fault of the program: it keeps its traceback.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something that a user gave cannot be used.
+
+    Args:
+        message: One sentence naming the thing, what is expected and the value given.
+        setting: Name of the setting or argument at fault, where it is one: command lines turn it into the option.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class InputTypeError(InputError, TypeError):
+    """A value has the wrong type."""
+
+
+class MissingInputError(InputError, FileNotFoundError):
+    """A file or folder that is needed does not exist."""
+
+
+class UnreachableError(InputError, ConnectionError):
+    """A server that is needed does not answer."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], *, list_all: bool = True) -> str:
@@ -16,7 +48,57 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, list_all: bool = Tr
         list_all: Name all choices when none is near (leave off for long registries).
     """
     known = list(choices)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     if near:
         return f"unknown {kind} {name!r}: did you mean {' or '.join(near)}?"
     return f"unknown {kind} {name!r}" + (f": choose from {', '.join(known)}" if list_all else "")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Make sure that `value` is one of `choices`.
+
+    Raises:
+        InputError: It is not; suggests the nearest.
+    """
+    known = list(choices)
+    if value not in known:
+        raise InputError(unknown(name.replace("_", " "), value, known), setting=name)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Make sure that `value` is a finite number within the bounds given.
+
+    Args:
+        name: Of the setting or argument.
+        value: What was given.
+        at_least, above, at_most, below: Bounds; None for none.
+        whole: Whole numbers only.
+
+    Raises:
+        InputTypeError: It is no number, or none of the kind asked for.
+        InputError: It is out of bounds, infinite or NaN.
+    """
+    bounds = (("of at least", at_least), ("above", above), ("of at most", at_most), ("below", below))
+    expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    message = f"{name} must be a {'whole ' if whole else ''}number {expected}".rstrip() + f", got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int if whole else Real):
+        raise InputTypeError(message, setting=name)
+    number = float(value)
+    within = (
+        math.isfinite(number)
+        and (at_least is None or number >= at_least)
+        and (above is None or number > above)
+        and (at_most is None or number <= at_most)
+        and (below is None or number < below)
+    )
+    if not within:
+        raise InputError(message, setting=name)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError
+
 INITS = ("eva", "whiten", "rotate", "permute", "minor", "redistribute")
 
 
@@ -47,15 +49,15 @@ def initial_a(
         Shape ``(rank, dim)``, fp32, on the device of `components`; never a view of it.
 
     Raises:
-        ValueError: Unknown `init`, or more rows wanted than there are components.
+        InputError: Unknown `init`, or more rows wanted than there are components.
     """
     if init not in INITS:
-        raise ValueError(f'Unknown initialisation "{init}": expected one of {", ".join(INITS)}.')
+        raise InputError(f'Unknown initialisation "{init}": expected one of {", ".join(INITS)}.')
     if not 0 <= rank <= len(components):
-        raise ValueError(f"The rank must be between 0 and the {len(components)} components held, got {rank}.")
+        raise InputError(f"The rank must be between 0 and the {len(components)} components held, got {rank}.")
     if not len(components) == len(singular_values) == len(explained_variance_ratio):
         counts = f"{len(components)}, {len(singular_values)} and {len(explained_variance_ratio)}"
-        raise ValueError(f"Components, singular values and ratios must be equally many, got {counts}.")
+        raise InputError(f"Components, singular values and ratios must be equally many, got {counts}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     v = components[:rank].detach().to(dtype=torch.float32, copy=True)
     if rank == 0 or init in ("eva", "minor"):

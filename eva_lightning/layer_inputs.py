@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva_lightning.errors import InputError, InputTypeError
 from eva_lightning.token_subsampling import TokenChoice
 
 Tokens = tuple[Tensor, "Tensor | None"]
@@ -108,7 +109,7 @@ class AttentionInputs(LayerInputs):
         call = _attention_call(args, kwargs)
         query = call["query"]
         if call["key"] is not query or call["value"] is not query:
-            raise ValueError(
+            raise InputError(
                 f"layer {name!r} is used for cross-attention (query, key and value are not one tensor): its "
                 "projections have different inputs but PEFT gives them one A, so EVA adapts self-attention only; leave "
                 "the layer out"
@@ -156,7 +157,7 @@ def inputs_of(layer: nn.Module) -> LayerInputs:
     """How to read the inputs of a plain layer.
 
     Raises:
-        TypeError: EVA has no matrix of tokens for a layer of this type.
+        InputTypeError: EVA has no matrix of tokens for a layer of this type.
     """
     if isinstance(layer, Convolution):
         return PatchInputs(layer, layer)
@@ -169,7 +170,7 @@ def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """The tensor a layer was called on: its first positional argument or, called by keyword, its only tensor.
 
     Raises:
-        TypeError: there is none.
+        InputTypeError: there is none.
     """
     if args and isinstance(args[0], Tensor):
         return args[0].detach()
@@ -178,7 +179,7 @@ def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             return kwargs[key].detach()
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     if len(tensors) != 1:
-        raise TypeError(f"layer {name!r} was called with {len(tensors)} tensors and none of them is named 'input'")
+        raise InputTypeError(f"layer {name!r} was called with {len(tensors)} tensors and none of them is named 'input'")
     return tensors[0].detach()
 
 
@@ -197,7 +198,7 @@ def fit_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Te
 def _in_features(layer: nn.Module) -> int:
     features = getattr(layer, "in_features", None) or getattr(layer, "nx", None)
     if features is None:
-        raise TypeError(
+        raise InputTypeError(
             f"a layer of type {type(layer).__name__} has no in_features; EVA adapts linear layers, convolutions and "
             "nn.MultiheadAttention"
         )

@@ -16,6 +16,8 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from eva_lightning.errors import InputError
+
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
 
 
@@ -51,7 +53,7 @@ def split_layer_name(name: str) -> tuple[int | None, str]:
 
 def _require(values: Mapping[Any, Any], what: str) -> None:
     if not values:
-        raise ValueError(f"{what} must hold at least one entry, got none")
+        raise InputError(f"{what} must hold at least one entry, got none")
 
 
 def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
@@ -63,7 +65,7 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
         title: text above the figure.
 
     Raises:
-        ValueError: ``ranks`` is empty.
+        InputError: ``ranks`` is empty.
     """
     _require(ranks, "ranks")
     places = {name: split_layer_name(name) for name in ranks}
@@ -98,7 +100,7 @@ def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, tit
     """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution.
 
     Raises:
-        ValueError: ``ranks`` is empty.
+        InputError: ``ranks`` is empty.
     """
     _require(ranks, "ranks")
     figure, axes = _axes(6.0, 1.0 + 0.2 * len(ranks))
@@ -122,7 +124,7 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
         title: text above the figure.
 
     Raises:
-        ValueError: ``ratios`` is empty.
+        InputError: ``ratios`` is empty.
     """
     _require(ratios, "ratios")
     figure, axes = _axes(6.0, 3.8)
@@ -166,7 +168,7 @@ def convergence(
         title: text above the figure.
 
     Raises:
-        ValueError: ``curves`` is empty.
+        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
     figure, axes = _axes(6.0, 3.8)
@@ -231,7 +233,7 @@ def learning_curves(
         x: where the columns stand on the horizontal axis, if not at 1, 2, 3, ...
 
     Raises:
-        ValueError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
+        InputError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
     """
     _require(curves, "curves")
     figure, axes = _axes(6.0, 3.8)
@@ -240,7 +242,7 @@ def learning_curves(
         i = colours.index(label)
         values = np.asarray(values, dtype=float)
         if values.ndim != 2:
-            raise ValueError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
+            raise InputError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
         mean, error = mean_and_standard_error(values)
         places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         color = PALETTE[i % len(PALETTE)]
@@ -267,7 +269,7 @@ def rate_sensitivity(
         title: text above the figure.
 
     Raises:
-        ValueError: ``scores`` is empty.
+        InputError: ``scores`` is empty.
     """
     _require(scores, "scores")
     figure, axes = _axes(6.0, 3.8)
@@ -295,11 +297,11 @@ def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10, t
     """Grey images of shape ``(n, h, w)``, large values dark, each under its caption.
 
     Raises:
-        ValueError: there are no images, or not one caption per image.
+        InputError: there are no images, or not one caption per image.
     """
     images = np.asarray(images, dtype=float)
     if images.ndim != 3 or not len(images) or len(captions) != len(images):
-        raise ValueError(f"images must have shape (n, h, w) with one caption each, got {images.shape}, {len(captions)}")
+        raise InputError(f"images must have shape (n, h, w) with one caption each, got {images.shape}, {len(captions)}")
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(0.72 * columns, 0.92 * rows + (0.3 if title else 0)), layout="constrained")
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
@@ -328,7 +330,7 @@ def convergence_counts(
         title: text above the figure.
 
     Raises:
-        ValueError: ``curves`` is empty.
+        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
     figure, axes = _axes(6.0, 3.8)
@@ -349,7 +351,7 @@ def component_similarity(
     """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left).
 
     Raises:
-        ValueError: ``curves`` is empty.
+        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
     figure, axes = _axes(6.0, 3.8)
@@ -376,11 +378,11 @@ def similarity_matrix(
         title: text above the figure.
 
     Raises:
-        ValueError: ``values`` is not ``(n, n)`` for n labels.
+        InputError: ``values`` is not ``(n, n)`` for n labels.
     """
     values = np.asarray(values, dtype=float)
     if values.shape != (len(labels), len(labels)) or not len(labels):
-        raise ValueError(f"values must have shape (n, n) with one label each, got {values.shape}, {len(labels)} labels")
+        raise InputError(f"values must have shape (n, n) with one label each, got {values.shape}, {len(labels)} labels")
     figure, axes = _axes(1.9 + 0.75 * len(labels), 1.2 + 0.62 * len(labels))
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -407,7 +409,7 @@ def rank_maps(
         title: text above the figure.
 
     Raises:
-        ValueError: ``maps`` is empty.
+        InputError: ``maps`` is empty.
     """
     _require(maps, "maps")
     names = list(next(iter(maps.values())))
@@ -440,7 +442,7 @@ def grouped_bars(
         title: text above the figure.
 
     Raises:
-        ValueError: ``values`` is empty.
+        InputError: ``values`` is empty.
     """
     _require(values, "values")
     groups = list(dict.fromkeys(group for row in values.values() for group in row))

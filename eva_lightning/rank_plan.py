@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.registry import remove, restored_on_failure, sync_configs
 from eva_lightning.adapters.targets import nearest
+from eva_lightning.errors import InputError
 from eva_lightning.initialization import initial_a
 from eva_lightning.ranks import explained_variance, redistribute_ranks
 from eva_lightning.side_effects import isolated_rng
@@ -53,7 +54,7 @@ def make_plan(
     (nn.MultiheadAttention): those stay out of the budget.
 
     Raises:
-        ValueError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
+        InputError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
             other end of the spectrum.
     """
     if init == "minor":
@@ -125,30 +126,30 @@ def apply_plan(
 
 def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float, init: str) -> None:
     if not state.components:
-        raise ValueError(
+        raise InputError(
             "the EVA state has no components, only ranks and spectra (that of a resumed run, or saved without); give "
             "the state of the run that streamed"
         )
     held_kind = state.meta.get("components", "minor" if state.meta.get("init") == "minor" else "major")
     wanted_kind = "minor" if init == "minor" else "major"
     if held_kind != wanted_kind:
-        raise ValueError(
+        raise InputError(
             f"init={init!r} starts from the components of {_OF[wanted_kind]} variance, the EVA state holds those of "
             f"{_OF[str(held_kind)]}; compute one with init={'minor' if init == 'minor' else 'eva'!r}"
         )
     for name, layer in layers.items():
         if name not in state.components:
-            raise ValueError(
+            raise InputError(
                 f"the EVA state has no layer {name!r}{nearest(name, state.components)}; it is of another model"
             )
         held, width = state.components[name].shape
         if width != layer.in_features:
-            raise ValueError(
+            raise InputError(
                 f"the EVA state is of another model: layer {name!r} has {layer.in_features} inputs, there {width}"
             )
         wanted = min(round(layer.rank * rho), layer.in_features)
         if wanted > held:
-            raise ValueError(
+            raise InputError(
                 f"r * rho = {layer.rank} * {rho:g} asks for {wanted} components of layer {name!r}, the EVA state holds "
                 f"{held}; compute it with a larger r * rho"
             )

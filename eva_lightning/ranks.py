@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError
+
 METRICS = ("ratio", "eq6", "sum", "max", "raw")
 
 
@@ -38,10 +40,10 @@ def explained_variance(singular_values: Tensor, total_variance: float, n_samples
         Scores, shape ``(k,)``, fp64 on the CPU; all 0 when nothing varies.
 
     Raises:
-        ValueError: Unknown metric.
+        InputError: Unknown metric.
     """
     if metric not in METRICS:
-        raise ValueError(f'Unknown metric "{metric}": expected one of {", ".join(METRICS)}.')
+        raise InputError(f'Unknown metric "{metric}": expected one of {", ".join(METRICS)}.')
     sigma = singular_values.detach().cpu().double()
     variance = sigma.square()
     denominators = {
@@ -73,18 +75,18 @@ def redistribute_ranks(
         allow if that is less. A layer without variance gets 0.
 
     Raises:
-        ValueError: Negative budget or cap, or scores that are negative, NaN or infinite.
+        InputError: Negative budget or cap, or scores that are negative, NaN or infinite.
     """
     if budget < 0:
-        raise ValueError(f"The rank budget must be at least 0, got {budget}.")
+        raise InputError(f"The rank budget must be at least 0, got {budget}.")
     candidates: list[tuple[float, int, int]] = []
     for position, (layer, values) in enumerate(scores.items()):
         numbers = [float(value) for value in values]
         if any(not 0 <= number < float("inf") for number in numbers):
-            raise ValueError(f'Scores must be finite and not negative, got {numbers} for layer "{layer}".')
+            raise InputError(f'Scores must be finite and not negative, got {numbers} for layer "{layer}".')
         cap = len(numbers) if max_rank is None else max_rank if isinstance(max_rank, int) else max_rank[layer]
         if cap < 0:
-            raise ValueError(f'The largest rank must be at least 0, got {cap} for layer "{layer}".')
+            raise InputError(f'The largest rank must be at least 0, got {cap} for layer "{layer}".')
         if any(numbers):
             candidates += [(-number, index, position) for index, number in enumerate(numbers[:cap])]
     layers = list(scores)

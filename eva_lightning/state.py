@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eva_lightning.errors import InputError, InputTypeError, MissingInputError
 from eva_lightning.ranks import explained_variance, redistribute_ranks
 
 FORMAT = "eva_lightning.state"
@@ -80,18 +81,18 @@ class EVAState:
             max_rank: Cap on every layer's rank besides ``round(r * rho)``.
 
         Raises:
-            ValueError: r < 1, rho < 1 or NaN, unknown metric, or more components needed than the state holds.
+            InputError: r < 1, rho < 1 or NaN, unknown metric, or more components needed than the state holds.
         """
         if not rho >= 1 or rho == float("inf"):
-            raise ValueError(f"rho must be a finite number of at least 1, got {rho}.")
+            raise InputError(f"rho must be a finite number of at least 1, got {rho}.")
         budget, scores = 0, {}
         for layer, sigma in self.singular_values.items():
             layer_r = r[layer] if isinstance(r, Mapping) else r
             if layer_r < 1:
-                raise ValueError(f'r must be at least 1, got {layer_r} for layer "{layer}".')
+                raise InputError(f'r must be at least 1, got {layer_r} for layer "{layer}".')
             needed = min(round(layer_r * rho), self.widths.get(layer, round(layer_r * rho)))
             if needed > len(sigma):
-                raise ValueError(
+                raise InputError(
                     f"r * rho = {layer_r} * {rho:g} needs {needed} components per layer, but this EVA state holds "
                     f'{len(sigma)} for layer "{layer}": compute it again with a larger r or rho.'
                 )
@@ -173,25 +174,25 @@ class EVAState:
             path: The name of either file, or their common stem.
 
         Raises:
-            FileNotFoundError: One or both files are missing.
-            ValueError: Not an EVA state, another version, truncated, or tensors that do not belong to the JSON.
+            MissingInputError: One or both files are missing.
+            InputError: Not an EVA state, another version, truncated, or tensors that do not belong to the JSON.
         """
         tensor_path, json_path = _paths(path)
         for part in (tensor_path, json_path):
             if not part.is_file():
-                raise FileNotFoundError(
+                raise MissingInputError(
                     f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing."
                 )
         document = _read_document(json_path)
         if document.pop("tensor_checksum", None) != _checksum(tensor_path):
-            raise ValueError(
+            raise InputError(
                 f"{tensor_path} is truncated or does not belong to {json_path.name} (checksum differs): "
                 "copy both files again or compute the state anew."
             )
         try:
             tensors = load_file(tensor_path)
         except SafetensorError as error:
-            raise ValueError(f"{tensor_path} is not a readable safetensors file: {error}.") from error
+            raise InputError(f"{tensor_path} is not a readable safetensors file: {error}.") from error
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in document.items() if name in known}
         values["convergence"] = {
@@ -218,15 +219,15 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}.") from error
+        raise InputError(f"{path} is truncated or not JSON: {error}.") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise ValueError(f"{path} does not describe an EVA state.")
+        raise InputError(f"{path} does not describe an EVA state.")
     version = document.pop("version", None)
     if version != VERSION:
-        raise ValueError(f"{path} has version {version}, this eva_lightning reads version {VERSION}.")
+        raise InputError(f"{path} has version {version}, this eva_lightning reads version {VERSION}.")
     required = {f.name for f in fields(EVAState)} - set(_TENSOR_FIELDS)
     if missing := sorted(required - set(document)):
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+        raise InputError(f"{path} lacks {', '.join(missing)}.")
     return document
 
 
@@ -253,4 +254,4 @@ def _plain_number(value: object) -> object:
         return value.item()
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be saved in an EVA state.")
+    raise InputTypeError(f"{type(value).__name__} cannot be saved in an EVA state.")

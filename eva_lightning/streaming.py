@@ -16,6 +16,7 @@ from torch import nn
 from eva_lightning.batch_forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.engine_plan import Allocation
+from eva_lightning.errors import InputError
 from eva_lightning.layer_inputs import LayerInputs, inputs_of
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
@@ -82,7 +83,7 @@ def compute_eva_state(
         A state with up to ``k`` components per layer and no ranks yet. Layers that never ran are left out.
 
     Raises:
-        ValueError: no minibatch at all, or no layer ran.
+        InputError: no minibatch at all, or no layer ran.
         FloatingPointError: NaN or infinite activations; names layer and minibatch.
     """
     inputs = {n: x if isinstance(x, LayerInputs) else inputs_of(x) for n, x in layers.items()}
@@ -140,7 +141,7 @@ def _stream(
             if _all_ranks(bool(converged) and sum(converged.values()) >= options.delta * len(converged)):
                 break
     if n == 0:
-        raise ValueError("the training data loader gave no minibatch; EVA needs at least one to look at")
+        raise InputError("the training data loader gave no minibatch; EVA needs at least one to look at")
     state = _collect(capture, stopping, converged, plan, n, minor, options)
     state.seconds = time.perf_counter() - started
     return state
@@ -217,7 +218,7 @@ def _collect(
     results = _minor_results(engines) if minor else solve(engines, across_ranks=_world_size() > 1).results
     names = [n for n in capture.layers if capture.owner.get(n, n) in results]
     if not names:
-        raise ValueError("none of the layers to adapt ran in the forward pass; check forward_fn and target_modules")
+        raise InputError("none of the layers to adapt ran in the forward pass; check forward_fn and target_modules")
     of = {n: capture.owner.get(n, n) for n in names}
     components = {n: results[n].components.cpu() for n in set(of.values())}
     state = EVAState(

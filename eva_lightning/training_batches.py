@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from eva_lightning.errors import InputError
 from eva_lightning.side_effects import isolated_rng, restored_sources
 
 
@@ -19,7 +20,7 @@ def set_up_loader(trainer: pl.Trainer) -> int | float:
     """Have the Trainer set its training data up now instead of a moment later; returns the batches per epoch.
 
     Raises:
-        ValueError: the loader is empty, or a one-shot iterator whose batches would be lost to training.
+        InputError: the loader is empty, or a one-shot iterator whose batches would be lost to training.
     """
     trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader
@@ -27,7 +28,7 @@ def set_up_loader(trainer: pl.Trainer) -> int | float:
         _refuse_one_shot(part)
     n = trainer.num_training_batches
     if n == 0:
-        raise ValueError("the training data loader is empty (0 batches); EVA needs at least one batch to look at")
+        raise InputError("the training data loader is empty (0 batches); EVA needs at least one batch to look at")
     return n
 
 
@@ -84,7 +85,7 @@ def _refuse_one_shot(loader: Any) -> None:
             one_shot = first is iter(source)
     if one_shot:
         what = loader if isinstance(loader, Iterator) else dataset
-        raise ValueError(
+        raise InputError(
             f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches EVA looks at would "
             "be lost to training; pass a loader that can be iterated again, or EVAInitCallback(state=...) with a "
             "precomputed state"

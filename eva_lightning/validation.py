@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from eva_lightning.adapters.targets import nearest
+from eva_lightning.errors import InputError, InputTypeError
 from eva_lightning.initialization import INITS
 from eva_lightning.ranks import METRICS
 
@@ -36,27 +37,27 @@ def check_options(**options: Any) -> None:
     _choice("bias", o["bias"], BIASES)
     for name in ("forward_fn", "mask_fn"):
         if o[name] is not None and not callable(o[name]):
-            raise TypeError(f"{name} must be a function or None, got {o[name]!r}")
+            raise InputTypeError(f"{name} must be a function or None, got {o[name]!r}")
     if o["init"] == "minor" and o["engine"] in ("incremental", "sketch"):
-        raise ValueError(
+        raise InputError(
             f"init='minor' needs the whole spectrum, which engine={o['engine']!r} does not keep; use 'exact'"
         )
 
 
 def _number(name: str, value: Any, expected: str, test: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
+        raise InputTypeError(f"{name} must be {expected}, got {value!r}")
     if not math.isfinite(value) or not test(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise InputError(f"{name} must be {expected}, got {value!r}")
 
 
 def _integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise InputTypeError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{nearest(str(value), allowed)}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{nearest(str(value), allowed)}")

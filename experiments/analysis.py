@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from eva_lightning.errors import InputError
+
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
@@ -50,9 +52,9 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     least = {"r": 1, "components": 1, "orders": 2, "images": max(BATCH_SIZES), "epochs": 1, "seeds": 1}
     for name, smallest in {**least, "pretrain_epochs": 1}.items():
         if getattr(options, name) < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(options, name)}")
+            raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(options, name)}")
     if not options.lr > 0:
-        raise ValueError(f"--lr must be above 0, got {options.lr}")
+        raise InputError(f"--lr must be above 0, got {options.lr}")
     return options
 
 
@@ -60,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line `args` (``sys.argv`` for None) and return what ``analysis.json`` holds.
 
     Raises:
-        ValueError: An option is out of range; the message is one sentence.
+        InputError: An option is out of range; the message is one sentence.
     """
     options = parse_args(args)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -106,7 +108,7 @@ def _images(count: int) -> torch.Tensor:
 
     images = load_digits_split(CLASSES, tune_share=0.0, test_share=0.0).train.tensors[0]
     if count > len(images):
-        raise ValueError(f"--images must be at most {len(images)}, got {count}")
+        raise InputError(f"--images must be at most {len(images)}, got {count}")
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from eva_lightning.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,10 +80,10 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     if options.model and options.models:
-        raise ValueError(f"--model {options.model} and --models {options.models} exclude each other")
+        raise InputError(f"--model {options.model} and --models {options.models} exclude each other")
     options.precision = ALIASES.get(options.precision, options.precision)
     if options.precision not in PRECISIONS:
-        raise ValueError(f"--precision must be one of {', '.join((*ALIASES, *PRECISIONS))}, got {options.precision!r}")
+        raise InputError(f"--precision must be one of {', '.join((*ALIASES, *PRECISIONS))}, got {options.precision!r}")
     named = (options.models or options.model or options.default_model).split(",")
     options.model_names = [SIZES.get(name.strip(), name.strip()) for name in named]
     least = {"repeats": 1, "r": 1, "image_size": 1}
@@ -92,9 +94,9 @@ def _check(options: argparse.Namespace) -> None:
         options.callback_options = _callback_options(options)
     for name, smallest in least.items():
         if getattr(options, name) < smallest:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(options, name)}")
+            raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {getattr(options, name)}")
     if not options.rho >= 1:
-        raise ValueError(f"--rho must be at least 1, got {options.rho}")
+        raise InputError(f"--rho must be at least 1, got {options.rho}")
 
 
 def _callback_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _callback_options(options: argparse.Namespace) -> dict[str, Any]:
     tokens = options.tokens_per_sample
     if tokens is not None:
         if tokens != "all" and not (tokens.isdigit() and int(tokens) > 0):
-            raise ValueError(f"--tokens-per-sample must be a positive number or 'all', got {tokens!r}")
+            raise InputError(f"--tokens-per-sample must be a positive number or 'all', got {tokens!r}")
         given["tokens_per_sample"] = None if tokens == "all" else int(tokens)
     return given
 
@@ -114,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line `args` (``sys.argv`` for None) and return the JSON document.
 
     Raises:
-        FileNotFoundError, ValueError: An argument is wrong; the message is one sentence.
+        MissingInputError, InputError: An argument is wrong; the message is one sentence.
     """
     options = parse_args(args)
     from experiments.benchmark_setup import describe_machine
@@ -182,7 +184,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        raise InputError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

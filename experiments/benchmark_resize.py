@@ -84,7 +84,7 @@ def build_empty(model: str, image_size: int, precision: str) -> pl.LightningModu
     """A classifier whose weights are allocated and never written: their values do not matter here.
 
     Raises:
-        ValueError: Unknown model or unsuitable image size.
+        InputError: Unknown model or unsuitable image size.
     """
     from eva_lightning.vision.module import ImageClassifier
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError, MissingInputError
+
 if TYPE_CHECKING:
     from eva_lightning.vision.module import ImageClassifier
 
@@ -38,8 +40,8 @@ def make_images(folder: Path | None, n_batches: int, batch_size: int, size: int,
     spectra decay faster, and minibatches resemble each other more, than with real data.
 
     Raises:
-        FileNotFoundError: The folder does not exist.
-        ValueError: It holds too few images, or one that cannot be decoded.
+        MissingInputError: The folder does not exist.
+        InputError: It holds too few images, or one that cannot be decoded.
     """
     n = n_batches * batch_size
     rng = np.random.default_rng(seed)
@@ -60,10 +62,10 @@ def _of_folder(folder: Path, n: int, size: int, rng: np.random.Generator) -> tup
     from eva_lightning.vision.data.images import load_image
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"--images {folder} is not a folder")
+        raise MissingInputError(f"--images {folder} is not a folder")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < n:
-        raise ValueError(
+        raise InputError(
             f"--images {folder} holds {len(files)} images, {n} are needed: lower --batches or --batch-size"
         )
     chosen = rng.choice(len(files), n, replace=False)
@@ -119,7 +121,7 @@ def build_classifier(model: str, image_size: int, weights: Path | None, seed: in
     """The project's :class:`~eva_lightning.vision.module.ImageClassifier`, from a weight file or realistic at random.
 
     Raises:
-        FileNotFoundError, ValueError: unknown model, unsuitable image size, missing or unreadable weights.
+        MissingInputError, InputError: unknown model, unsuitable image size, missing or unreadable weights.
     """
     from eva_lightning.vision.backbone.timm_models import resolve_model
     from eva_lightning.vision.backbone.weights import resolve_weights

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 from experiments.demo_runs import (
     ADAPTERS,
     METHODS,
@@ -107,11 +107,11 @@ def read_learning_rates(path: Path) -> dict[str, float]:
     """Learning rate per method out of the configuration file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file lacks a method or gives a rate that is not a positive number.
+        MissingInputError: there is no such file.
+        InputError: the file lacks a method or gives a rate that is not a positive number.
     """
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"no configuration at {_shown(path)}: choose learning rates with --tune, or pass --config"
         )
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def read_learning_rates(path: Path) -> dict[str, float]:
     for method in METHODS:
         rate = rates.get(method)
         if not isinstance(rate, int | float) or not rate > 0:
-            raise ValueError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
+            raise InputError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
     return {method: float(rates[method]) for method in METHODS}
 
 

@@ -91,8 +91,8 @@ def run_demo(out: Path, config_file: Path, workers: int, fresh: bool, console: C
     """Fine-tune, roll out, film; print the table.
 
     Raises:
-        FileNotFoundError: The configuration or the checkpoint is missing.
-        ValueError: A setting is wrong.
+        MissingInputError: The configuration or the checkpoint is missing.
+        InputError: A setting is wrong.
     """
     config = Config.read(config_file)
     setup = config.setup
@@ -344,8 +344,8 @@ def run_tuning(
     over tasks and seeds.
 
     Raises:
-        FileNotFoundError: The checkpoint is missing.
-        ValueError: A setting is wrong.
+        MissingInputError: The checkpoint is missing.
+        InputError: A setting is wrong.
     """
     config = Config.read(config_file, rates_needed=False)
     setup = config.setup

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eva_lightning.errors import InputError, MissingInputError
 from experiments.demo_runs import code_fingerprint, quiet, single_thread
 
 METHODS = {"fft": "Full fine-tuning", "lora": "LoRA", "eva": "EVA"}
@@ -68,7 +69,7 @@ class Setup:
         object.__setattr__(self, "tasks", parse_tasks(",".join(self.tasks)))
         for name, least in (("seeds", 1), ("updates", 1), ("episodes", 1), ("demonstrations", 1), ("film_size", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"setup.{name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"setup.{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def init(self) -> Path:
@@ -99,20 +100,20 @@ class Config:
         """Read the file.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: A setting is unknown or wrong, or a method lacks a learning rate above 0.
+            MissingInputError: There is no such file.
+            InputError: A setting is unknown or wrong, or a method lacks a learning rate above 0.
         """
         from eva_lightning.errors import unknown
 
         if not path.is_file():
-            raise FileNotFoundError(f"no configuration at {path}: pass --rl-config")
+            raise MissingInputError(f"no configuration at {path}: pass --rl-config")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = content if isinstance(content, dict) else {}
         settings = dict(content.get("setup") or {})
         names = [field.name for field in dataclasses.fields(Setup)]
         for name in settings:
             if name not in names:
-                raise ValueError(f"{path}: {unknown('setting', name, names)}")
+                raise InputError(f"{path}: {unknown('setting', name, names)}")
         if isinstance(settings.get("tasks"), list):
             settings["tasks"] = tuple(settings["tasks"])
         setup = Setup(**settings)
@@ -120,7 +121,7 @@ class Config:
         for method in METHODS if rates_needed else ():
             rate = rates.get(method)
             if not isinstance(rate, int | float) or not rate > 0:
-                raise ValueError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
+                raise InputError(f"{path}: learning_rates.{method} must be a positive number, got {rate!r}")
         return cls(setup, {name: float(rate) for name, rate in rates.items()}, content.get("tuning") or {})
 
 
@@ -212,7 +213,7 @@ class Workplace:
             *(_ROOT / "experiments" / "metaworld" / f"{n}.py" for n in ("finetune", "validation")),
         ]
         if not self.setup.init.is_file():
-            raise FileNotFoundError(f"there is no checkpoint {self.setup.checkpoint}: see setup.checkpoint")
+            raise MissingInputError(f"there is no checkpoint {self.setup.checkpoint}: see setup.checkpoint")
         settings = {k: v for k, v in dataclasses.asdict(self.setup).items() if k not in ("seeds", "film_size", "tasks")}
         material = {
             "settings": settings,

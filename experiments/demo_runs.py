@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from eva_lightning.errors import InputError
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
 
 METHODS = {"full": "Full fine-tuning", "lora": "LoRA", "eva_rho1": "EVA ρ=1", "eva_rho2": "EVA ρ=2"}
@@ -63,7 +64,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
 
 
 @dataclass

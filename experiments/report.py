@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eva_lightning import plots
+from eva_lightning.errors import InputError
 from eva_lightning.vision.digits import PIXEL_MEAN, PIXEL_STD, load_digits_split
 from experiments.demo_runs import METHODS, Pretrained, Pretraining, RunResult
 from experiments.demo_summary import (
@@ -305,10 +306,10 @@ def vision_section(results: Sequence[RunResult], facts: Facts, careful: Sequence
         careful: the adapters' runs at a lower rate, the same for all.
 
     Raises:
-        ValueError: there are no results.
+        InputError: there are no results.
     """
     if not results:
-        raise ValueError("results must hold at least one run, got none")
+        raise InputError("results must hold at least one run, got none")
     rows = summarise(results)
     run, n_seeds = results[0].run, len(facts.seeds)
     redistributed = by_method(results).get("eva_rho2", [])

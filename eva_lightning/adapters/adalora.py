@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError
+
 #: Start rank over final rank, as in AdaLoRA's section 4 and PEFT's defaults (12 and 8).
 START_OVER_FINAL = 1.5
 #: Shares of training before ranks shrink and after they are final; AdaLoRA's GLUE runs use about these.
@@ -32,7 +34,7 @@ class RankAllocation:
         total_steps: Optimizer steps of the whole training.
 
     Raises:
-        ValueError: The module has no AdaLoRA layers, or the number of steps is not a finite number above 0.
+        InputError: The module has no AdaLoRA layers, or the number of steps is not a finite number above 0.
     """
 
     def __init__(self, module: nn.Module, total_steps: float) -> None:
@@ -42,9 +44,9 @@ class RankAllocation:
 
         layers = [layer for layer in lora_layers(module) if hasattr(layer.module, "lora_E")]
         if not layers:
-            raise ValueError(f"{type(module).__name__} has no AdaLoRA layers")
+            raise InputError(f"{type(module).__name__} has no AdaLoRA layers")
         if not 0 < total_steps < float("inf"):
-            raise ValueError(f"AdaLoRA's schedule needs the number of training steps, got {total_steps}: set max_steps")
+            raise InputError(f"AdaLoRA's schedule needs the number of training steps, got {total_steps}: set max_steps")
         self.module = module
         self.config = layers[0].config
         self.config.total_step = int(total_steps)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError
 from eva_lightning.layer_inputs import Convolution, LayerInputs, PatchInputs
 
 
@@ -134,7 +135,7 @@ class AdapterLayer:
     def write(self, a: Tensor) -> None:
         """Set A to ``a`` (rank, in_features), rounded to the parameter's dtype, and B (and its bias) to zero."""
         if tuple(a.shape) != (self.a.shape[0], self.in_features):
-            raise ValueError(
+            raise InputError(
                 f"layer {self.name!r}: A has shape {(self.a.shape[0], self.in_features)}, got {tuple(a.shape)}"
             )
         with torch.no_grad():
@@ -151,7 +152,7 @@ class AdapterLayer:
         DoRA, biases in B and quantised weights go through PEFT's own ``merge``.
 
         Raises:
-            ValueError: the merged weights are NaN or infinite.
+            InputError: the merged weights are NaN or infinite.
         """
         base: Any = self.base
         special = self.adapter in self.module.lora_variant or self.module.lora_B[self.adapter].bias is not None
@@ -163,7 +164,7 @@ class AdapterLayer:
             delta = delta.T if getattr(self.module, "fan_in_fan_out", False) else delta
             merged = (base.weight.float() + delta.reshape(base.weight.shape)).to(base.weight.dtype)
             if not torch.isfinite(merged).all():
-                raise ValueError(f"layer {self.name!r}: merged weights are NaN or infinite")
+                raise InputError(f"layer {self.name!r}: merged weights are NaN or infinite")
             base.weight.copy_(merged)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.errors import InputError
 
 Initialisation = Literal["lora", "pissa", "milora", "olora", "corda", "lora-ga"]
 """How an adapter starts: "lora" with A random and B = 0, the others as a part of the base weight."""
@@ -39,7 +40,7 @@ def capped(
     LoRA-GA takes B from other directions than A, and so needs twice as many as the rank.
 
     Raises:
-        ValueError: There is not even one direction; names the layer.
+        InputError: There is not even one direction; names the layer.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -47,7 +48,7 @@ def capped(
         weight: Any = module.get_submodule(name).weight
         rank = min(r, min(weight.shape) // (2 if initialisation == "lora-ga" else 1))
         if rank < 1:
-            raise ValueError(
+            raise InputError(
                 f"{initialisation} needs layers of at least 2 inputs and outputs, but {name!r} has a weight of shape "
                 f"{tuple(weight.shape)}; leave it out"
             )

@@ -16,6 +16,7 @@ from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
 from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers, replace_everywhere
+from eva_lightning.errors import InputError
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
@@ -35,7 +36,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        ValueError: there are no LoRA layers, they come from several LoraConfigs, or PEFT cannot tell by its name a
+        InputError: there are no LoRA layers, they come from several LoraConfigs, or PEFT cannot tell by its name a
             module that trained in full from another.
     """
     from peft import PeftModel
@@ -45,9 +46,9 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         model = model.get_base_model()
     layers = lora_layers(model)
     if not find_adapters(model) and not is_adalora(model):
-        raise ValueError(f"{type(model).__name__} has no LoRA layers to save")
+        raise InputError(f"{type(model).__name__} has no LoRA layers to save")
     if len({id(layer.config) for layer in layers}) > 1:
-        raise ValueError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
+        raise InputError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
     config = copy.deepcopy(layers[0].config)
     names = [_plain(name) for name, _ in model.named_modules()]
     describe_layers(config, [(_plain(layer.path), layer) for layer in layers], names)
@@ -116,7 +117,7 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
     ``merge``.
 
     Raises:
-        ValueError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
+        InputError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
     """
     for layer in lora_layers(module):
         base = layer.base
@@ -136,7 +137,7 @@ def _check_reach(whole: list[str], names: list[str]) -> None:
     for name in whole:
         others = [n for n in names if n.endswith(name) and n not in whole and not n.startswith(f"{name}.")]
         if others:
-            raise ValueError(
+            raise InputError(
                 f"{name!r} trained in full, but PEFT would take {others[0]!r} for it too when loading, because their "
                 "names end alike; rename one of them"
             )

@@ -29,7 +29,7 @@ from eva_lightning.adapters.registry import (
 )
 from eva_lightning.adapters.supported_layers import is_linear
 from eva_lightning.adapters.targets import find_targets, language_model_heads
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.side_effects import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
@@ -114,19 +114,19 @@ def inject(
             rank they start with.
 
     Raises:
-        ValueError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
+        InputError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
             initialisation is unknown or not possible on a layer.
     """
     if initialisation not in PEFT_NAMES:
-        raise ValueError(unknown("initialisation", initialisation, PEFT_NAMES))
+        raise InputError(unknown("initialisation", initialisation, PEFT_NAMES))
     if find_adapters(module):
-        raise ValueError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
+        raise InputError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     targets, heads = find_targets(module, target_modules, exclude, head)
     if initialisation != "lora" or adalora is not None:
         for name in targets:
             if not is_linear(module.get_submodule(name)):
                 kind = initialisation if adalora is None else "adalora"
-                raise ValueError(f"{kind} adapts linear layers only, but {name!r} is not one; leave it out")
+                raise InputError(f"{kind} adapts linear layers only, but {name!r} is not one; leave it out")
     frozen = [h for h in heads if h in language_model_heads(module)] if head == "auto" else []
     heads = [h for h in heads if h not in frozen]
     requires_grad = [(p, p.requires_grad) for p in module.parameters()]
@@ -228,13 +228,13 @@ def _refuse_weights(weights: Mapping[str, Tensor], initialisation: str) -> None:
     owners: dict[int, str] = {}
     for name, weight in weights.items():
         if not weight.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"{initialisation} takes a part out of the base weight, but that of {name!r} is quantised "
                 f"({weight.dtype}); use lora, or weights in full precision"
             )
         owner = owners.setdefault(id(weight), name)
         if owner != name:
-            raise ValueError(
+            raise InputError(
                 f"{initialisation} takes a part out of the base weight, but {owner!r} and {name!r} share theirs; leave "
                 "one of them out"
             )

@@ -12,6 +12,7 @@ from torch import nn
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer, SkippedLayer
 from eva_lightning.adapters.attention import OUT_PROJECTION
+from eva_lightning.errors import InputError
 
 CONFIG_ATTRIBUTE = "_eva_lightning_config"
 """Where layers that we inject keep their LoraConfig, so that a part of the module (``module.net``) knows it too."""
@@ -25,7 +26,7 @@ def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[st
         adapter_name: the adapter wanted; by default the one that is active.
 
     Raises:
-        ValueError: several adapters are active at once and ``adapter_name`` does not say which is meant.
+        InputError: several adapters are active at once and ``adapter_name`` does not say which is meant.
     """
     layers = lora_layers(module, adapter_name)
     return {layer.name: layer for layer in layers if not isinstance(layer, SkippedLayer)}
@@ -57,7 +58,7 @@ def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[Adap
         config = _config_of(path, adapter, configs) or getattr(m, CONFIG_ATTRIBUTE, None)
         layer = make_layer(canonical(path), path, m, adapter, config, attentions.get(id(m)))
         if config is None and not isinstance(layer, SkippedLayer):
-            raise ValueError(
+            raise InputError(
                 f"the LoRA layer {canonical(path)!r} belongs to no PeftModel and no module with a `peft_config`; make "
                 "adapters with peft.get_peft_model, peft.inject_adapter_in_model or eva_lightning.adapters.inject"
             )
@@ -214,7 +215,7 @@ def _relative(path: str, root: str) -> str:
 def _active_adapter(layer: Any, name: str) -> str | None:
     active = [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
     if len(active) > 1:
-        raise ValueError(
+        raise InputError(
             f"layer {name!r} has {len(active)} active adapters {active}; activate one with set_adapter(name)"
         )
     return active[0] if active else None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from eva_lightning.adapters.supported_layers import OUT_PROJECTION_IS_SILENT, is_adaptable, is_linear, refusal
+from eva_lightning.errors import InputError
 
 HEAD_NAMES = frozenset(
     {"head", "heads", "classifier", "score", "lm_head", "fc", "fc_out", "out", "output", "output_layer", "predictor"}
@@ -42,7 +43,7 @@ def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> l
     nn.Linear outside repeated blocks with a customary name (``HEAD_NAMES``), then takes the last nn.Linear defined.
 
     Raises:
-        ValueError: a name given is not in the module.
+        InputError: a name given is not in the module.
     """
     if head is None:
         return []
@@ -51,7 +52,7 @@ def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> l
         known = [n for n, _ in module.named_modules() if n]
         for name in names:
             if name not in known:
-                raise ValueError(f"head: the module has no layer {name!r}{nearest(name, known)}")
+                raise InputError(f"head: the module has no layer {name!r}{nearest(name, known)}")
         return names
     layers = linear_layers(module)
     for accessor in ("get_classifier", "get_output_embeddings"):
@@ -93,7 +94,7 @@ def find_targets(
         head: see :func:`find_head`.
 
     Raises:
-        ValueError: an entry matches nothing (the nearest name is suggested) or a layer that cannot be adapted (an
+        InputError: an entry matches nothing (the nearest name is suggested) or a layer that cannot be adapted (an
             nn.Embedding, a grouped convolution; says why), or nothing is left to adapt.
     """
     layers = list(linear_layers(module))
@@ -109,7 +110,7 @@ def find_targets(
     for name in targets:
         _refuse(name, refusal(module.get_submodule(name)))
     if not targets:
-        raise ValueError(
+        raise InputError(
             f"{type(module).__name__} has no layer to adapt: {len(layers)} nn.Linear in all, output head {heads}; "
             "name the layers with target_modules= or the head with head="
         )
@@ -128,7 +129,7 @@ def _select_targets(module: nn.Module, patterns: str | Iterable[str]) -> list[st
             hits.append(pattern)
         if not hits:
             _explain(module, pattern, is_regex)
-            raise ValueError(f"target_modules: no layer matches {pattern!r}{nearest(pattern, names)}")
+            raise InputError(f"target_modules: no layer matches {pattern!r}{nearest(pattern, names)}")
         keep.update(hits)
     return [n for n in names if n in keep]
 
@@ -143,21 +144,21 @@ def _explain(module: nn.Module, pattern: str, is_regex: bool) -> None:
 
 def _refuse(name: str, reason: str | None) -> None:
     if reason is not None:
-        raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+        raise InputError(f"target_modules: {name!r} cannot be adapted: {reason}")
 
 
 def select(names: Sequence[str], patterns: str | Iterable[str], argument: str) -> list[str]:
     """Those of ``names`` that match ``patterns`` (see :func:`find_targets`), in their order.
 
     Raises:
-        ValueError: a pattern matches none of them; names the argument, the pattern and the nearest name.
+        InputError: a pattern matches none of them; names the argument, the pattern and the nearest name.
     """
     is_regex = isinstance(patterns, str)
     keep: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = _matches(names, pattern, is_regex)
         if not hits:
-            raise ValueError(f"{argument}: no layer matches {pattern!r}{nearest(pattern, names)}")
+            raise InputError(f"{argument}: no layer matches {pattern!r}{nearest(pattern, names)}")
         keep.update(hits)
     return [n for n in names if n in keep]
 

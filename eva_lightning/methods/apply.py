@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.side_effects import isolated_rng
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class AdapterOptions:
         seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
 
     Raises:
-        ValueError, TypeError: A value is out of range.
+        InputError, InputTypeError: A value is out of range.
     """
 
     rank: int = 16
@@ -68,7 +68,7 @@ class AdapterOptions:
 
         EVAInitCallback(**self._for_callback())  # which checks its values
         if not 0 < self.lora_plus_ratio < math.inf:
-            raise ValueError(f"lora_plus_ratio must be a finite number above 0, got {self.lora_plus_ratio}")
+            raise InputError(f"lora_plus_ratio must be a finite number above 0, got {self.lora_plus_ratio}")
 
     def callback(
         self,
@@ -80,7 +80,7 @@ class AdapterOptions:
         """The callback with these options, for a module whose output layer is called `head`.
 
         Raises:
-            FileNotFoundError, ValueError: The file of the given state is missing or damaged.
+            MissingInputError, InputError: The file of the given state is missing or damaged.
         """
         from eva_lightning.callback import EVAInitCallback
 
@@ -221,7 +221,7 @@ def _scratch(module: L.LightningModule, options: AdapterOptions, where: Where) -
             if callable(reset):
                 layers.append(reset)
             elif next(layer.parameters(recurse=False), None) is not None:
-                raise ValueError(
+                raise InputError(
                     f"scratch cannot draw new weights for {name or type(module).__name__!r}: {type(layer).__name__} "
                     "has parameters but no reset_parameters()"
                 )
@@ -247,7 +247,7 @@ def _injected(**special: Any) -> Prepare:
 
 def _lora_plus(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:
     if not hasattr(module, "lr_multipliers"):
-        raise ValueError(
+        raise InputError(
             f"lora+ trains B at another rate than A, and {type(module).__name__} has no lr_multipliers by which its "
             "configure_optimizers could know"
         )
@@ -349,8 +349,8 @@ def apply_method(
         mask_fn: ``mask_fn(batch)``: True for the tokens that count in EVA's decomposition (padding left out).
 
     Raises:
-        ValueError: Unknown method (names the nearest), or one that is not possible on this module.
+        InputError: Unknown method (names the nearest), or one that is not possible on this module.
     """
     if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
+        raise InputError(unknown("method", method, METHODS))
     return METHODS[method](module, options, Where(head, exclude, mask_fn))

@@ -17,6 +17,7 @@ from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
 from eva_lightning.callback import rebuild_optimizers, refresh_averages
+from eva_lightning.errors import InputError
 from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
@@ -52,7 +53,7 @@ class DataDrivenStart(pl.Callback):
         verbose: Say what was done, in one line.
 
     Raises:
-        ValueError: `max_batches` is below 1; in ``setup``: a strategy that shards weights.
+        InputError: `max_batches` is below 1; in ``setup``: a strategy that shards weights.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DataDrivenStart(pl.Callback):
     ) -> None:
         super().__init__()
         if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+            raise InputError(f"max_batches must be at least 1, got {max_batches}")
         self.kind = kind
         self.max_batches = DEFAULT_BATCHES[kind] if max_batches is None else max_batches
         self.mask_fn = mask_fn
@@ -75,7 +76,7 @@ class DataDrivenStart(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         if stage == "fit" and isinstance(trainer.strategy, _SHARDED):
-            raise ValueError(
+            raise InputError(
                 f"{_NAMES[self.kind]} decomposes whole base weights, which {type(trainer.strategy).__name__} shards: "
                 "train it on one device or with DDP"
             )

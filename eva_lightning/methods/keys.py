@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 StateKind = Literal["major", "minor"]
 """Which end of the spectrum of a layer's inputs an EVA state holds: components of most, or of least, variance."""
@@ -67,7 +67,7 @@ def eva_state_kind(method: str) -> StateKind | None:
     """Which kind of EVA state `method` starts from: one of kind "major" serves all but eva-minor; None: it needs none.
 
     Raises:
-        ValueError: Unknown method; names the nearest.
+        InputError: Unknown method; names the nearest.
     """
     return MethodKey.parse(method).state_kind
 
@@ -81,7 +81,7 @@ class MethodKey:
         rho: Largest rank over mean rank, at least 1 (1 keeps ranks uniform); None for methods without redistribution.
 
     Raises:
-        ValueError: Unknown method (names the nearest), ρ below 1, missing, or given to a method that has none.
+        InputError: Unknown method (names the nearest), ρ below 1, missing, or given to a method that has none.
     """
 
     method: str
@@ -89,32 +89,32 @@ class MethodKey:
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_TRAITS:
-            raise ValueError(unknown("method", self.method, METHOD_TRAITS))
+            raise InputError(unknown("method", self.method, METHOD_TRAITS))
         if not self.traits.redistributes:
             if self.rho is not None:
-                raise ValueError(
+                raise InputError(
                     f"{self.method} has no rho, as it keeps ranks as they are, got {self.method}:{self.rho:g}"
                 )
         elif self.rho is None or not 1 <= self.rho < math.inf:
-            raise ValueError(f"the rho of {self.method} must be a number of at least 1, got {self.rho}")
+            raise InputError(f"the rho of {self.method} must be a number of at least 1, got {self.rho}")
 
     @classmethod
     def parse(cls, text: str) -> MethodKey:
         """A key from what a user typed: a name, or a name, a colon and ρ; ρ is 2 where it is left out.
 
         Raises:
-            ValueError: As the class, or what follows the colon is no number.
+            InputError: As the class, or what follows the colon is no number.
         """
         method, colon, number = text.strip().partition(":")
         traits = METHOD_TRAITS.get(method)
         if traits is None:
-            raise ValueError(unknown("method", method, METHOD_TRAITS))
+            raise InputError(unknown("method", method, METHOD_TRAITS))
         if not colon:
             return cls(method, DEFAULT_RHO if traits.redistributes else None)
         try:
             rho = float(number)
         except ValueError:
-            raise ValueError(
+            raise InputError(
                 f"what follows the colon in {text.strip()!r} must be rho, a number of at least 1"
             ) from None
         return cls(method, rho)

@@ -113,7 +113,7 @@ def weight_gradients(
 
     Raises:
         FloatingPointError: NaN or infinite gradients; names the layer.
-        ValueError, TypeError: ``training_step`` gives no loss.
+        InputError, InputTypeError: ``training_step`` gives no loss.
     """
     gradients = {name: Mean(torch.zeros_like(p, dtype=torch.float32)) for name, p in weights.items()}
     modes = [(m, m.training) for m in module.modules()]

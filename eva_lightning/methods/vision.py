@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods import apply as methods
 from eva_lightning.methods.apply import AdapterCheckpoints, AdapterOptions
 from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey, eva_state_kind
@@ -65,12 +65,12 @@ def apply_method(method: str, module: ImageClassifier, options: AdapterOptions) 
     ``"eva-permute"``, ``"eva-minor"`` and ``"lora-redistribute"`` are EVA with another ``init``.
 
     Raises:
-        ValueError: Unknown method (names the nearest), or options that contradict it.
+        InputError: Unknown method (names the nearest), or options that contradict it.
     """
     if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
+        raise InputError(unknown("method", method, METHODS))
     if options.state is not None and eva_state_kind(method) is None:
-        raise ValueError(f"{method} starts from no EVA state, but one is given: {options.state}")
+        raise InputError(f"{method} starts from no EVA state, but one is given: {options.state}")
     if options.init != "eva" and method not in ("eva", "eva-dora") and eva_state_kind(method) is not None:
-        raise ValueError(f"{method} has an initialisation of its own: leave init={options.init!r} to eva and eva-dora")
+        raise InputError(f"{method} has an initialisation of its own: leave init={options.init!r} to eva and eva-dora")
     return METHODS[method](module, options)

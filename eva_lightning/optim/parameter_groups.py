@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from eva_lightning.errors import InputError
+
 Multiplier = Callable[[str], float]
 """From a parameter's name in the LightningModule to the factor on its learning rate."""
 
@@ -30,7 +32,7 @@ def parameter_groups(
             magnitudes).
 
     Raises:
-        ValueError: A multiplier gives a negative number or NaN; names the parameter.
+        InputError: A multiplier gives a negative number or NaN; names the parameter.
     """
     chosen = list(multipliers)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -41,7 +43,7 @@ def parameter_groups(
         for multiplier in chosen:
             factor *= multiplier(name)
         if not factor >= 0:
-            raise ValueError(f"the learning-rate multiplier of {name} must be at least 0, got {factor}")
+            raise InputError(f"the learning-rate multiplier of {name} must be at least 0, got {factor}")
         decay = 0.0 if decay_matrices_only and parameter.ndim <= 1 else weight_decay
         empty = {"params": [], "lr": lr * factor, "weight_decay": decay}
         groups.setdefault((factor, decay), empty)["params"].append(parameter)
@@ -58,13 +60,13 @@ def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
         Multiplier by name in ``model.named_parameters()``.
 
     Raises:
-        ValueError: The model does not say in which order its layers come.
+        InputError: The model does not say in which order its layers come.
     """
     from timm.models import group_parameters
 
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} does not say in which order its layers come (timm's group_matcher), which "
             "layer-wise learning-rate decay needs: use another model or set layer_decay to None"
         )

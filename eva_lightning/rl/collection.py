@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.demonstrations import (
     INDEX,
     DemonstrationIndex,
@@ -59,7 +60,7 @@ class Conditions:
         horizon: Steps per episode.
 
     Raises:
-        ValueError: `noise` is negative or not finite, or `horizon` is not from 1 to 500.
+        InputError: `noise` is negative or not finite, or `horizon` is not from 1 to 500.
     """
 
     noise: float
@@ -68,9 +69,9 @@ class Conditions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < float("inf"):
-            raise ValueError(f"noise must be at least 0 and finite, got {self.noise}")
+            raise InputError(f"noise must be at least 0 and finite, got {self.noise}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be at least 0 and below 2^31, got {self.seed}")
+            raise InputError(f"seed must be at least 0 and below 2^31, got {self.seed}")
         check_horizon(self.horizon)
 
 
@@ -181,7 +182,7 @@ def collect(
         The folder's index, of these and all other tasks.
 
     Raises:
-        ValueError: An argument is wrong, the folder holds demonstrations made with another noise, seed or horizon, or
+        InputError: An argument is wrong, the folder holds demonstrations made with another noise, seed or horizon, or
             another process is collecting into it.
         RuntimeError: A process ended unexpectedly; finished episodes are kept.
     """
@@ -189,10 +190,10 @@ def collect(
     conditions = Conditions(float(noise), seed, horizon)
     for name, value in (("episodes", episodes), ("workers", workers)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name} must be at least 1, got {value}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"demonstrations need a folder, and {folder} is a file")
+        raise InputError(f"demonstrations need a folder, and {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     with _only_writer(folder):
         _refuse_other_conditions(folder, conditions)
@@ -327,7 +328,7 @@ def _refuse_other_conditions(folder: Path, conditions: Conditions) -> None:
         for name in ("noise", "seed", "horizon"):
             there, now = getattr(entry, name), getattr(conditions, name)
             if there != now:
-                raise ValueError(
+                raise InputError(
                     f"{folder} holds demonstrations of {task} with {name} {there}, not {now}: choose another folder"
                 )
 
@@ -341,7 +342,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is collecting into {folder}: wait for it or end it") from None
+            raise InputError(f"another process is collecting into {folder}: wait for it or end it") from None
         yield
 
 

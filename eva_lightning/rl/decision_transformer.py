@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 #: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
 MODALITIES = ("return", "state", "action", "reward")
@@ -42,7 +42,7 @@ class Normalisation(nn.Module):
         reward_scale: Rewards are divided by this.
 
     Raises:
-        ValueError: The statistics differ in length, or a scale is not above 0.
+        InputError: The statistics differ in length, or a scale is not above 0.
     """
 
     state_mean: Tensor
@@ -57,12 +57,12 @@ class Normalisation(nn.Module):
     ) -> None:
         super().__init__()
         if len(state_mean) != len(state_std):
-            raise ValueError(
+            raise InputError(
                 f"state_mean and state_std must be of one length, got {len(state_mean)} and {len(state_std)}"
             )
         for name, value in (("return_scale", return_scale), ("reward_scale", reward_scale)):
             if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise InputError(f"{name} must be above 0, got {value}")
         std = torch.tensor(list(state_std), dtype=torch.float32).clamp(min=MINIMUM_STD)
         self.register_buffer("state_mean", torch.tensor(list(state_mean), dtype=torch.float32), persistent=False)
         self.register_buffer("state_std", std, persistent=False)
@@ -202,7 +202,7 @@ class DecisionTransformer(nn.Module):
         max_timesteps: Steps of the longest episode; used by ``"timestep"``.
 
     Raises:
-        ValueError: A size is below 1, `heads` does not divide `width`, or `dropout` is not in [0, 1).
+        InputError: A size is below 1, `heads` does not divide `width`, or `dropout` is not in [0, 1).
     """
 
     def __init__(
@@ -228,13 +228,13 @@ class DecisionTransformer(nn.Module):
             ("max_timesteps", max_timesteps),
         ):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if width % heads:
-            raise ValueError(f"heads must divide width {width}, got {heads}")
+            raise InputError(f"heads must divide width {width}, got {heads}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+            raise InputError(f"dropout must be in [0, 1), got {dropout}")
         if positions not in POSITIONS:
-            raise ValueError(unknown("positions", positions, POSITIONS))
+            raise InputError(unknown("positions", positions, POSITIONS))
         self.state_dim, self.action_dim = state_dim, action_dim
         self.width, self.heads, self.context, self.dropout = width, heads, context, dropout
         self.positions = positions
@@ -281,7 +281,7 @@ class DecisionTransformer(nn.Module):
             ``(B, K, action_dim)``.
 
         Raises:
-            ValueError: The window is longer than the context.
+            InputError: The window is longer than the context.
         """
         x = self.embed_steps(states, actions, rewards, returns_to_go)  # (B, K, 4, width)
         x = self.place(x.flatten(1, 2), timesteps)  # (B, 4K, width)
@@ -306,15 +306,15 @@ class DecisionTransformer(nn.Module):
         """Add the position embedding to `tokens` ``(B, T, width)``, the first of which is token `start` of the window.
 
         Raises:
-            ValueError: The window is longer than the context, or time steps are needed and not given.
+            InputError: The window is longer than the context, or time steps are needed and not given.
         """
         end = start + tokens.shape[1]
         if end > TOKENS_PER_STEP * self.context:
-            raise ValueError(f"a window must have at most {self.context} steps, got {-(-end // TOKENS_PER_STEP)}")
+            raise InputError(f"a window must have at most {self.context} steps, got {-(-end // TOKENS_PER_STEP)}")
         if self.positions == "global":
             return tokens + self.embed_position.weight[start:end]
         if timesteps is None:
-            raise ValueError("a model with positions='timestep' needs the timesteps of the window")
+            raise InputError("a model with positions='timestep' needs the timesteps of the window")
         steps = timesteps.repeat_interleave(TOKENS_PER_STEP, dim=1)[:, start % TOKENS_PER_STEP :]
         placed: Tensor = tokens + self.embed_position(steps[:, : tokens.shape[1]])
         return placed

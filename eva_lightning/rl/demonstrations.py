@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
 from eva_lightning.rl.tasks import resolve_task
 
@@ -53,7 +54,7 @@ class TaskDemonstrations:
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 3:
-            raise ValueError(f"{self.task}: actions have shape (N, T, {ACTION_DIM}), got {self.actions.shape}")
+            raise InputError(f"{self.task}: actions have shape (N, T, {ACTION_DIM}), got {self.actions.shape}")
         n, steps = self.actions.shape[:2]
         expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
             "observations": ((n, steps + 1, STATE_DIM), np.float32),
@@ -67,7 +68,7 @@ class TaskDemonstrations:
             array = getattr(self, name)
             if array.shape != shape or array.dtype != dtype:
                 wanted = f"{np.dtype(dtype)} {shape}"
-                raise ValueError(f"{self.task}: {name} must be {wanted}, got {array.dtype} {array.shape}")
+                raise InputError(f"{self.task}: {name} must be {wanted}, got {array.dtype} {array.shape}")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -159,14 +160,14 @@ class DemonstrationIndex:
         """The entry of `task`.
 
         Raises:
-            FileNotFoundError: The folder has no such demonstrations; says how to get them.
+            MissingInputError: The folder has no such demonstrations; says how to get them.
         """
         if task not in self.tasks:
             have = f"it has {', '.join(self.tasks)}" if self.tasks else "it has none"
             if len(self.tasks) > 6:
                 have = f"it has {len(self.tasks)} other tasks"
             command = _COLLECT.format(task=task, folder=self.folder)
-            raise FileNotFoundError(
+            raise MissingInputError(
                 f"no demonstrations of {task} in {self.folder} ({have}): collect them with {command}"
             )
         return self.tasks[task]
@@ -176,13 +177,13 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
     """The index of a folder of demonstrations.
 
     Raises:
-        FileNotFoundError: There is none; says how to make one.
-        ValueError: It is damaged, or of a later version of this project.
+        MissingInputError: There is none; says how to make one.
+        InputError: It is damaged, or of a later version of this project.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
         command = _COLLECT.format(task="mt40", folder=folder)
-        raise FileNotFoundError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
+        raise MissingInputError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
@@ -192,9 +193,9 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
             for task, entry in sorted(content["tasks"].items())
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: delete {Path(folder)} and collect again") from error
+        raise InputError(f"{path} is damaged: delete {Path(folder)} and collect again") from error
     if version != _FORMAT:
-        raise ValueError(f"{path} has format {version}, this version of the project reads format {_FORMAT}")
+        raise InputError(f"{path} has format {version}, this version of the project reads format {_FORMAT}")
     return DemonstrationIndex(Path(folder), tasks)
 
 
@@ -207,21 +208,21 @@ def load_task(folder: str | Path, task: str, episodes: int | None = None) -> Tas
         episodes: Only the first so many.
 
     Raises:
-        FileNotFoundError: Folder, task or file is missing.
-        ValueError: The file is not the one the index describes, or has too few episodes.
+        MissingInputError: Folder, task or file is missing.
+        InputError: The file is not the one the index describes, or has too few episodes.
     """
     task = resolve_task(task)
     entry = read_index(folder)[task]
     if episodes is not None and not 1 <= episodes <= entry.episodes:
-        raise ValueError(f"{folder} has {entry.episodes} episodes of {task}, asked for {episodes}")
+        raise InputError(f"{folder} has {entry.episodes} episodes of {task}, asked for {episodes}")
     path = Path(folder) / entry.file
     again = f"make it again with {_COLLECT.format(task=task, folder=folder)} --episodes {entry.episodes}"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"demonstration file {path} is missing: {again}") from None
+        raise MissingInputError(f"demonstration file {path} is missing: {again}") from None
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ValueError(f"demonstration file {path} is damaged (its SHA-256 is not the one in {INDEX}): {again}")
+        raise InputError(f"demonstration file {path} is damaged (its SHA-256 is not the one in {INDEX}): {again}")
     return decode(task, content).episodes(stop=episodes)
 
 
@@ -229,13 +230,13 @@ def decode(task: str, content: bytes) -> TaskDemonstrations:
     """Demonstrations from the bytes of a file.
 
     Raises:
-        ValueError: They are not the bytes of a file of demonstrations.
+        InputError: They are not the bytes of a file of demonstrations.
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return TaskDemonstrations(task, **{name: arrays[name] for name in _ARRAYS})
     except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"not a file of demonstrations of {task}: {error}") from error
+        raise InputError(f"not a file of demonstrations of {task}: {error}") from error
 
 
 def encode(demonstrations: TaskDemonstrations, compress: bool = True) -> bytes:
@@ -257,10 +258,10 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
         meta: How they came about.
 
     Raises:
-        ValueError: There is no episode, or the folder's index is damaged.
+        InputError: There is no episode, or the folder's index is damaged.
     """
     if not len(demonstrations):
-        raise ValueError(f"no episode of {demonstrations.task} to write")
+        raise InputError(f"no episode of {demonstrations.task} to write")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tasks = dict(read_index(folder).tasks) if (folder / INDEX).is_file() else {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.tasks import resolve_task
 
@@ -60,7 +61,7 @@ class MetaWorldEnvironment:
         n_goals: Number of goals, 50.
 
     Raises:
-        ValueError: An argument is wrong, or frames are wanted and this machine cannot draw.
+        InputError: An argument is wrong, or frames are wanted and this machine cannot draw.
     """
 
     def __init__(
@@ -75,13 +76,13 @@ class MetaWorldEnvironment:
         self.task = resolve_task(task)
         check_horizon(horizon)
         if split not in ("train", "eval"):
-            raise ValueError(f"split must be train or eval, got {split!r}")
+            raise InputError(f"split must be train or eval, got {split!r}")
         if not 0 <= seed < 2**31:
-            raise ValueError(f"seed must be at least 0 and below 2^31, got {seed}")
+            raise InputError(f"seed must be at least 0 and below 2^31, got {seed}")
         if render_size is not None and render_size < 1:
-            raise ValueError(f"render_size must be at least 1, got {render_size}")
+            raise InputError(f"render_size must be at least 1, got {render_size}")
         if render_size is not None and rendering_backend() is None:
-            raise ValueError(no_video_reason())
+            raise InputError(no_video_reason())
         self.horizon = horizon
         self._goals = _goals(self.task, 2 * seed + (split == "eval"))
         self.n_goals = len(self._goals)
@@ -114,13 +115,13 @@ class MetaWorldEnvironment:
             episode's last step.
 
         Raises:
-            ValueError: The episode is over or was not started, or `action` has another shape.
+            InputError: The episode is over or was not started, or `action` has another shape.
         """
         if self._steps is None or self._steps >= self.horizon:
-            raise ValueError(f"the episode of {self.task} is over after {self._steps or 0} steps: call reset")
+            raise InputError(f"the episode of {self.task} is over after {self._steps or 0} steps: call reset")
         clipped = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
         if clipped.shape != (ACTION_DIM,):
-            raise ValueError(f"an action has shape ({ACTION_DIM},), got {clipped.shape}")
+            raise InputError(f"an action has shape ({ACTION_DIM},), got {clipped.shape}")
         observation, reward, _, _, info = self._env.step(clipped)
         self._steps += 1
         return observation, float(reward), bool(info["success"]), self._steps >= self.horizon
@@ -129,10 +130,10 @@ class MetaWorldEnvironment:
         """A picture of now, ``(render_size, render_size, 3)``.
 
         Raises:
-            ValueError: The environment was made without `render_size`.
+            InputError: The environment was made without `render_size`.
         """
         if self._render_size is None:
-            raise ValueError("frames need render_size: MetaWorldEnvironment(task, render_size=240)")
+            raise InputError("frames need render_size: MetaWorldEnvironment(task, render_size=240)")
         frame: npt.NDArray[np.uint8] = self._env.render()
         # this camera is mounted upside down: half a turn, not a mirror image
         return np.ascontiguousarray(frame[::-1, ::-1])
@@ -157,10 +158,10 @@ def check_horizon(horizon: int) -> None:
     """Refuse a number of steps that an episode cannot have.
 
     Raises:
-        ValueError: `horizon` is below 1 or above 500.
+        InputError: `horizon` is below 1 or above 500.
     """
     if not 1 <= horizon <= MAX_HORIZON:
-        raise ValueError(f"horizon must be from 1 to {MAX_HORIZON} (metaworld's limit), got {horizon}")
+        raise InputError(f"horizon must be from 1 to {MAX_HORIZON} (metaworld's limit), got {horizon}")
 
 
 def forget_goals() -> None:

@@ -47,8 +47,8 @@ def export_minari(
         The names of the data sets, for ``minari.load_dataset`` under the same path.
 
     Raises:
-        FileNotFoundError: A task was not collected.
-        ValueError: A file of demonstrations is damaged, or a task is unknown.
+        MissingInputError: A task was not collected.
+        InputError: A file of demonstrations is damaged, or a task is unknown.
     """
     from minari.storage import get_dataset_path
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 
 Batch = Mapping[str, Tensor]
@@ -62,7 +62,7 @@ class DecisionTransformerModule(L.LightningModule):
             set before ``fit`` (LoRA+ trains B faster than A).
 
     Raises:
-        ValueError: A value is out of range.
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -91,15 +91,15 @@ class DecisionTransformerModule(L.LightningModule):
         state_mean = [0.0] * state_dim if state_mean is None else [float(value) for value in state_mean]
         state_std = [1.0] * state_dim if state_std is None else [float(value) for value in state_std]
         if not len(state_mean) == len(state_std) == state_dim:
-            raise ValueError(
+            raise InputError(
                 f"state_mean and state_std must have {state_dim} values, got {len(state_mean)} and {len(state_std)}"
             )
         if not 0 <= min_lr <= lr:
-            raise ValueError(f"min_lr must be between 0 and lr {lr}, got {min_lr}")
+            raise InputError(f"min_lr must be between 0 and lr {lr}, got {min_lr}")
         if weight_decay < 0 or warmup_steps < 0:
-            raise ValueError(f"weight_decay and warmup_steps must be at least 0, got {weight_decay}, {warmup_steps}")
+            raise InputError(f"weight_decay and warmup_steps must be at least 0, got {weight_decay}, {warmup_steps}")
         if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be above 0 or None, got {gradient_clip}")
+            raise InputError(f"gradient_clip must be above 0 or None, got {gradient_clip}")
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.min_lr = lr, weight_decay, min_lr
         self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
@@ -224,27 +224,27 @@ class DecisionTransformerModule(L.LightningModule):
                 normalisation may be named to be checked; a shorter ``context`` takes the first places of the window.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is no checkpoint of a Decision Transformer, or one of another architecture,
+            MissingInputError: There is no such file.
+            InputError: The file is no checkpoint of a Decision Transformer, or one of another architecture,
                 normalisation or shorter context; or an override has no such name.
         """
         found = read_checkpoint(checkpoint)
         hparams, weights = dict(found["hyper_parameters"]), dict(found["state_dict"])
         for name, value in overrides.items():
             if name not in hparams:
-                raise ValueError(unknown("hyper-parameter", name, hparams))
+                raise InputError(unknown("hyper-parameter", name, hparams))
             if name in ARCHITECTURE and value != hparams[name]:
-                raise ValueError(
+                raise InputError(
                     f"{checkpoint} is of another architecture: {name} must be {hparams[name]}, got {value}"
                 )
             if name in NORMALISATION and not _close(value, hparams[name]):
-                raise ValueError(
+                raise InputError(
                     f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "
                     f"expected {_short(hparams[name])}, got {_short(value)}"
                 )
         context = overrides.get("context", hparams["context"])
         if context > hparams["context"]:
-            raise ValueError(
+            raise InputError(
                 f"context must be at most the {hparams['context']} steps of {checkpoint}'s training, got {context}"
             )
         module = cls(**{**hparams, **overrides})
@@ -257,7 +257,7 @@ class DecisionTransformerModule(L.LightningModule):
             if name not in expected or name not in weights or expected[name].shape != weights[name].shape
         )  # fmt: skip
         if wrong:
-            raise ValueError(
+            raise InputError(
                 f"{checkpoint} is of another architecture: {len(wrong)} of its weights are missing, unknown or of "
                 f"another shape, such as {wrong[0]}"
             )
@@ -269,21 +269,21 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     """What a checkpoint of a :class:`DecisionTransformerModule` holds, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such checkpoint.
+        MissingInputError: There is no such file.
+        InputError: It is no such checkpoint.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
         )
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
+        raise InputError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None
     if not isinstance(hparams, dict) or not needed <= set(hparams) or "state_dict" not in found:
-        raise ValueError(f"{file} is no checkpoint of a Decision Transformer: its hyper-parameters are not in it")
+        raise InputError(f"{file} is no checkpoint of a Decision Transformer: its hyper-parameters are not in it")
     return found
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.rl.decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
 from eva_lightning.rl.module import DecisionTransformerModule
 
@@ -50,7 +50,7 @@ class DecisionTransformerPolicy:
         context: Steps of the window; the module's for None.
 
     Raises:
-        ValueError: A value is out of range.
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class DecisionTransformerPolicy:
     ) -> None:
         context = module.context if context is None else context
         if n_environments < 1:
-            raise ValueError(f"n_environments must be at least 1, got {n_environments}")
+            raise InputError(f"n_environments must be at least 1, got {n_environments}")
         if mode not in get_args(Mode):
-            raise ValueError(unknown("mode", mode, get_args(Mode)))
+            raise InputError(unknown("mode", mode, get_args(Mode)))
         if not 1 <= context <= module.context:
-            raise ValueError(f"context must be between 1 and the {module.context} steps of training, got {context}")
+            raise InputError(f"context must be between 1 and the {module.context} steps of training, got {context}")
         target = np.asarray(target_return, dtype=np.float64)
         if target.shape not in ((), (n_environments,)) or not np.isfinite(target).all():
-            raise ValueError(f"target_return must be one finite number or {n_environments}, got {target_return}")
+            raise InputError(f"target_return must be one finite number or {n_environments}, got {target_return}")
         self.module = module
         self.n_environments = n_environments
         self.context = context
@@ -101,11 +101,11 @@ class DecisionTransformerPolicy:
             ``(N, action_dim)`` in [-1, 1].
 
         Raises:
-            ValueError: Rewards are missing, or given at the first step.
+            InputError: Rewards are missing, or given at the first step.
         """
         if (rewards is None) != (self._step == 0):
             expected = "are needed after the first step" if rewards is None else "must be None at the first step"
-            raise ValueError(f"rewards {expected} of an episode, at step {self._step}")
+            raise InputError(f"rewards {expected} of an episode, at step {self._step}")
         training = [part for part in self.module.modules() if part.training]
         self.module.eval()
         try:

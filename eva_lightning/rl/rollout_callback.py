@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.environments import HORIZON, check_horizon
 from eva_lightning.rl.policy import Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
@@ -50,7 +51,7 @@ class RolloutCallback(L.Callback):
         results: What was measured last, by task.
 
     Raises:
-        ValueError: A value is out of range, a task is unknown or has no target return.
+        InputError: A value is out of range, a task is unknown or has no target return.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class RolloutCallback(L.Callback):
     ) -> None:
         self.tasks = tuple(resolve_task(task) for task in tasks)
         if not self.tasks:
-            raise ValueError("tasks must name at least one task, got none")
+            raise InputError("tasks must name at least one task, got none")
         check_horizon(horizon)
         for name, value, lowest in (
             ("episodes", episodes, 1),
@@ -78,11 +79,11 @@ class RolloutCallback(L.Callback):
             ("video", video, 0),
         ):
             if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+                raise InputError(f"{name} must be at least {lowest}, got {value}")
         self.target_returns = {resolve_task(task): float(value) for task, value in target_returns.items()}
         missing = [task for task in self.tasks if task not in self.target_returns]
         if missing:
-            raise ValueError(f"target_returns has no return for {missing[0]}, only for {sorted(self.target_returns)}")
+            raise InputError(f"target_returns has no return for {missing[0]}, only for {sorted(self.target_returns)}")
         self.every_n_steps = every_n_steps
         self.video = int(video)
         self.results: dict[str, RolloutResult] = {}

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.environments import HORIZON, MetaWorldEnvironment, check_horizon
 from eva_lightning.rl.policy import DecisionTransformerPolicy, Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
@@ -119,7 +120,7 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: An argument is out of range, or video is wanted and this machine cannot draw.
+        InputError: An argument is out of range, or video is wanted and this machine cannot draw.
     """
     task = resolve_task(task)
     check_horizon(horizon)
@@ -130,9 +131,9 @@ def evaluate(
         ("video_episodes", video_episodes, 0),
     ):
         if value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+            raise InputError(f"{name} must be at least {lowest}, got {value}")
     if video_episodes and rendering_backend() is None:
-        raise ValueError(no_video_reason())
+        raise InputError(no_video_reason())
     video = min(video_episodes, episodes)
     order = list(range(episodes))
     options: dict[str, Any] = {

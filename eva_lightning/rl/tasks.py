@@ -7,7 +7,7 @@ stick-pull twice; its tables have handle-press-side. Names are those of metaworl
 
 from __future__ import annotations
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 #: Fine-tuning tasks, in the paper's order.
 CW10: tuple[str, ...] = (
@@ -76,30 +76,30 @@ def resolve_task(name: str) -> str:
     """The full name of the task `name`: ``push`` and ``push-v3`` are ``push-v3``.
 
     Raises:
-        ValueError: No such task, or its name of metaworld 2 (``push-v2``); the message names the nearest ones.
+        InputError: No such task, or its name of metaworld 2 (``push-v2``); the message names the nearest ones.
     """
     for task in (name, f"{name}-v3"):
         if task in TASKS:
             return task
     stem, _, version = name.rpartition("-v")
     if version.isdigit() and f"{stem}-v3" in TASKS:
-        raise ValueError(f"task {name!r} is of another version of Meta-World: did you mean {stem}-v3?")
-    raise ValueError(unknown("Meta-World task", name, TASKS, list_all=False))
+        raise InputError(f"task {name!r} is of another version of Meta-World: did you mean {stem}-v3?")
+    raise InputError(unknown("Meta-World task", name, TASKS, list_all=False))
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
     """The tasks `text` means: ``mt40``, ``cw10``, or names with commas between them.
 
     Raises:
-        ValueError: A name is unknown, given twice, or missing.
+        InputError: A name is unknown, given twice, or missing.
     """
     if text.strip().lower() in _SETS:
         return _SETS[text.strip().lower()]
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ValueError(f"tasks must be mt40, cw10 or task names with commas between them, got {text!r}")
+        raise InputError(f"tasks must be mt40, cw10 or task names with commas between them, got {text!r}")
     tasks = tuple(resolve_task(name) for name in names)
     for task in tasks:
         if tasks.count(task) > 1:
-            raise ValueError(f"task {task} is given {tasks.count(task)} times in {text!r}: name it once")
+            raise InputError(f"task {task} is given {tasks.count(task)} times in {text!r}: name it once")
     return tasks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.rl.demonstrations import TaskDemonstrations, load_task, read_index
 from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
 from eva_lightning.rl.tasks import resolve_task
@@ -95,10 +95,10 @@ class TrajectoryStore:
                 step before, and put them back when reading: the same bits from 54% of the size.
 
         Raises:
-            FileNotFoundError, ValueError: See :func:`~eva_lightning.rl.demonstrations.load_task`; or a name is unknown.
+            MissingInputError, InputError: See :func:`~eva_lightning.rl.demonstrations.load_task`; or a name is unknown.
         """
         if dtype not in DTYPES:
-            raise ValueError(unknown("dtype", dtype, DTYPES))
+            raise InputError(unknown("dtype", dtype, DTYPES))
         tasks = [resolve_task(task) for task in tasks]
         index = read_index(folder)
         about = {
@@ -231,7 +231,7 @@ def _frames(data: TaskDemonstrations) -> npt.NDArray[np.float32]:
     """``(N, T + 1, 21)``: current frame and goal of each state, after a row with the first state's previous frame."""
     states = data.observations[:, : data.horizon]
     if not np.array_equal(states[:, 1:, _FRAME : 2 * _FRAME], states[:, :-1, :_FRAME]):
-        raise ValueError(f"{data.task}: states do not repeat the frame before, so it cannot be left out")
+        raise InputError(f"{data.task}: states do not repeat the frame before, so it cannot be left out")
     kept = np.concatenate((states[..., :_FRAME], states[..., 2 * _FRAME :]), axis=-1)
     first = np.pad(states[:, :1, _FRAME : 2 * _FRAME], ((0, 0), (0, 0), (0, kept.shape[-1] - _FRAME)))
     return np.concatenate((first, kept), axis=1)
@@ -383,8 +383,8 @@ class TrajectoryDataModule(L.LightningDataModule):
         target: ``"executed"`` (the actions that led to what followed) or ``"expert"`` (adds ``target_actions``, clean).
 
     Raises:
-        FileNotFoundError: Demonstrations are missing.
-        ValueError: A value is out of range or a name unknown.
+        MissingInputError: Demonstrations are missing.
+        InputError: A value is out of range or a name unknown.
     """
 
     def __init__(
@@ -415,11 +415,11 @@ class TrajectoryDataModule(L.LightningDataModule):
             ("samples_per_epoch", samples_per_epoch, batch_size),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise InputError(f"{name} must be at least {least}, got {value}")
         if target not in TARGETS:
-            raise ValueError(unknown("target", target, TARGETS))
+            raise InputError(unknown("target", target, TARGETS))
         if not tasks:
-            raise ValueError("tasks must name at least one task, got none")
+            raise InputError("tasks must name at least one task, got none")
         self.folder = Path(folder)
         self.tasks = tuple(resolve_task(task) for task in tasks)
         self.context = context
@@ -439,7 +439,7 @@ class TrajectoryDataModule(L.LightningDataModule):
             n = len(all_of_it) - held_out
             if n < (1 if episodes is None else episodes):
                 wanted = f"{episodes or 1} training and {held_out} held-out episodes"
-                raise ValueError(f"{self.folder} has {len(all_of_it)} episodes of {task}, too few for {wanted}")
+                raise InputError(f"{self.folder} has {len(all_of_it)} episodes of {task}, too few for {wanted}")
             train.append(all_of_it[: n if episodes is None else episodes])
             val.append(all_of_it[n:])
         return np.concatenate(train), np.concatenate(val)

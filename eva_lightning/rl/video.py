@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eva_lightning.errors import InputError
+
 Frames = npt.NDArray[np.uint8]
 
 #: Simulator steps per second of the robot's time.
@@ -27,10 +29,10 @@ def check_format(path: str | Path) -> Path:
     """`path`, if a video can be written there.
 
     Raises:
-        ValueError: The name does not end in ``.gif`` or ``.mp4``.
+        InputError: The name does not end in ``.gif`` or ``.mp4``.
     """
     if Path(path).suffix.lower() not in FORMATS:
-        raise ValueError(f"a video file must end in {' or '.join(FORMATS)}, got {os.fspath(path)!r}")
+        raise InputError(f"a video file must end in {' or '.join(FORMATS)}, got {os.fspath(path)!r}")
     return Path(path)
 
 
@@ -46,13 +48,13 @@ def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRI
         The file.
 
     Raises:
-        ValueError: The name ends otherwise, `stride` is below 1, or there is no picture.
+        InputError: The name ends otherwise, `stride` is below 1, or there is no picture.
     """
     path = check_format(path)
     if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}")
+        raise InputError(f"stride must be at least 1, got {stride}")
     if not episodes or not all(len(episode) for episode in episodes):
-        raise ValueError("a video needs at least one picture of each episode, got none")
+        raise InputError("a video needs at least one picture of each episode, got none")
     frames = np.concatenate([thinned(episode, stride) for episode in episodes])
     rate = STEPS_PER_SECOND / stride
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +88,10 @@ def side_by_side(before: Frames, after: Frames, labels: tuple[str, str] = ("befo
         ``(max(T, T'), 20 + H, W + 4 + W', 3)``.
 
     Raises:
-        ValueError: The heights differ.
+        InputError: The heights differ.
     """
     if before.shape[1] != after.shape[1]:
-        raise ValueError(f"both episodes must have pictures of one height, got {before.shape[1]} and {after.shape[1]}")
+        raise InputError(f"both episodes must have pictures of one height, got {before.shape[1]} and {after.shape[1]}")
     steps = max(len(before), len(after))
     left, right = (frames[np.minimum(np.arange(steps), len(frames) - 1)] for frames in (before, after))
     gap = np.full((steps, left.shape[1], _GAP, 3), 255, np.uint8)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError
 from eva_lightning.svd import distributed
 from eva_lightning.svd.eigensolver import canonical_sign, complete_rows, iterated_columns, top_eigenpairs
 from eva_lightning.svd.inputs import (
@@ -58,12 +59,12 @@ class ExactSVD:
         device: Where the state lives; None: where the first batch is.
 
     Raises:
-        ValueError: k outside [1, dim].
+        InputError: k outside [1, dim].
     """
 
     def __init__(self, dim: int, k: int, device: torch.device | str | None = None) -> None:
         if not 1 <= k <= dim:
-            raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
+            raise InputError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
         self.dim = dim
         self.k = k
         self.n_samples = 0
@@ -104,8 +105,8 @@ class ExactSVD:
         Raises:
             FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was. On a GPU
                 :meth:`verify` raises it.
-            TypeError: `x` is not floating point, or `mask` is.
-            ValueError: Shapes that do not fit.
+            InputTypeError: `x` is not floating point, or `mask` is.
+            InputError: Shapes that do not fit.
         """
         tokens, keep = flatten_tokens(x, mask, self.dim)
         if keep is not None:
@@ -142,11 +143,11 @@ class ExactSVD:
         Associative and order-free up to rounding.
 
         Raises:
-            ValueError: The two engines differ in `dim` or `k`.
+            InputError: The two engines differ in `dim` or `k`.
         """
         if (other.dim, other.k) != (self.dim, self.k):
             mine, theirs = f"({self.dim}, {self.k})", f"({other.dim}, {other.k})"
-            raise ValueError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
+            raise InputError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
         if other._shift is None or other._second is None or other._sum is None:
             return self
         if self._device is None:
@@ -247,11 +248,11 @@ class ExactSVD:
 
         Raises:
             RuntimeError: No token seen yet.
-            ValueError: k outside [1, dim].
+            InputError: k outside [1, dim].
         """
         k = self.k if k is None else k
         if not 1 <= k <= self.dim:
-            raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {self.dim}.")
+            raise InputError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {self.dim}.")
         values, vectors = torch.linalg.eigh(self._covariance(torch.float32))
         mean, total = self.moments()
         return decomposition(values[:k].to(mean.dtype).clamp_min(0), vectors[:, :k].T, total, mean, self.n_samples)

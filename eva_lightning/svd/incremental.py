@@ -27,7 +27,7 @@ class IncrementalSVD(FactoredSVD):
         device: Where the state lives; None: where the first batch is.
 
     Raises:
-        ValueError: k outside [1, dim].
+        InputError: k outside [1, dim].
     """
 
     @staticmethod

@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError, InputTypeError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -50,23 +52,23 @@ def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Te
         Tokens of shape ``(n, dim)``, at least fp32, and the boolean mask of shape ``(n,)`` or None.
 
     Raises:
-        TypeError: `x` is not floating point, or `mask` is.
-        ValueError: Shapes that do not fit.
+        InputTypeError: `x` is not floating point, or `mask` is.
+        InputError: Shapes that do not fit.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"The SVD needs a floating-point tensor, got {kind}.")
+        raise InputTypeError(f"The SVD needs a floating-point tensor, got {kind}.")
     if x.ndim == 0 or x.shape[-1] != dim:
-        raise ValueError(f"The SVD expects inputs of shape (..., {dim}), got {tuple(x.shape)}.")
+        raise InputError(f"The SVD expects inputs of shape (..., {dim}), got {tuple(x.shape)}.")
     tokens = x.detach().reshape(-1, dim)
     if tokens.dtype not in (torch.float32, torch.float64):
         tokens = tokens.float()
     if mask is None:
         return tokens, None
     if mask.is_floating_point():
-        raise TypeError(f"A token mask must be boolean (True: the token counts), got {mask.dtype}.")
+        raise InputTypeError(f"A token mask must be boolean (True: the token counts), got {mask.dtype}.")
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"A token mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}.")
+        raise InputError(f"A token mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}.")
     return tokens, mask.to(device=x.device, dtype=torch.bool).reshape(-1)
 
 

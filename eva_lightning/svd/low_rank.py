@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError
 from eva_lightning.svd import distributed
 from eva_lightning.svd.eigensolver import canonical_sign, complete_rows, orthonormal_columns, top_eigenpairs
 from eva_lightning.svd.inputs import flatten_tokens, full_precision, require_finite, squared_norm, wide_dtype
@@ -49,12 +50,12 @@ class FactoredSVD(ABC):
         device: Where the state lives; None: where the first batch is.
 
     Raises:
-        ValueError: k outside [1, dim].
+        InputError: k outside [1, dim].
     """
 
     def __init__(self, dim: int, k: int, device: torch.device | str | None = None) -> None:
         if not 1 <= k <= dim:
-            raise ValueError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
+            raise InputError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
         self.dim = dim
         self.k = k
         self._device = None if device is None else torch.device(device)
@@ -97,8 +98,8 @@ class FactoredSVD(ABC):
 
         Raises:
             FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was.
-            TypeError: `x` is not floating point, or `mask` is.
-            ValueError: Shapes that do not fit.
+            InputTypeError: `x` is not floating point, or `mask` is.
+            InputError: Shapes that do not fit.
         """
         tokens, keep = flatten_tokens(x, mask, self.dim)
         if keep is not None:
@@ -129,11 +130,11 @@ class FactoredSVD(ABC):
         truncation otherwise.
 
         Raises:
-            ValueError: The two engines differ in `dim` or `k`.
+            InputError: The two engines differ in `dim` or `k`.
         """
         if (other.dim, other.k) != (self.dim, self.k):
             mine, theirs = f"({self.dim}, {self.k})", f"({other.dim}, {other.k})"
-            raise ValueError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
+            raise InputError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
         self._result = None
         if self._device is None:
             self._device = other._device

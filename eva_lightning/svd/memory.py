@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from eva_lightning.errors import InputError
 from eva_lightning.svd.exact import ExactSVD
 from eva_lightning.svd.incremental import IncrementalSVD
 from eva_lightning.svd.protocol import StreamingSVD
@@ -28,7 +29,7 @@ def make_engine(name: str, dim: int, k: int, device: torch.device | str | None =
         device: Where the state lives; None: where the first batch is.
 
     Raises:
-        ValueError: Unknown name, or k outside [1, dim].
+        InputError: Unknown name, or k outside [1, dim].
     """
     return _engine_class(name)(dim, k, device)
 
@@ -37,7 +38,7 @@ def estimate_bytes(name: str, dim: int, k: int) -> int:
     """Bytes of state of the engine called `name`, before it is allocated.
 
     Raises:
-        ValueError: Unknown name.
+        InputError: Unknown name.
     """
     return _engine_class(name).estimate_bytes(dim, k)
 
@@ -46,7 +47,7 @@ def message_bytes(name: str, dim: int, k: int) -> int:
     """Bytes every rank contributes when ranks are united: per subspace iteration for "exact", in all for the others.
 
     Raises:
-        ValueError: Unknown name.
+        InputError: Unknown name.
     """
     return _engine_class(name).message_bytes(dim, k)
 
@@ -89,17 +90,17 @@ def choose_engines(
         thrifty: Save time on the CPU too, as above; otherwise only the budget takes a layer from the exact engine.
 
     Raises:
-        ValueError: Unknown engine, a negative budget, or one too small for even the sketches ("auto" only).
+        InputError: Unknown engine, a negative budget, or one too small for even the sketches ("auto" only).
     """
     if engine != "auto":
         _engine_class(engine)
         return dict.fromkeys(dims, engine)
     if not budget_bytes >= 0:
-        raise ValueError(f"The memory budget must be at least 0 bytes, got {budget_bytes}.")
+        raise InputError(f"The memory budget must be at least 0 bytes, got {budget_bytes}.")
     chosen = {layer: _smallest(dim, k) for layer, dim in dims.items()}
     used = total_bytes(chosen, dims, k)
     if used > budget_bytes and not offload:
-        raise ValueError(
+        raise InputError(
             f"EVA needs at least {_mib(used)} for {len(dims)} layers with k={k}, but the memory budget is "
             f"{_mib(budget_bytes)}: raise the budget, adapt fewer layers, or lower r or rho."
         )
@@ -153,5 +154,5 @@ def _mib(size: float) -> str:
 
 def _engine_class(name: str) -> EngineClass:
     if name not in ENGINES:
-        raise ValueError(f'Unknown SVD engine "{name}": expected "auto", "exact", "incremental" or "sketch".')
+        raise InputError(f'Unknown SVD engine "{name}": expected "auto", "exact", "incremental" or "sketch".')
     return ENGINES[name]

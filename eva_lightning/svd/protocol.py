@@ -68,7 +68,7 @@ class StreamingSVD(Protocol):
         Raises:
             FloatingPointError: Non-finite values among the tokens that count. The engine is left as it was. On a GPU
                 :meth:`verify` raises it, later.
-            ValueError: Shapes that do not fit. The engine is left as it was.
+            InputError: Shapes that do not fit. The engine is left as it was.
         """
 
     def verify(self) -> None:

@@ -55,7 +55,7 @@ class SketchSVD(FactoredSVD):
         device: Where the state lives; None: where the first batch is.
 
     Raises:
-        ValueError: k outside [1, dim].
+        InputError: k outside [1, dim].
     """
 
     _block: _Block | None = None

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from eva_lightning.errors import InputError
 from eva_lightning.svd.eigensolver import CAPTURED_TOLERANCE
 from eva_lightning.svd.protocol import StreamingSVD, SVDResult
 from eva_lightning.svd.solver import solve
@@ -56,7 +57,7 @@ class DoublingRule:
         min_batches: Fewest minibatches.
 
     Raises:
-        ValueError: tau outside (0, 1].
+        InputError: tau outside (0, 1].
     """
 
     def __init__(self, tau: float = 0.99, min_batches: int = 8) -> None:
@@ -109,7 +110,7 @@ class CosineRule:
         tau: Threshold in (0, 1].
 
     Raises:
-        ValueError: tau outside (0, 1].
+        InputError: tau outside (0, 1].
     """
 
     def __init__(self, tau: float = 0.99) -> None:
@@ -150,15 +151,15 @@ def make_stopping_rule(name: str, tau: float = 0.99) -> DoublingRule | CosineRul
     """Build the stopping rule called `name`: "captured" (doubling) or "cosine" (paper).
 
     Raises:
-        ValueError: Unknown name, or tau outside (0, 1].
+        InputError: Unknown name, or tau outside (0, 1].
     """
     rules: dict[str, type[DoublingRule] | type[CosineRule]] = {"captured": DoublingRule, "cosine": CosineRule}
     if name not in rules:
-        raise ValueError(f'Unknown stopping rule "{name}": expected "captured" or "cosine".')
+        raise InputError(f'Unknown stopping rule "{name}": expected "captured" or "cosine".')
     return rules[name](tau)
 
 
 def _check_tau(tau: float) -> float:
     if not 0 < tau <= 1:
-        raise ValueError(f"tau must be in (0, 1], got {tau}.")
+        raise InputError(f"tau must be in (0, 1], got {tau}.")
     return float(tau)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from eva_lightning.errors import InputError
+
 PIXEL_MAX = 16.0
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of all 1,797 images once scaled to [0, 1]
 
@@ -39,12 +41,12 @@ def load_digits_split(
     Every class is split by the same shares. Label ``i`` stands for digit ``classes[i]``.
 
     Raises:
-        ValueError: ``classes`` holds anything but distinct digits 0 .. 9, or the shares leave nothing to train on.
+        InputError: ``classes`` holds anything but distinct digits 0 .. 9, or the shares leave nothing to train on.
     """
     if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(10)):
-        raise ValueError(f"classes must be distinct digits between 0 and 9, got {list(classes)}")
+        raise InputError(f"classes must be distinct digits between 0 and 9, got {list(classes)}")
     if min(tune_share, test_share) < 0 or tune_share + test_share >= 1:
-        raise ValueError(f"tune_share + test_share must stay below 1, got {tune_share} + {test_share}")
+        raise InputError(f"tune_share + test_share must stay below 1, got {tune_share} + {test_share}")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -69,19 +71,19 @@ def draw_labels(pool: TensorDataset, n_labels: int, seed: int) -> TensorDataset:
     """Draw ``n_labels`` images of ``pool``, the same number (up to one) from every class.
 
     Raises:
-        ValueError: a class has fewer images than its share, or ``n_labels`` is below the number of classes.
+        InputError: a class has fewer images than its share, or ``n_labels`` is below the number of classes.
     """
     images, labels = pool.tensors
     classes = labels.unique().tolist()
     if n_labels < len(classes):
-        raise ValueError(f"n_labels must be at least the number of classes, {len(classes)}, got {n_labels}")
+        raise InputError(f"n_labels must be at least the number of classes, {len(classes)}, got {n_labels}")
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for i, label in enumerate(classes):
         index = (labels == label).nonzero().squeeze(1)
         share = n_labels // len(classes) + (i < n_labels % len(classes))
         if share > len(index):
-            raise ValueError(f"n_labels={n_labels} asks for {share} images of class {label}, the pool has {len(index)}")
+            raise InputError(f"n_labels={n_labels} asks for {share} images of class {label}, the pool has {len(index)}")
         chosen.append(index[torch.randperm(len(index), generator=generator)[:share]])
     picked = torch.cat(chosen)
     return TensorDataset(images[picked], labels[picked])
@@ -113,7 +115,7 @@ class DigitsDataModule(L.LightningDataModule):
         tune_share, test_share: of every class; see :func:`load_digits_split`.
 
     Raises:
-        ValueError: ``evaluate_on`` is neither of the two, or the labels asked for are not there.
+        InputError: ``evaluate_on`` is neither of the two, or the labels asked for are not there.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class DigitsDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if evaluate_on not in ("test", "tune"):
-            raise ValueError(f"evaluate_on must be 'test' or 'tune', got {evaluate_on!r}")
+            raise InputError(f"evaluate_on must be 'test' or 'tune', got {evaluate_on!r}")
         self.classes = tuple(classes)
         self.n_labels = n_labels
         self.evaluate_on = evaluate_on

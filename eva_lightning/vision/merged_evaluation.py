@@ -22,7 +22,7 @@ def merged_in_fp32(module: nn.Module) -> Iterator[None]:
     Run the body under a Trainer of precision ``"32-true"``: another would round again.
 
     Raises:
-        ValueError: Merged weights are NaN or infinite.
+        InputError: Merged weights are NaN or infinite.
     """
     values = [*module.parameters(), *module.buffers()]
     data = [(value, value.data) for value in values]

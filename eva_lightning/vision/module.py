@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.optim.parameter_groups import Multiplier, layer_decay, parameter_groups
 from eva_lightning.optim.schedules import SCHEDULES
 from eva_lightning.vision.backbone.position_embedding import PositionEmbedding
@@ -103,7 +103,7 @@ class ImageClassifier(L.LightningModule):
         self.decay_matrices_only = decay_matrices_only
         self.lr_multipliers: Multiplier | None = None
         if schedule not in SCHEDULES:
-            raise ValueError(unknown("schedule", schedule, SCHEDULES))
+            raise InputError(unknown("schedule", schedule, SCHEDULES))
         self.schedule = SCHEDULES[schedule]
         self.model = create_backbone(
             model,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class OnePassPCA:
         """The ρ that lets all components compete for mean rank `rank`; 1, uniform ranks, where 1 is `asked` for.
 
         Raises:
-            ValueError: Fewer components than ranks.
+            InputError: Fewer components than ranks.
         """
         if rank > self.components:
-            raise ValueError(
+            raise InputError(
                 f"this protocol decomposes every layer into {self.components} components, so rank must be at most "
                 f"{self.components}, got {rank}"
             )
@@ -85,12 +85,12 @@ class Protocol:
         """Optimizer steps of an epoch.
 
         Raises:
-            ValueError: The last batch is dropped and it is the only one.
+            InputError: The last batch is dropped and it is the only one.
         """
         if not self.drop_last:
             return -(-images // batch_size)
         if images < batch_size:
-            raise ValueError(
+            raise InputError(
                 f"this protocol drops the last, smaller batch of an epoch, and {images} training images are fewer than "
                 f"batch_size {batch_size}: choose a smaller batch_size"
             )
@@ -126,10 +126,10 @@ def get_protocol(name: str) -> Protocol:
     """The protocol called `name`.
 
     Raises:
-        ValueError: No such protocol; names the nearest.
+        InputError: No such protocol; names the nearest.
     """
     if name not in PROTOCOLS:
-        raise ValueError(unknown("protocol", name, PROTOCOLS))
+        raise InputError(unknown("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]
 
 

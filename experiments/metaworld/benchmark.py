@@ -16,8 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from eva_lightning.errors import unknown
-from experiments.runner.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import InputError, unknown
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 PARTS = ("collect", "data", "rollout")
 
@@ -32,7 +33,7 @@ class Settings:
     def __post_init__(self) -> None:
         for part in self.selected:
             if part not in PARTS:
-                raise ValueError(unknown("part", part, PARTS))
+                raise InputError(unknown("part", part, PARTS))
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the command line `args` (``sys.argv`` for None) and return part -> name -> figure.
 
     Raises:
-        ValueError: A setting is wrong.
+        InputError: A setting is wrong.
     """
     settings = parse(args)
     results: dict[str, dict[str, float]] = {}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eva_lightning.rl.tasks import parse_tasks
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     from eva_lightning.rl.demonstrations import DemonstrationIndex
@@ -48,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> DemonstrationIndex:
     """Run the command line `args` (``sys.argv`` for None) and return the index of the folder.
 
     Raises:
-        ValueError: A setting is wrong, or the folder holds demonstrations of another noise, seed or horizon.
+        InputError: A setting is wrong, or the folder holds demonstrations of another noise, seed or horizon.
         RuntimeError: A process ended unexpectedly; what was finished is kept.
     """
     settings = parse(args)

@@ -23,10 +23,12 @@ from typing import Any
 
 import yaml
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.metaworld import finetune
 from experiments.metaworld.compare_runs import Job, Variant, run_all
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 _LOGGER = logging.getLogger("experiments.metaworld.compare")
 
@@ -66,13 +68,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("tune_steps", 1), ("tune_seeds", 1), ("workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         keys = [variant.key for variant in self.variants]
         if len(set(keys)) < len(keys):
-            raise ValueError(f"methods must differ, got {self.methods!r}")
+            raise InputError(f"methods must differ, got {self.methods!r}")
         unnamed = [key for key in keys if key not in self.given_rates]
         if unnamed and not self.tune:
-            raise ValueError(f"rates must name every method when tune is false; {unnamed[0]} is missing")
+            raise InputError(f"rates must name every method when tune is false; {unnamed[0]} is missing")
         _ = self.learning_rates
         self.base(self.task_names[0], self.variants[0], 1e-3)  # checks the others
 
@@ -92,9 +94,9 @@ class Settings:
         try:
             rates = sorted({float(word) for word in self.grid.split(",") if word.strip()})
         except ValueError:
-            raise ValueError(f"grid must be numbers with commas between them, got {self.grid!r}") from None
+            raise InputError(f"grid must be numbers with commas between them, got {self.grid!r}") from None
         if not rates or rates[0] <= 0:
-            raise ValueError(f"grid must be learning rates above 0, got {self.grid!r}")
+            raise InputError(f"grid must be learning rates above 0, got {self.grid!r}")
         return tuple(rates)
 
     @property
@@ -108,7 +110,7 @@ class Settings:
             try:
                 rates[Variant.parse(name).key] = float(value)
             except ValueError as error:
-                raise ValueError(f"rates must be written as lora=0.01,eva:2=0.01, got {word.strip()!r}") from error
+                raise InputError(f"rates must be written as lora=0.01,eva:2=0.01, got {word.strip()!r}") from error
         return rates
 
     @property
@@ -178,7 +180,7 @@ def choose_rates(settings: Settings, tuning: Sequence[Mapping[str, Any]]) -> tup
     runs: tasks of different scale count alike. A rate at which a run failed or diverged is not chosen.
 
     Raises:
-        ValueError: No rate of a method has all its runs.
+        InputError: No rate of a method has all its runs.
     """
     chosen, scores = dict(settings.given_rates), {}
     for variant in settings.variants:
@@ -191,7 +193,7 @@ def choose_rates(settings: Settings, tuning: Sequence[Mapping[str, Any]]) -> tup
             if len(losses) == len(settings.task_names) * settings.tune_seeds and all(map(math.isfinite, losses)):
                 worth[lr] = math.exp(statistics.fmean(map(math.log, losses)))
         if not worth:
-            raise ValueError(
+            raise InputError(
                 f"{variant.key} failed in tuning at every learning rate: see error.txt in {settings.output}/tuning"
             )
         chosen[variant.key] = min(worth, key=lambda lr: worth[lr])
@@ -209,8 +211,8 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the command line `args` (``sys.argv`` for None); returns the metrics of the compared runs.
 
     Raises:
-        FileNotFoundError: The checkpoint or the demonstrations are missing.
-        ValueError: A setting is wrong, or a folder holds a run of other settings.
+        MissingInputError: The checkpoint or the demonstrations are missing.
+        InputError: A setting is wrong, or a folder holds a run of other settings.
     """
     settings = parse(args)
     _check(settings)
@@ -259,7 +261,7 @@ def _check(settings: Settings) -> None:
     for task in settings.task_names:
         episodes, needed = index[task].episodes, settings.train_episodes + settings.val_episodes
         if episodes < needed:
-            raise ValueError(f"{settings.data} has {episodes} episodes of {task}, but {needed} are needed")
+            raise InputError(f"{settings.data} has {episodes} episodes of {task}, but {needed} are needed")
 
 
 def _run(settings: Settings, jobs: Sequence[Job], title: str) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

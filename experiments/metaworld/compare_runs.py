@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from experiments.metaworld import finetune
 from experiments.metaworld.table import LABELS
 from experiments.runner.run_folder import RunFolder
@@ -42,19 +42,19 @@ class Variant:
         """``"lora"`` or ``"eva:2"``.
 
         Raises:
-            ValueError: There is no such method, or ρ is missing, superfluous or below 1.
+            InputError: There is no such method, or ρ is missing, superfluous or below 1.
         """
         name, _, rho = text.strip().partition(":")
         if name not in LABELS:
-            raise ValueError(unknown("method", name, LABELS))
+            raise InputError(unknown("method", name, LABELS))
         if ("eva" in name) != bool(rho):
-            raise ValueError(f"a method is written like eva:2 (with ρ) or lora (without), got {text.strip()!r}")
+            raise InputError(f"a method is written like eva:2 (with ρ) or lora (without), got {text.strip()!r}")
         try:
             value = float(rho) if rho else None
         except ValueError:
-            raise ValueError(f"ρ must be a number, got {text.strip()!r}") from None
+            raise InputError(f"ρ must be a number, got {text.strip()!r}") from None
         if value is not None and not value >= 1:
-            raise ValueError(f"ρ must be at least 1, got {text.strip()!r}")
+            raise InputError(f"ρ must be at least 1, got {text.strip()!r}")
         return cls(name, value)
 
     @property
@@ -109,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
     """The metrics of a job, also written to its folder.
 
     Raises:
-        FileNotFoundError, ValueError: The checkpoint or the data is missing or wrong.
+        MissingInputError, InputError: The checkpoint or the data is missing or wrong.
     """
     import lightning as L
 

@@ -14,8 +14,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.rl.tasks import parse_tasks
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     from eva_lightning.rl.module import DecisionTransformerModule
@@ -49,7 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.video_episodes < 1:
-            raise ValueError(f"video_episodes must be at least 1, got {self.video_episodes}")
+            raise InputError(f"video_episodes must be at least 1, got {self.video_episodes}")
         if self.video is not None:
             from eva_lightning.rl.video import check_format
 
@@ -66,8 +68,8 @@ def load_module(
         init: Checkpoint with the frozen weights, for one that has adapters alone; what it notes itself for None.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of a Decision Transformer, or its adapters belong to other weights.
+        MissingInputError: There is no such file.
+        InputError: It is no checkpoint of a Decision Transformer, or its adapters belong to other weights.
     """
     from eva_lightning.checkpoint import KEY, fit_to_checkpoint
     from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
@@ -86,7 +88,7 @@ def load_module(
     else:
         source = about.get("init") if init is None else init
         if source is None:
-            raise ValueError(f"{file} holds adapters alone: name the checkpoint they were trained on with --init")
+            raise InputError(f"{file} holds adapters alone: name the checkpoint they were trained on with --init")
         module = DecisionTransformerModule.from_pretrained(source, context=hparams["context"])
     fit_to_checkpoint(module, found)
     module.load_state_dict(found["state_dict"])
@@ -97,7 +99,7 @@ def target_return(settings: Settings, task: str, about: Mapping[str, Any]) -> fl
     """The return to ask for: given, noted in the checkpoint, or the largest of the demonstrations.
 
     Raises:
-        FileNotFoundError: There are no demonstrations of the task, and nothing else says it.
+        MissingInputError: There are no demonstrations of the task, and nothing else says it.
     """
     from eva_lightning.rl.demonstrations import read_index
     from experiments.metaworld.finetune import warn_of_target
@@ -116,7 +118,7 @@ def target_return(settings: Settings, task: str, about: Mapping[str, Any]) -> fl
         try:
             entry = read_index(settings.data)[task]
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{settings.ckpt} notes no target return for {task}, and {error}") from error
+            raise MissingInputError(f"{settings.ckpt} notes no target return for {task}, and {error}") from error
         target, mean = entry.max_return, entry.mean_return
     if mean is not None:
         warn_of_target(task, target, mean)
@@ -133,8 +135,8 @@ def main(args: Sequence[str] | None = None) -> list[RolloutResult]:
     """Run the command line `args` (``sys.argv`` for None), print a table and return the results.
 
     Raises:
-        FileNotFoundError: The checkpoint or the demonstrations are missing.
-        ValueError: A setting or the checkpoint is wrong.
+        MissingInputError: The checkpoint or the demonstrations are missing.
+        InputError: A setting or the checkpoint is wrong.
     """
     settings = parse(args)
     tasks = None if settings.task is None else parse_tasks(settings.task)
@@ -151,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> list[RolloutResult]:
     module, about = load_module(settings.ckpt, settings.init)
     if tasks is None:
         if not about.get("tasks"):
-            raise ValueError(f"{settings.ckpt} does not say which tasks it was trained on: name one with --task")
+            raise InputError(f"{settings.ckpt} does not say which tasks it was trained on: name one with --task")
         tasks = parse_tasks(",".join(about["tasks"]))
     targets = {task: target_return(settings, task, about) for task in tasks}
     results = []

@@ -17,11 +17,12 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.metaworld.table import EXPERIMENT, LABELS
+from experiments.runner.cli import in_terminal
 from experiments.runner.run_folder import RunFolder
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -88,21 +89,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.method not in LABELS:
-            raise ValueError(unknown("method", self.method, LABELS))
+            raise InputError(unknown("method", self.method, LABELS))
         if self.head not in HEADS:
-            raise ValueError(unknown("head", self.head, HEADS))
+            raise InputError(unknown("head", self.head, HEADS))
         for name, lowest in (
             ("rank", 1), ("seeds", 1), ("first_seed", 0), ("max_steps", 1), ("batch_size", 1), ("val_episodes", 1),
             ("eval_episodes", 0), ("checkpoint_every", 1), ("warmup_steps", 0), ("rollout_workers", 0),
         ):  # fmt: skip
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+            raise InputError(f"lr must be above 0, got {self.lr}")
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
+            raise InputError(f"name must be the plain name of a folder, got {self.name!r}")
         if self.name is not None and len(parse_tasks(self.task)) > 1:
-            raise ValueError(f"name={self.name!r} is for one task, but task names {len(parse_tasks(self.task))}")
+            raise InputError(f"name={self.name!r} is for one task, but task names {len(parse_tasks(self.task))}")
         _ = self.val_steps
 
     @property
@@ -111,7 +112,7 @@ class Settings:
         try:
             wanted = {int(word) for word in self.val_at.split(",") if word.strip()}
         except ValueError:
-            raise ValueError(f"val_at must be numbers with commas between them, got {self.val_at!r}") from None
+            raise InputError(f"val_at must be numbers with commas between them, got {self.val_at!r}") from None
         return tuple(sorted(step for step in {0, self.max_steps, *wanted} if 0 <= step <= self.max_steps))
 
     @property
@@ -150,8 +151,8 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the command line `args` (``sys.argv`` for None); returns what each run's ``metrics.json`` holds.
 
     Raises:
-        FileNotFoundError: The checkpoint or the demonstrations are missing.
-        ValueError: A setting, the checkpoint or the data is wrong, or a folder holds a run of other settings.
+        MissingInputError: The checkpoint or the demonstrations are missing.
+        InputError: A setting, the checkpoint or the data is wrong, or a folder holds a run of other settings.
     """
     settings = parse(args)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels that nothing here needs

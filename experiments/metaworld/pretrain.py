@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.rl.tasks import parse_tasks
+from experiments.runner.cli import in_terminal
 from experiments.runner.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -87,20 +88,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(unknown("precision", self.precision, PRECISIONS))
+            raise InputError(unknown("precision", self.precision, PRECISIONS))
         parse_loggers(self.logger)
         for name in ("max_steps", "batch_size", "val_every", "checkpoint_every", "devices", "rollout_episodes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rollout_every", "rollout_video"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.rollout_video and self.logger == "none":
-            raise ValueError(
+            raise InputError(
                 "rollout_video needs a logger that takes videos: --logger tensorboard, wandb or wandb-offline"
             )
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
+            raise InputError(f"name must be the plain name of a folder, got {self.name!r}")
 
     @property
     def run_name(self) -> str:
@@ -127,8 +128,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
 
     Raises:
-        FileNotFoundError: Demonstrations are missing.
-        ValueError: A setting or the data is wrong, or the folder holds a run of other settings.
+        MissingInputError: Demonstrations are missing.
+        InputError: A setting or the data is wrong, or the folder holds a run of other settings.
     """
     settings = parse(args)
     tasks = parse_tasks(settings.tasks)

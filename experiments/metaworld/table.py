@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runner.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import InputError, MissingInputError
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,8 +139,8 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The metrics of every finished ``finetune`` run below `folder` that was rolled out, in order of their paths.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: A ``metrics.json`` is damaged, or two runs are of the same task, method, rank, ρ and seed.
+        MissingInputError: There is none.
+        InputError: A ``metrics.json`` is damaged, or two runs are of the same task, method, rank, ρ and seed.
     """
     found: list[dict[str, Any]] = []
     paths: dict[tuple[Any, ...], Path] = {}
@@ -146,21 +148,21 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
         try:
             metrics = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+            raise InputError(f"{file} is damaged: {error}") from error
         if not isinstance(metrics, dict) or metrics.get("experiment") != EXPERIMENT:
             continue
         if metrics.get("success_rate") is None:  # finetune --eval-episodes 0
             continue
         key = (*_group(metrics), metrics["task"], metrics["seed"])
         if key in paths:
-            raise ValueError(
+            raise InputError(
                 f"{paths[key]} and {file.parent} are both {metrics['method']} on {metrics['task']} with seed "
                 f"{metrics['seed']}: keep runs of different settings in different folders"
             )
         paths[key] = file.parent
         found.append(metrics)
     if not found:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"no finished runs below {folder}: make some with "
             f"python -m experiments.metaworld finetune --output {folder}"
         )
@@ -285,8 +287,8 @@ def main(args: Sequence[str] | None = None) -> str:
     """Write the three files and return the Markdown, which is printed too.
 
     Raises:
-        FileNotFoundError: There are no finished runs.
-        ValueError: Runs are damaged, or two are of the same settings.
+        MissingInputError: There are no finished runs.
+        InputError: Runs are damaged, or two are of the same settings.
     """
     settings = parse(args)
     runs = read_runs(settings.runs)

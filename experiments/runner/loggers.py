@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, UnreachableError, unknown
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -32,17 +32,17 @@ def parse_loggers(text: str) -> tuple[str, ...]:
     """Names of loggers from a list with commas; ``"none"`` gives none.
 
     Raises:
-        ValueError: An unknown name, no name, or names that exclude each other.
+        InputError: An unknown name, no name, or names that exclude each other.
     """
     names = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not names:
-        raise ValueError(f"logger must be one or more of {', '.join(LOGGERS)}, got {text!r}")
+        raise InputError(f"logger must be one or more of {', '.join(LOGGERS)}, got {text!r}")
     for name in names:
         if name not in LOGGERS:
-            raise ValueError(unknown("logger", name, LOGGERS))
+            raise InputError(unknown("logger", name, LOGGERS))
     for first, second in (("none", None), ("wandb", "wandb-offline")):
         if first in names and len(names) > 1 and second in (None, *names):
-            raise ValueError(f"logger {first} cannot be combined with {second or 'others'}, got {text!r}")
+            raise InputError(f"logger {first} cannot be combined with {second or 'others'}, got {text!r}")
     return () if names == ("none",) else names
 
 
@@ -50,15 +50,15 @@ def check_loggers(names: Sequence[str]) -> None:
     """Make sure that these loggers can work here, before anything is computed. Connects to nothing.
 
     Raises:
-        ValueError: A logger's package is not installed, or wandb would ask for an account.
+        InputError: A logger's package is not installed, or wandb would ask for an account.
     """
     if "tensorboard" in names and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ValueError("logger tensorboard needs a package that is not installed: pip install tensorboard")
+        raise InputError("logger tensorboard needs a package that is not installed: pip install tensorboard")
     for name in names:
         if name.startswith("wandb") and not find_spec("wandb"):
-            raise ValueError(f"logger {name} needs a package that is not installed: pip install wandb")
+            raise InputError(f"logger {name} needs a package that is not installed: pip install wandb")
     if "wandb" in names and not _has_wandb_account():
-        raise ValueError(
+        raise InputError(
             "logger wandb has no API key: call `wandb login`, set WANDB_API_KEY, or take logger wandb-offline, which "
             "needs neither account nor network"
         )
@@ -84,8 +84,8 @@ def make_loggers(
         tags: wandb: labels to search by.
 
     Raises:
-        ValueError: As :func:`check_loggers`.
-        ConnectionError: wandb's server does not answer, or refuses.
+        InputError: As :func:`check_loggers`.
+        UnreachableError: wandb's server does not answer, or refuses.
     """
     check_loggers(names)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def _make_wandb(folder: Path, name: str, group: str | None, tags: Sequence[str],
         _ = logger.experiment  # starts the run
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConnectionError(
+        raise UnreachableError(
             f"wandb could not start a run ({reason}): logger wandb-offline needs neither account nor network"
         ) from error
     return logger

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from eva_lightning.errors import InputError
+
 _CONTENTS = (
     "config.yaml", "metrics.json", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
     "csv", "tensorboard", "wandb",
@@ -59,7 +61,7 @@ class RunFolder:
         """Metrics of a finished run of this very config, or None where it is unfinished or has nothing to lose.
 
         Raises:
-            ValueError: The folder holds a run of another config; says which keys differ.
+            InputError: The folder holds a run of another config; says which keys differ.
         """
         config_file, metrics_file = self.path / "config.yaml", self.path / "metrics.json"
         if not config_file.is_file() or not (metrics_file.is_file() or self.last_checkpoint()):
@@ -69,7 +71,7 @@ class RunFolder:
         differ = [key for key in keys if found.get(key) != self.config.get(key)]
         if differ:
             changes = ", ".join(f"{key}={found.get(key)} (now {self.config.get(key)})" for key in differ[:4])
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds another run, with {changes}: choose another --name or pass --overwrite"
             )
         if not metrics_file.is_file():
@@ -138,11 +140,11 @@ def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
+        raise InputError(
             f"{file} is damaged ({' '.join(str(error).split())}): pass --overwrite to run again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (no mapping in it): pass --overwrite to run again")
+        raise InputError(f"{file} is damaged (no mapping in it): pass --overwrite to run again")
     return content
 
 

@@ -1,72 +1,274 @@
-"""Typed settings of a command: one frozen dataclass is its command line, its YAML file and its ``config.yaml``."""
+"""Typed settings of a command: one frozen dataclass is its command line, its YAML file and its ``config.yaml``.
+
+A setting says its role where it is declared. Run identity, shared caches and comparability are derived from the roles;
+nothing else keeps lists of names.
+"""
 
 from __future__ import annotations
 
-import errno
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, field, fields
-from typing import Any, TypeVar, get_type_hints
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from enum import Flag
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
 
 S = TypeVar("S")
 
-#: Of paths that users gave: no permission, a file in place of a folder or the other way round, a read-only disk.
-_UNUSABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)
+
+class Role(Flag):
+    """What a setting is for. Roles combine: ``Role.RESULT | Role.PER_RUN``."""
+
+    #: Where and how fast a run happens, never what comes out: folders, workers, progress bars.
+    PLACE = 1
+    #: Changes what comes out: part of a run's identity.
+    RESULT = 2
+    #: Changes the inputs of the initialisation or how they are decomposed, and so what comes out: runs that agree in
+    #: these settings share an EVA state.
+    INITIALISATION = 4 | 2
+    #: Differs between the runs of one experiment: its axes, such as task, method, learning rate and seed.
+    PER_RUN = 8
+    #: Which runs a command does, or what it reports of them; no part of any run.
+    SELECTION = 16
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a settings dataclass: its default (``MISSING``: required) and its line in ``--help``."""
-    return field(default=default, metadata={"help": text})
+def option(
+    default: Any,
+    text: str,
+    role: Role | None = None,
+    *,
+    choices: Iterable[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    identity: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: Its default; ``dataclasses.MISSING``: required.
+        text: Its line in ``--help``.
+        role: What it is for.
+        choices: The values allowed; of a list, for each of its items.
+        at_least, above, at_most, below: Bounds of a number, or of each number in a list. None passes.
+        identity: What stands for the value in a run's identity, such as a digest for the path of a file.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {
+        "help": text,
+        "role": role,
+        "choices": None if choices is None else tuple(choices),
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "identity": identity,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_settings(settings: Any) -> None:
+    """Check the values of a settings dataclass against the choices and bounds of its options.
+
+    Raises:
+        InputError: One does not fit; ``setting`` names it.
+    """
+    hints = get_type_hints(type(settings))
+    for item in fields(settings):
+        value, metadata = getattr(settings, item.name), item.metadata
+        if value is None or not (metadata.get("choices") or metadata.get("bounds")):
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            if metadata["choices"] is not None:
+                # of a list `methods` each item is a method
+                name = item.name.removesuffix("s") if isinstance(value, tuple) else item.name
+                check_choice(name, each, metadata["choices"])
+            if metadata["bounds"]:
+                check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
+
+
+def role_of(item: Field[Any]) -> Role:
+    """The role of a field.
+
+    Raises:
+        TypeError: It has none.
+    """
+    role = item.metadata.get("role")
+    if not isinstance(role, Role):
+        raise TypeError(f"setting {item.name} has no role: declare it with option(...)")
+    return role
+
+
+def identity(settings: Any, role: Role = Role.RESULT, without: Role | None = None) -> dict[str, Any]:
+    """The settings that have `role`, as plain JSON values: equal for runs that are the same in this respect.
+
+    Args:
+        settings: A settings dataclass.
+        role: ``Role.RESULT``: what tells one run from another; ``Role.INITIALISATION``: what runs that share an EVA
+            state agree in.
+        without: Leave out settings with this role: ``Role.PER_RUN`` gives what all runs of an experiment agree in.
+    """
+    found = {}
+    for item in fields(settings):
+        has = role_of(item)
+        if role in has and (without is None or without not in has):
+            stands_for = item.metadata["identity"]
+            value = getattr(settings, item.name)
+            found[item.name] = plain(value if stands_for is None else stands_for(value))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON and YAML have it: tuples as lists, dataclasses as mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one sentence, without 40 lines of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(" ".join(message.split())) from ex
 
 
 def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[str] | None = None) -> S:
     """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``.
 
+    ``batch_size`` becomes ``--batch-size``. Lists are YAML lists in files and words with commas on the command line
+    (``--lrs 1e-3,5e-4``); mappings likewise (``--rates lora=1e-3,eva:2=1e-2``).
+
     Args:
-        kind: A dataclass whose fields are all made by :func:`option`; ``batch_size`` becomes ``--batch-size``.
+        kind: A dataclass whose fields are all made by :func:`option`.
         prog: How the command is called, for ``--help``.
         description: One sentence for ``--help``.
         args: The words of the command line.
 
     Raises:
-        SystemExit: An unknown option or a value of the wrong type; the reason is on standard error.
-        ValueError: Raised by the dataclass itself.
+        InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    from jsonargparse import ArgumentParser
+    import sys
 
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
     hints = get_type_hints(kind)
-    for item in fields(kind):  # type: ignore[arg-type]
-        flag = "--" + item.name.replace("_", "-")
-        text = item.metadata["help"]
-        if hints[item.name] is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=bool, default=item.default, help=text)
-        elif item.default is MISSING:
-            parser.add_argument(flag, type=hints[item.name], required=True, help=text)
-        else:
-            parser.add_argument(flag, type=hints[item.name], default=item.default, help=text)
-    values = parser.parse_args(None if args is None else list(args)).as_dict()
-    values.pop("config", None)
-    return kind(**values)
-
-
-def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
-    """`run` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
+    items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    for name, item in items.items():
+        _add(parser, name, item, hints[name])
+    _refuse_unknown(words, items)
     try:
-        run(args)
-    except (FileNotFoundError, ValueError, TypeError, ConnectionError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in _UNUSABLE:
-            raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+        values = parser.parse_args(words).as_dict()
+    except InputError as error:
+        raise _reworded(error, hints) from error.__cause__
+    values.pop("config", None)
+    return kind(**{name: _typed(value, hints[name]) for name, value in values.items()})
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is not None:
-        return f"{error.filename} cannot be used: {(error.strerror or '').lower()}"
-    return str(error)
+def flag(name: str) -> str:
+    """``batch_size`` as it is written on a command line: ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _add(parser: ArgumentParser, name: str, item: Field[Any], hint: Any) -> None:
+    text = item.metadata["help"]
+    choices = item.metadata["choices"]
+    if choices is not None and not any(choice in text for choice in choices):
+        text = f"{text}: {', '.join(choices)}"
+    if hint is bool:
+        parser.add_argument(flag(name), nargs="?", const=True, type=bool, default=item.default, help=text)
+    elif item.default is MISSING:
+        parser.add_argument(flag(name), type=hint, required=True, help=text)
+    else:
+        parser.add_argument(flag(name), type=hint, default=item.default, help=text)
+
+
+def _refuse_unknown(words: Sequence[str], items: Mapping[str, Any]) -> None:
+    known = ["--config", "--help", "--print_config", *map(flag, items)]
+    for word in words:
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known:
+            raise InputError(unknown("option", name, known, list_all=False))
+
+
+def _as_yaml(words: list[str], hints: Mapping[str, Any]) -> list[str]:
+    """Words with commas as YAML lists or mappings, for the options that take those."""
+    by_flag = {flag(name): hint for name, hint in hints.items()}
+    result: list[str] = []
+    expects: Any = None
+    for word in words:
+        name, equals, value = word.partition("=")
+        if expects is not None and not word.startswith("--"):
+            word = _yaml_of(word, expects)
+        elif equals and name in by_flag:
+            word = f"{name}={_yaml_of(value, by_flag[name])}"
+        expects = by_flag.get(word)
+        result.append(word)
+    return result
+
+
+def _yaml_of(text: str, hint: Any) -> str:
+    if text[:1] in ("[", "{") or text in ("null", ""):
+        return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if _accepts(hint, dict):
+        pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+        return "{" + ", ".join(f"{json.dumps(key)}: {value or 'null'}" for key, value in pairs.items()) + "}"
+    if not _accepts(hint, tuple) or ("," not in text and _accepts(hint, int)):
+        return text
+    quoted = _accepts(hint, str, inside=tuple)
+    return "[" + ", ".join(json.dumps(part) if quoted else part for part in parts) + "]"
+
+
+def _accepts(hint: Any, kind: type, inside: type | None = None) -> bool:
+    """Whether an annotation takes values of `kind`, itself or among others; with `inside`, as items of that type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_accepts(part, kind, inside) for part in get_args(hint))
+    if inside is not None:
+        return get_origin(hint) is inside and kind in get_args(hint)
+    if kind is float and get_origin(hint) is tuple:
+        return float in get_args(hint)
+    return hint is kind or get_origin(hint) is kind
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    return tuple(value) if isinstance(value, list) and _accepts(hint, tuple) else value
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _described(hint: Any) -> str:
+    """An annotation in words: what a value must be."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("none" if part is type(None) else _described(part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each item {_described(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return f"a mapping, each value {_described(get_args(hint)[1])}"
+    return _KINDS.get(hint, str(hint))
+
+
+def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
+    """jsonargparse's words as ours."""
+    text = str(error)
+    for name, hint in hints.items():
+        if text.startswith(f'Parser key "{name}":') and "Got value: " in text:
+            given = text.partition("Got value: ")[2].partition(" - Expected")[0]
+            return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
+    if text.startswith("Option '") and text.endswith("is not accepted"):
+        return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
+    if text.startswith("unrecognized arguments:"):
+        return InputError(f"unexpected words on the command line:{text.partition(':')[2]}")
+    if text.startswith("the following arguments are required: "):
+        return InputError(f"{flag(text.rpartition(' ')[2])} is required")
+    if text.startswith("argument --") and "expected one argument" in text:
+        return InputError(f"{text.split(': ')[0].removeprefix('argument ')} needs a value")
+    if text.startswith('Parser key "config": '):
+        return InputError(f"--config: {text.partition(': ')[2]}")
+    return error

@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from eva_lightning.errors import InputError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -105,5 +107,5 @@ def t_quantile(degrees: float) -> float:
     from scipy.special import stdtrit
 
     if not degrees > 0:
-        raise ValueError(f"degrees of freedom must be above 0, got {degrees}")
+        raise InputError(f"degrees of freedom must be above 0, got {degrees}")
     return float(stdtrit(degrees, 0.975))

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from eva_lightning.errors import InputError
 from experiments.vtab.jobs import Job
 from experiments.vtab.worker import Outcome, WorkerOptions, attempt, prepare
 
@@ -57,7 +58,7 @@ class LocalBackend:
     ) -> None:
         share = 1.0 if gpus_per_run is None else gpus_per_run
         if not 0 <= share <= 1:
-            raise ValueError(
+            raise InputError(
                 f"gpus_per_run must be a share of one GPU, from 0 to 1, with the local backend, got {share}"
             )
         self._gpus = list((visible_gpus() if gpus is None else gpus) if share > 0 else [])

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from eva_lightning.errors import InputError, UnreachableError
 from experiments.vtab.jobs import Job
 from experiments.vtab.worker import Outcome, WorkerOptions, attempt, prepare
 
@@ -30,8 +31,8 @@ class RayBackend:
         address: Of a running cluster; None starts Ray on this machine.
 
     Raises:
-        ValueError: Ray is not installed, or the cluster has no room for a run.
-        ConnectionError: No cluster answers at `address`.
+        InputError: Ray is not installed, or the cluster has no room for a run.
+        UnreachableError: No cluster answers at `address`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class RayBackend:
             resources = self._ray.cluster_resources()
             self._gpus = (1.0 if resources.get("GPU") else 0.0) if gpus_per_run is None else gpus_per_run
             if self.slots < 1:
-                raise ValueError(
+                raise InputError(
                     f"no machine of the Ray cluster has room for a run: it asks for {self._gpus:g} GPUs and "
                     f"{self._cpus:g} CPUs, and all machines together have {resources.get('GPU', 0):g} and "
                     f"{resources.get('CPU', 0):g}"
@@ -95,7 +96,7 @@ class RayBackend:
             self._ray.init(**arguments)
         except ConnectionError as error:
             reason = " ".join(str(error).split())
-            raise ConnectionError(f"no Ray cluster answers at {address}: {reason}") from error
+            raise UnreachableError(f"no Ray cluster answers at {address}: {reason}") from error
 
     @property
     def slots(self) -> int:
@@ -158,13 +159,13 @@ def import_ray() -> Any:
     """The package.
 
     Raises:
-        ValueError: It is not installed.
+        InputError: It is not installed.
     """
     try:
         import ray
         import ray.exceptions
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             "the ray backend needs the package ray, which is not installed: pip install -e '.[sweep]' in the checkout, "
             "or use --backend local"
         ) from error

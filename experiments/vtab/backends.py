@@ -57,8 +57,8 @@ def open_backend(
         log_folder: For what local processes print.
 
     Raises:
-        ValueError: Ray is not installed, or there is no room for a single run.
-        ConnectionError: No Ray cluster answers at `address`.
+        InputError: Ray is not installed, or there is no room for a single run.
+        UnreachableError: No Ray cluster answers at `address`.
     """
     if name == "local":
         from experiments.vtab.backend_local import LocalBackend

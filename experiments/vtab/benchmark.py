@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eva_lightning.errors import unknown
-from experiments.runner.settings import in_terminal, option, parse_settings
+from eva_lightning.errors import InputError, unknown
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 
 PARTS = ("train", "data", "gpu")
 
@@ -39,9 +40,9 @@ class Settings:
     def __post_init__(self) -> None:
         for part in self.selected:
             if part not in PARTS:
-                raise ValueError(unknown("part", part, PARTS))
+                raise InputError(unknown("part", part, PARTS))
         if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+            raise InputError(f"repeats must be at least 1, got {self.repeats}")
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Figures]:
     """Run the command line `args` (``sys.argv`` for None) and return part -> name -> figure, of the parts that ran.
 
     Raises:
-        FileNotFoundError: Something of the images is missing.
-        ValueError: A setting is wrong.
+        MissingInputError: Something of the images is missing.
+        InputError: A setting is wrong.
     """
     settings = parse(args)
     if settings.root is not None:

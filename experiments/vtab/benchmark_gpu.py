@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
+from eva_lightning.errors import InputError
+
 if TYPE_CHECKING:
     from experiments.vtab.benchmark import Settings
 
@@ -57,7 +59,7 @@ def measure(
         ``eva_init_batches``, and ``eva_init_share``: of the time that the training takes, in percent.
 
     Raises:
-        ValueError: The GPU has too little memory; says what was tried.
+        InputError: The GPU has too little memory; says what was tried.
     """
     import torch
 
@@ -82,7 +84,7 @@ def measure(
         _, callbacks = _fit(settings, "eva", 1, **trial)
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        raise ValueError(
+        raise InputError(
             f"{model} at batch size {batch_size} and {image_size} pixels does not fit the {total:.0f} GiB of this GPU"
         ) from None
     state = next(callback.state for callback in callbacks if isinstance(callback, EVAInitCallback))

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Grid:
         final_seeds: Seeds of the final runs; empty to tune only.
 
     Raises:
-        ValueError: An axis is empty, holds a value twice, or one that is out of range.
+        InputError: An axis is empty, holds a value twice, or one that is out of range.
     """
 
     lrs: tuple[float, ...] = (2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)
@@ -40,18 +40,18 @@ class Grid:
         for axis in fields(self):
             values = getattr(self, axis.name)
             if not values and axis.name != "final_seeds":
-                raise ValueError(f"{axis.name} of the grid must hold at least one value")
+                raise InputError(f"{axis.name} of the grid must hold at least one value")
             if len(set(values)) < len(values):
-                raise ValueError(f"{axis.name} of the grid must differ, got {', '.join(map(str, values))}")
+                raise InputError(f"{axis.name} of the grid must differ, got {', '.join(map(str, values))}")
         for lr in self.lrs:
             if not 0 < lr < math.inf:
-                raise ValueError(f"lrs of the grid must be numbers above 0, got {lr}")
+                raise InputError(f"lrs of the grid must be numbers above 0, got {lr}")
         for rank in self.ranks:
             if rank < 1:
-                raise ValueError(f"ranks of the grid must be at least 1, got {rank}")
+                raise InputError(f"ranks of the grid must be at least 1, got {rank}")
         for seed in (*self.tune_seeds, *self.final_seeds):
             if seed < 0:
-                raise ValueError(f"seeds of the grid must be at least 0, got {seed}")
+                raise InputError(f"seeds of the grid must be at least 0, got {seed}")
 
     def points(self, adapts: bool) -> list[Point]:
         """The settings to choose from, for a method with a rank (`adapts`) or without."""
@@ -81,26 +81,26 @@ def load_grid(name: str) -> Grid:
     """The grid called `name` (``"paper"``), or that of a YAML file with any of the keys of :class:`Grid`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No such name, no mapping, unknown keys or values of the wrong kind.
+        MissingInputError: There is no such file.
+        InputError: No such name, no mapping, unknown keys or values of the wrong kind.
     """
     if name == "paper":
         return PAPER
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{unknown('grid', name, ['paper'])} (a grid of your own is a file name.yaml)")
+        raise InputError(f"{unknown('grid', name, ['paper'])} (a grid of your own is a file name.yaml)")
     if not file.is_file():
-        raise FileNotFoundError(f"grid file {file} does not exist")
+        raise MissingInputError(f"grid file {file} does not exist")
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"grid file {file} is no YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"grid file {file} is no YAML: {' '.join(str(error).split())}") from None
     axes = [axis.name for axis in fields(Grid)]
     if not isinstance(document, dict) or not document:
-        raise ValueError(f"grid file {file} must be a mapping with any of {', '.join(axes)}")
+        raise InputError(f"grid file {file} must be a mapping with any of {', '.join(axes)}")
     for key in document:
         if key not in axes:
-            raise ValueError(f"grid file {file}: {unknown('key', str(key), axes)}")
+            raise InputError(f"grid file {file}: {unknown('key', str(key), axes)}")
     return replace(PAPER, **{key: _axis(key, value, str(file)) for key, value in document.items()})
 
 
@@ -130,7 +130,7 @@ def _axis(key: str, value: Any, where: str) -> tuple[Any, ...]:
     except (TypeError, ValueError):
         expected = "numbers" if key == "lrs" else "whole numbers"
         more = " (or how many there are)" if seeds else ""
-        raise ValueError(f"{where}: {key} must be {expected}{more}, got {value!r}") from None
+        raise InputError(f"{where}: {key} must be {expected}{more}, got {value!r}") from None
     return converted
 
 

@@ -58,7 +58,7 @@ def plan(settings: Settings) -> str:
     """The plan as text.
 
     Raises:
-        ValueError: An unknown model, a wrong option, or a damaged store.
+        InputError: An unknown model, a wrong option, or a damaged store.
     """
     from eva_lightning.vision.backbone.timm_models import resolve_model
 

@@ -16,13 +16,14 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods.keys import METHOD_TRAITS
 from eva_lightning.vision.data.splits import PROTOCOLS, open_task
 from eva_lightning.vision.protocol import Protocol, get_protocol, module_options
+from experiments.runner.cli import in_terminal
 from experiments.runner.loggers import LOGGER_HELP, check_loggers, open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import option, parse_settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -120,21 +121,21 @@ class Settings:
             ("training split", self.split, tuple(PROTOCOLS)),
         ):
             if value not in choices:
-                raise ValueError(unknown(kind, value, choices))
+                raise InputError(unknown(kind, value, choices))
         for name in ("epochs", "batch_size", "accumulate", "image_size", "devices", "rank"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+            raise InputError(f"lr must be above 0, got {self.lr}")
         for name in ("weight_decay", "warmup_epochs", "workers"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+            raise InputError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
+            raise InputError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
         if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise ValueError(f"name must be the plain name of a folder, got {self.name!r}")
+            raise InputError(f"name must be the plain name of a folder, got {self.name!r}")
         parse_loggers(self.logger)
         get_protocol(self.protocol)
 
@@ -191,9 +192,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
 
     Raises:
-        FileNotFoundError: Something of the data, or the weight file, is missing.
-        ValueError: A setting or the data is wrong, or the folder holds a run of other settings.
-        ConnectionError: Pre-trained weights are wanted and the hub does not answer.
+        MissingInputError: Something of the data, or the weight file, is missing.
+        InputError: A setting or the data is wrong, or the folder holds a run of other settings.
+        UnreachableError: Pre-trained weights are wanted and the hub does not answer.
     """
     settings = parse(args)
     folder = RunFolder(Path(settings.output) / settings.run_name, asdict(settings), INCIDENTAL)
@@ -212,7 +213,7 @@ def build(settings: Settings) -> tuple[VTAB1K, ImageClassifier, list[L.Callback]
     """Data, module and the method's callbacks of a run, in this order of checks: nothing is built for a wrong name.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: As :func:`main`.
+        MissingInputError, InputError, UnreachableError: As :func:`main`.
     """
     import lightning as L
 
@@ -281,7 +282,7 @@ def execute(settings: Settings, folder: RunFolder, outputs: Outputs = Outputs())
         The metrics, which ``metrics.json`` in `folder` holds from then on.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: As :func:`main`.
+        MissingInputError, InputError, UnreachableError: As :func:`main`.
     """
     import logging
 
@@ -429,7 +430,7 @@ def _check_devices(settings: Settings) -> None:
     there = torch.cuda.device_count() if on_gpu(settings) else os.cpu_count() or 1
     if settings.devices > there:
         kind = "GPUs" if on_gpu(settings) else "CPU cores"
-        raise ValueError(f"devices must be at most the {there} {kind} of this machine, got {settings.devices}")
+        raise InputError(f"devices must be at most the {there} {kind} of this machine, got {settings.devices}")
 
 
 def on_gpu(settings: Settings) -> bool:

@@ -38,7 +38,7 @@ class ModelSize:
         """Of the model that `settings` name.
 
         Raises:
-            ValueError: Unknown model, image size no multiple of its patch size, or no linear head.
+            InputError: Unknown model, image size no multiple of its patch size, or no linear head.
         """
         import torch
 

@@ -90,7 +90,7 @@ class SharedState:
         """The state's path, after computing it where nobody has; others that want it wait meanwhile.
 
         Raises:
-            FileNotFoundError, ValueError, ConnectionError: As :func:`experiments.vtab.run.build`.
+            MissingInputError, InputError, UnreachableError: As :func:`experiments.vtab.run.build`.
             OSError: The disk is full.
         """
         found = self.find()

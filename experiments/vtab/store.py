@@ -29,7 +29,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 
 Status = Literal["pending", "running", "done", "failed"]
 Phase = Literal["tune", "final"]
@@ -95,8 +95,8 @@ class ResultsStore:
         path: The SQLite file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no results store, is damaged, or was written by another version.
+        MissingInputError: There is no such file.
+        InputError: It is no results store, is damaged, or was written by another version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,7 +107,7 @@ class ResultsStore:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         if not self.path.is_file():
-            raise FileNotFoundError(f"there is no results store {self.path}: the sweep command makes it")
+            raise MissingInputError(f"there is no results store {self.path}: the sweep command makes it")
         with damage_reported(self.path):
             address = f"{self.path.resolve().as_uri()}?mode=ro"
             with closing(sqlite3.connect(address, uri=True, timeout=30.0)) as connection:
@@ -128,11 +128,11 @@ class ResultsStore:
             times are seconds.
 
         Raises:
-            ValueError: No such column, or a damaged store.
+            InputError: No such column, or a damaged store.
         """
         for column in equals:
             if column not in COLUMNS:
-                raise ValueError(unknown("column", column, COLUMNS))
+                raise InputError(unknown("column", column, COLUMNS))
         conditions = [f'"{column}" IS ?' for column in equals]
         if not superseded and "superseded" not in equals:
             conditions.append("superseded = 0")
@@ -157,14 +157,14 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
     """Make sure that the file is a results store of this version.
 
     Raises:
-        ValueError: It is not.
+        InputError: It is not.
     """
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
-        raise ValueError(f"{path} is a database, but not a results store: name another file")
+        raise InputError(f"{path} is a database, but not a results store: name another file")
     if version != VERSION:
-        raise ValueError(f"results store {path} has version {version}, this program reads version {VERSION}")
+        raise InputError(f"results store {path} has version {version}, this program reads version {VERSION}")
 
 
 @contextmanager
@@ -175,11 +175,11 @@ def damage_reported(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         reason = str(error)
         if any(words in reason for words in ("not a database", "malformed", "no such table", "no such column")):
-            raise ValueError(
+            raise InputError(
                 f"results store {path} is damaged ({reason}): put a copy in its place, or move it away to start anew"
             ) from error
         if any(words in reason for words in ("unable to open", "readonly")):
-            raise ValueError(f"results store {path} cannot be opened ({reason}): check its folder's permissions") from (
+            raise InputError(f"results store {path} cannot be opened ({reason}): check its folder's permissions") from (
                 error
             )
         raise

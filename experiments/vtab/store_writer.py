@@ -223,7 +223,7 @@ def held_store(path: str | Path) -> Iterator[StoreWriter]:
 
     Raises:
         StoreInUse: Another process holds it; says which and since when.
-        ValueError: The file is no results store, or is damaged.
+        InputError: The file is no results store, or is damaged.
         OSError: The disk is full, or the folder cannot be written.
     """
     file = Path(path)

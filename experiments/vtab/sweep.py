@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.runner.settings import in_terminal
+from eva_lightning.errors import InputError
+from experiments.runner.cli import in_terminal
 from experiments.vtab.backends import Backend, open_backend
 from experiments.vtab.jobs import PHASE_FOLDERS
 from experiments.vtab.schedule import Schedule
@@ -42,9 +43,9 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the command line `args` (``sys.argv`` for None); returns the rows of the sweep, or none with ``--plan``.
 
     Raises:
-        FileNotFoundError: Data or a weight file is missing.
-        ValueError: A setting is wrong, another sweep holds the store, the disk is full, or every run fails.
-        ConnectionError: The hub or the Ray cluster does not answer.
+        MissingInputError: Data or a weight file is missing.
+        InputError: A setting is wrong, another sweep holds the store, the disk is full, or every run fails.
+        UnreachableError: The hub or the Ray cluster does not answer.
         KeyboardInterrupt: Ctrl-C, or the process was asked to end; everything is in order.
     """
     settings = parse(args)
@@ -60,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
             return _sweep(settings, store)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(_no_room(settings)) from error
+            raise InputError(_no_room(settings)) from error
         raise
 
 
@@ -139,7 +140,7 @@ def _loop(
                 if cell.choice is not None and id(cell) not in chosen:
                     progress.say(f"{cell}: {cell.choice.point}, by {cell.choice.accuracy:.1%} on val200")
             if not done and failed >= max(_ALIKE, 2 * backend.slots):
-                raise ValueError(
+                raise InputError(
                     f"the first {failed} runs failed, the last one with {_last_line(outcome)!r} (tracebacks are in "
                     f"{store.path}): remove the cause, then add --retry-failed"
                 )

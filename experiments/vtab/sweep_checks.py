@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from eva_lightning.errors import InputError
 from eva_lightning.vision.data.splits import TaskData, open_task
 from experiments.runner.loggers import check_loggers, parse_loggers
 from experiments.vtab.jobs import SPLITS
@@ -26,8 +27,8 @@ def check_everything(settings: Settings) -> None:
     """Refuse what cannot work, in the order of what it costs to find out.
 
     Raises:
-        FileNotFoundError, ValueError: Data that is missing or wrong, an unknown model, a wrong option, too little room.
-        ConnectionError: Pre-trained weights are wanted and the hub does not answer.
+        MissingInputError, InputError: Data that is missing or wrong, an unknown model, a wrong option, too little room.
+        UnreachableError: Pre-trained weights are wanted and the hub does not answer.
     """
     if settings.backend == "ray":
         from experiments.vtab.backend_ray import import_ray
@@ -49,7 +50,7 @@ def check_data(settings: Settings) -> None:
     """Look at the split files and images of every task.
 
     Raises:
-        FileNotFoundError, ValueError: What the first task lacks, and how many others lack something.
+        MissingInputError, InputError: What the first task lacks, and how many others lack something.
     """
     errors: list[Exception] = []
     terminal = Console(stderr=True)
@@ -106,7 +107,7 @@ def check_room(settings: Settings, size: ModelSize) -> None:
     """Make sure that the disk has room for what a sweep leaves.
 
     Raises:
-        ValueError: It has not.
+        InputError: It has not.
     """
     use = disk_use(settings, size)
     output = _existing(Path(settings.output))
@@ -118,7 +119,7 @@ def check_room(settings: Settings, size: ModelSize) -> None:
     for folder, needed in needs.items():
         free = shutil.disk_usage(folder).free
         if free < needed + _ROOM_TO_LEAVE and not _has_begun(settings):
-            raise ValueError(
+            raise InputError(
                 f"the sweep needs about {human(needed)} (decoded images {human(use.cache)}, EVA states "
                 f"{human(use.states)}, final runs {human(use.runs)}) and the disk of {folder} has {human(free)} free: "
                 "make room, choose another --output or --cache, or --cache none (slow: decodes images in every epoch)"

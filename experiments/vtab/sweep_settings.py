@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods.keys import MethodKey
 from eva_lightning.vision.data.tasks import TASKS
 from experiments.runner.settings import option, parse_settings
@@ -65,17 +65,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise ValueError(unknown("backend", self.backend, BACKENDS))
+            raise InputError(unknown("backend", self.backend, BACKENDS))
         for name in ("workers", "threads", "decode_threads", "state_components"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         for name in ("gpus_per_run", "cpus_per_run", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+                raise InputError(f"{name} must be at least 0, got {value}")
         if self.ray_address is not None and self.backend != "ray":
-            raise ValueError(f"ray_address goes with --backend ray, got {self.ray_address!r} with {self.backend}")
+            raise InputError(f"ray_address goes with --backend ray, got {self.ray_address!r} with {self.backend}")
         # each of these checks its part
         _ = self.task_names, self.base, [self.components(key) for key in self.keys]
 
@@ -92,9 +92,9 @@ class Settings:
             elif word in TASKS:
                 wanted.add(word)
             else:
-                raise ValueError(unknown("VTAB-1K task", word, ["all", *sorted(groups), *TASKS], list_all=True))
+                raise InputError(unknown("VTAB-1K task", word, ["all", *sorted(groups), *TASKS], list_all=True))
         if not wanted:
-            raise ValueError("tasks must name at least one task")
+            raise InputError("tasks must name at least one task")
         return tuple(name for name in TASKS if name in wanted)
 
     @cached_property
@@ -102,7 +102,7 @@ class Settings:
         """The methods, each once."""
         keys = tuple(dict.fromkeys(MethodKey.parse(word) for word in _words(self.methods)))
         if not keys:
-            raise ValueError("methods must name at least one method")
+            raise InputError("methods must name at least one method")
         return keys
 
     @cached_property
@@ -118,7 +118,7 @@ class Settings:
         of them, or as the protocol has.
 
         Raises:
-            ValueError: The grid needs more than ``--state-components``, or than the protocol has.
+            InputError: The grid needs more than ``--state-components``, or than the protocol has.
         """
         if not key.streams_eva:
             return 0
@@ -132,7 +132,7 @@ class Settings:
             return needed
         if needed > self.state_components:
             rho = f" and ρ = {most.rho:g}" if most.rho is not None else ""
-            raise ValueError(
+            raise InputError(
                 f"rank {rank}{rho} ({most}) needs {needed} components per layer, beyond the {self.state_components} of "
                 "the EVA states: raise --state-components or leave out the larger ranks"
             )
@@ -184,7 +184,7 @@ def parse(args: Sequence[str] | None = None) -> Settings:
     """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``.
 
     Raises:
-        ValueError, FileNotFoundError: A setting is wrong, or the grid file is missing.
+        InputError, MissingInputError: A setting is wrong, or the grid file is missing.
     """
     description = "All tasks, methods, learning rates, ranks and seeds as one resumable job"
     options = asdict(parse_settings(_command_line(), "python -m experiments.vtab sweep", description, args))

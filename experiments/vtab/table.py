@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.methods.keys import METHOD_TRAITS
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 from experiments.vtab.table_layout import (
     Difference,
     Notes,
@@ -48,9 +49,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise ValueError(unknown("layout", self.layout, LAYOUTS))
+            raise InputError(unknown("layout", self.layout, LAYOUTS))
         if self.baseline not in METHOD_TRAITS:
-            raise ValueError(unknown("method", self.baseline, METHOD_TRAITS))
+            raise InputError(unknown("method", self.baseline, METHOD_TRAITS))
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def main(args: Sequence[str] | None = None) -> Tables:
     """Read, print and write as the command line `args` says (``sys.argv`` for None).
 
     Raises:
-        FileNotFoundError: There are no results yet; says what to run.
-        ValueError: A setting is wrong, a file is damaged, or two runs are of the same settings.
+        MissingInputError: There are no results yet; says what to run.
+        InputError: A setting is wrong, a file is damaged, or two runs are of the same settings.
     """
     settings = parse(args)
     tables = make_tables(read(settings), settings.layout, settings.baseline)
@@ -90,8 +91,8 @@ def read(settings: Settings) -> list[RunResult]:
     """The results that `settings` name: those of the store first.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: A file is damaged.
+        MissingInputError: There are none.
+        InputError: A file is damaged.
     """
     results: list[RunResult] = []
     store = Path(settings.store)
@@ -105,7 +106,7 @@ def read(settings: Settings) -> list[RunResult]:
     elif store.is_file():
         results += read_store(store)
     else:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"there is no results store {store}: python -m experiments.vtab sweep --root DIR makes it; runs of the run "
             "command are read with --runs FOLDER"
         )
@@ -113,7 +114,7 @@ def read(settings: Settings) -> list[RunResult]:
         return results
     models = list(dict.fromkeys(result.model for result in results))
     if settings.model not in models:
-        raise ValueError(f"there are no results of model {settings.model!r}, but of {', '.join(models)}")
+        raise InputError(f"there are no results of model {settings.model!r}, but of {', '.join(models)}")
     return [result for result in results if result.model == settings.model]
 
 

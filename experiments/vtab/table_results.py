@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
 from eva_lightning.vision.data.tasks import TASKS
 from experiments.runner.statistics import Sample
@@ -88,15 +89,15 @@ def read_store(path: str | Path) -> list[RunResult]:
     """The finished final runs of a results store; also while a sweep writes it.
 
     Raises:
-        FileNotFoundError: There is no such file, or no final run is done; says what there is and what to run.
-        ValueError: It is no results store, or damaged.
+        MissingInputError: There is no such file, or no final run is done; says what there is and what to run.
+        InputError: It is no results store, or damaged.
     """
     store = ResultsStore(path)
     rows = store.rows(phase="final", status="done")
     if not rows:
         states = [row["status"] for phase in ("tune", "final") for row in store.rows(phase=phase, details=False)]
         progress = f" ({states.count('done')} of {len(states)} runs are done, none of them final)" if states else ""
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"no final run is done in the results store {path}{progress}: python -m experiments.vtab sweep --root DIR "
             "makes and continues it"
         )
@@ -117,11 +118,11 @@ def read_folders(root: str | Path) -> list[RunResult]:
     """The finished runs below `root` that were tested on the test set, in order of their paths.
 
     Raises:
-        FileNotFoundError: `root` is no folder, or there is none; says what to run.
-        ValueError: A file is damaged.
+        MissingInputError: `root` is no folder, or there is none; says what to run.
+        InputError: A file is damaged.
     """
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"the folder of runs {root} does not exist")
+        raise MissingInputError(f"the folder of runs {root} does not exist")
     results = []
     for file in sorted(Path(root).rglob("metrics.json")):
         metrics = _read(file, json.loads)
@@ -136,7 +137,7 @@ def read_folders(root: str | Path) -> list[RunResult]:
         point = Point(metrics["lr"], metrics.get("rank"))
         results.append(_result(key, {"root": "", **settings}, metrics, point, str(file.parent), False))
     if not results:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"no finished runs with a test accuracy below {root}: make one with "
             f"python -m experiments.vtab run --root DIR --task TASK --output {root}"
         )
@@ -147,14 +148,14 @@ def gather(results: Iterable[RunResult]) -> list[Ours]:
     """One entry per method and experiment, in the order of the methods' table; the same run found twice counts once.
 
     Raises:
-        ValueError: Two runs of the same task and seed differ in learning rate, rank or result: says where both are.
+        InputError: Two runs of the same task and seed differ in learning rate, rank or result: says where both are.
     """
     runs: dict[tuple[str, str, str, int], RunResult] = {}
     for result in results:
         place = result.experiment, result.key.key, result.task, result.seed
         known = runs.setdefault(place, result)
         if (known.point, known.accuracy) != (result.point, result.accuracy):
-            raise ValueError(
+            raise InputError(
                 f"{known.place} and {result.place} are both {result.key} on {result.task} with seed {result.seed}, of "
                 f"{known.accuracy:.2f}% at {known.point} and {result.accuracy:.2f}% at {result.point}: keep one of them"
             )
@@ -205,7 +206,7 @@ def _result(
     try:
         shared = experiment_settings(run.Settings(**{k: v for k, v in settings.items() if k in known}))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{place} has settings that no run has: {error}") from error
+        raise InputError(f"{place} has settings that no run has: {error}") from error
     return RunResult(
         key=MethodKey.parse(method),
         experiment=digest(shared),
@@ -273,7 +274,7 @@ def _read(file: Path, parse: Any) -> dict[str, Any]:
     try:
         content = parse(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from error
+        raise InputError(f"{file} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it must hold a mapping, got {type(content).__name__}")
+        raise InputError(f"{file} is damaged: it must hold a mapping, got {type(content).__name__}")
     return content

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.methods.keys import METHOD_TRAITS
+from experiments.runner.cli import in_terminal
 from experiments.runner.processes import worker_pool
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.settings import option, parse_settings
 from experiments.vtab.transfer_runs import BASELINES, Job, Variant, halves, run_all
 
 _LOGGER = logging.getLogger("experiments.vtab.transfer")
@@ -77,13 +79,13 @@ class Settings:
         for name, least in (("seeds", 1), ("rank", 1), ("epochs", 1), ("batch_size", 1), ("extend", 0),
                             ("tune_seeds", 1), ("pretrain_epochs", 1), ("workers", 0)):  # fmt: skip
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("alpha", "weight_decay", "warmup_epochs"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         keys = [variant.key for variant in self.variants]
         if not keys or len(set(keys)) < len(keys):
-            raise ValueError(f"methods must be named, and differ, got {self.methods!r}")
+            raise InputError(f"methods must be named, and differ, got {self.methods!r}")
         _ = self.learning_rates, self.look_epochs, self.given_rates
 
     @property
@@ -97,9 +99,9 @@ class Settings:
         try:
             rates = sorted({float(word) for word in self.grid.split(",") if word.strip()})
         except ValueError:
-            raise ValueError(f"grid must be numbers with commas between them, got {self.grid!r}") from None
+            raise InputError(f"grid must be numbers with commas between them, got {self.grid!r}") from None
         if not rates or not rates[0] > 0:
-            raise ValueError(f"grid must be learning rates above 0, got {self.grid!r}")
+            raise InputError(f"grid must be learning rates above 0, got {self.grid!r}")
         return tuple(rates)
 
     @property
@@ -108,9 +110,9 @@ class Settings:
         try:
             epochs = {int(word) for word in self.looks.split(",") if word.strip()}
         except ValueError:
-            raise ValueError(f"looks must be epochs with commas between them, got {self.looks!r}") from None
+            raise InputError(f"looks must be epochs with commas between them, got {self.looks!r}") from None
         if epochs and min(epochs) < 1:
-            raise ValueError(f"looks must be epochs from 1, got {self.looks!r}")
+            raise InputError(f"looks must be epochs from 1, got {self.looks!r}")
         return tuple(sorted({epoch for epoch in epochs if epoch < self.epochs} | {self.epochs}))
 
     @property
@@ -125,7 +127,7 @@ class Settings:
             try:
                 rates[key] = float(value)
             except ValueError:
-                raise ValueError(f"rates must be written as lora=0.01,eva:1=0.01, got {word.strip()!r}") from None
+                raise InputError(f"rates must be written as lora=0.01,eva:1=0.01, got {word.strip()!r}") from None
         return rates
 
     def job(self, variant: Variant, phase: Literal["tuning", "final"], lr: float, seed: int, digest: str) -> Job:
@@ -283,8 +285,8 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the command line `args` (``sys.argv`` for None); returns the metrics of the compared runs.
 
     Raises:
-        FileNotFoundError: The images, or with ``--report`` the weights, are missing.
-        ValueError: A setting is wrong, or a folder holds a run of other settings.
+        MissingInputError: The images, or with ``--report`` the weights, are missing.
+        InputError: A setting is wrong, or a folder holds a run of other settings.
     """
     settings = parse(args)
     halves(settings.root, settings.split_seed, settings.train_images, settings.validation_images)
@@ -294,7 +296,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print(plan(settings), flush=True)
         return []
     if settings.report and not settings.weights.is_file():
-        raise FileNotFoundError(f"{settings.weights} does not exist: nothing is finished yet")
+        raise MissingInputError(f"{settings.weights} does not exist: nothing is finished yet")
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     with _logging(folder):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.splits import Split, read_split
@@ -59,12 +60,12 @@ def read_images(root: str | Path) -> Split:
     """All images of the task, whatever split file lists them.
 
     Raises:
-        FileNotFoundError: The folder, a split file or an image is missing.
-        ValueError: A line of a split file cannot be read, or an image is listed with two labels.
+        MissingInputError: The folder, a split file or an image is missing.
+        InputError: A line of a split file cannot be read, or an image is listed with two labels.
     """
     folder = Path(root) / TASK
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"{folder} does not exist: this experiment needs the {TASK} folder of VTAB-1K (train800val200.txt, "
             "test.txt and the images); pass the folder it lies in as --root"
         )
@@ -74,10 +75,10 @@ def read_images(root: str | Path) -> Split:
         split = read_split(folder, name, classes)
         for path, label in zip(split.paths, split.labels, strict=True):
             if labels.setdefault(path, label) != label:
-                raise ValueError(f"{folder / path} is listed with the labels {labels[path]} and {label}")
+                raise InputError(f"{folder / path} is listed with the labels {labels[path]} and {label}")
     missing = [path for path in labels if not (folder / path).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"image {folder / missing[0]} is missing ({len(missing)} of {len(labels)} are): copy the folder again"
         )
     return Split("all", folder, tuple(labels), tuple(labels.values()))
@@ -120,10 +121,10 @@ def split_halves(images: Split, seed: int, train: int = 1000, validation: int = 
         validation: How many of these are for choosing learning rates.
 
     Raises:
-        ValueError: There are fewer images than that, or `validation` is not below `train`.
+        InputError: There are fewer images than that, or `validation` is not below `train`.
     """
     if not 0 < validation < train:
-        raise ValueError(f"validation images must be from 1 to {train - 1} of the {train} training images, "
+        raise InputError(f"validation images must be from 1 to {train - 1} of the {train} training images, "
                          f"got {validation}")  # fmt: skip
     by_class: dict[int, list[str]] = {}
     for path, label in zip(images.paths, images.labels, strict=True):
@@ -139,7 +140,7 @@ def split_halves(images: Split, seed: int, train: int = 1000, validation: int = 
         for turn, path in enumerate(by_class[label][: len(by_class[label]) // 2])
     ]
     if len(candidates) < train:
-        raise ValueError(
+        raise InputError(
             f"{images.folder} has {len(candidates)} images to fine-tune on (half of those of {len(second)} classes), "
             f"but {train} are asked for"
         )
@@ -170,7 +171,7 @@ def decoded(split: Split, image_size: int, cache: Path, progress: bool = False) 
     """Normalised images ``(3, image_size, image_size)`` of `split`, decoded once into `cache`.
 
     Raises:
-        ValueError: An image cannot be decoded.
+        InputError: An image cannot be decoded.
         OSError: The disk is full.
     """
     pixels = cached_images(split, image_size, cache, progress=progress)

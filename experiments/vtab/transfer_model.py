@@ -167,7 +167,7 @@ def pretrain(
         The file of the weights, without the head, and the metrics: ``held_out`` by epoch and ``seconds``.
 
     Raises:
-        ValueError: `path` holds the weights of another recipe.
+        InputError: `path` holds the weights of another recipe.
     """
     from safetensors.torch import save_file
 

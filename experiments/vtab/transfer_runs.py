@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
 from experiments.runner.run_folder import RunFolder
 
@@ -54,13 +54,13 @@ class Variant:
         """A method key (``lora``, ``eva:1``) or one of `BASELINES`.
 
         Raises:
-            ValueError: There is no such method; names the nearest.
+            InputError: There is no such method; names the nearest.
         """
         word = text.strip()
         if word in BASELINES:
             return cls(word, BASELINES[word], None if word == "scratch" else "linear", pretrained=False)
         if word.partition(":")[0] not in METHOD_TRAITS:
-            raise ValueError(unknown("method", word, [*METHOD_TRAITS, *BASELINES]))
+            raise InputError(unknown("method", word, [*METHOD_TRAITS, *BASELINES]))
         found = MethodKey.parse(word)
         label = found.traits.label + ("" if found.rho is None else f" ρ={found.rho:g}")
         return cls(found.key, label, found.method, found.rho)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlparse
 
+from eva_lightning.errors import InputError, MissingInputError, UnreachableError
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
 from eva_lightning.vision.data.tasks import SPLITS, TASKS
@@ -44,8 +45,8 @@ def find_archives(given: str | Path) -> list[Path]:
     """The zip files that `given` names: a zip, several with commas between them, or a folder of zips.
 
     Raises:
-        FileNotFoundError: No such file or folder, or a folder without zips.
-        ValueError: The folder is VTAB-1K itself, already unpacked.
+        MissingInputError: No such file or folder, or a folder without zips.
+        InputError: The folder is VTAB-1K itself, already unpacked.
     """
     archives: list[Path] = []
     for name in str(given).split(","):
@@ -54,18 +55,18 @@ def find_archives(given: str | Path) -> list[Path]:
             archives.append(path)
             continue
         if not path.is_dir():
-            raise FileNotFoundError(
+            raise MissingInputError(
                 f"archive {path} does not exist: pass {ARCHIVE_NAME}, zips of tasks, or their folder"
             )
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() == ".zip" and file.is_file())
         if not inside:
             unpacked = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name in TASKS)
             if unpacked:
-                raise ValueError(
+                raise InputError(
                     f"{path} is no archive but an unpacked folder (it holds {', '.join(unpacked[:3])}"
                     f"{', …' if len(unpacked) > 3 else ''}): pass it as --root to have it checked"
                 )
-            raise FileNotFoundError(f"folder {path} holds no zip file: pass {ARCHIVE_NAME} or zips of tasks")
+            raise MissingInputError(f"folder {path} holds no zip file: pass {ARCHIVE_NAME} or zips of tasks")
         archives += inside
     return archives
 
@@ -76,7 +77,7 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
     A task's files lie under a folder with its name, at any depth, or in a zip with its name.
 
     Raises:
-        ValueError: A file is no whole zip, or names a path outside its folder.
+        InputError: A file is no whole zip, or names a path outside its folder.
     """
     found: dict[str, dict[PurePosixPath, Member]] = {}
     for archive in archives:
@@ -84,7 +85,7 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
             with zipfile.ZipFile(archive) as opened:
                 infos = [info for info in opened.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{archive} is no whole zip file ({error}): download it again") from None
+            raise InputError(f"{archive} is no whole zip file ({error}): download it again") from None
         paths = [(info, path) for info in infos if (path := _inside(archive, info)) is not None]
         for task, info, path in _by_task(archive, paths):
             found.setdefault(task, {}).setdefault(path, Member(archive, info, path))
@@ -96,7 +97,7 @@ def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
     name = info.filename.replace("\\", "/")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive:
-        raise ValueError(f"{archive} holds {info.filename!r}, a path outside its folder: nothing was unpacked from it")
+        raise InputError(f"{archive} holds {info.filename!r}, a path outside its folder: nothing was unpacked from it")
     if any(part in _JUNK or part.startswith("._") for part in path.parts) or stat.S_ISLNK(info.external_attr >> 16):
         return None
     return path
@@ -144,7 +145,7 @@ def unpack(
         Task name -> number of files written.
 
     Raises:
-        ValueError: Too little room, or the archive is damaged.
+        InputError: Too little room, or the archive is damaged.
         OSError: Writing failed; the same call continues.
     """
     folder = Path(root)
@@ -162,11 +163,11 @@ def unpack(
 def require_room(folder: Path, needed: int, what: str) -> None:
     """
     Raises:
-        ValueError: `folder` lies on a disk with less than `needed` bytes and a reserve free.
+        InputError: `folder` lies on a disk with less than `needed` bytes and a reserve free.
     """
     free = shutil.disk_usage(folder).free
     if needed and free < needed + _ROOM_TO_LEAVE:
-        raise ValueError(
+        raise InputError(
             f"{what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or choose a "
             "root on another disk"
         )
@@ -217,7 +218,7 @@ def _write(target: Path, member: Member, opened: zipfile.ZipFile) -> int:
             shutil.copyfileobj(source, destination)  # ends with a comparison of CRC-32
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise ValueError(
+        raise InputError(
             f"{member.archive} is damaged at {member.info.filename} ({error}): download it again"
         ) from None
     temporary.replace(file)
@@ -242,8 +243,8 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
         The complete archive.
 
     Raises:
-        ConnectionError: The hub does not answer, or not with this file.
-        ValueError: Too little room for the archive and its content.
+        UnreachableError: The hub does not answer, or not with this file.
+        InputError: Too little room for the archive and its content.
     """
     file = downloaded(root)
     if file is not None:
@@ -267,7 +268,7 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
+        raise UnreachableError(
             f"the download of {ARCHIVE_NAME} from {endpoint()} broke off ({reason}): the same command continues it, "
             f"or {remedy}"
         ) from None
@@ -300,7 +301,7 @@ def _fetch(folder: Path) -> Path:
         )
     if len(tag) == 64 and _sha256(partial) != tag:
         partial.unlink()
-        raise ConnectionError("the file that arrived is not the hub's")
+        raise UnreachableError("the file that arrived is not the hub's")
     return partial.replace(folder / ARCHIVE_NAME)
 
 

@@ -115,7 +115,7 @@ def check_tasks(
         One status per task, in the order given.
 
     Raises:
-        ValueError: Unknown task.
+        InputError: Unknown task.
     """
     folder = Path(root)
     specs = [get_task(task) for task in tasks]

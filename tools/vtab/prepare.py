@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
-from experiments.runner.settings import in_terminal, option, parse_settings
+from experiments.runner.cli import in_terminal
+from experiments.runner.settings import option, parse_settings
 from tools.vtab.archive import download, find_archives, find_members, remove_download, unpack
 from tools.vtab.dataset_check import TaskStatus, check_tasks, join_training_splits
 from tools.vtab.originals import ORIGINALS
@@ -43,22 +45,22 @@ class Settings:
     def __post_init__(self) -> None:
         given = [name for name in ("archive", "from_originals", "check") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"choose one of {' and '.join('--' + name.replace('_', '-') for name in given)}")
+            raise InputError(f"choose one of {' and '.join('--' + name.replace('_', '-') for name in given)}")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise InputError(f"workers must be at least 1, got {self.workers}")
 
     @property
     def tasks(self) -> list[str]:
         """The tasks asked for, in the order of the benchmark.
 
         Raises:
-            ValueError: Unknown task.
+            InputError: Unknown task.
         """
         if self.task is None:
             return list(TASKS)
         named = {get_task(name.strip()).name for name in self.task.split(",") if name.strip()}
         if not named:
-            raise ValueError(f"task must name at least one task, got {self.task!r}")
+            raise InputError(f"task must name at least one task, got {self.task!r}")
         return [name for name in TASKS if name in named]
 
     @property
@@ -78,9 +80,9 @@ def main(args: Sequence[str] | None = None) -> list[TaskStatus]:
     """Run the command line `args` (``sys.argv`` for None) and return the status of every task asked for.
 
     Raises:
-        FileNotFoundError: Root (where it is only to be checked), archive or original data missing.
-        ValueError: A setting is wrong, the archive is damaged, or there is too little room.
-        ConnectionError: Tasks are missing and the hub does not answer.
+        MissingInputError: Root (where it is only to be checked), archive or original data missing.
+        InputError: A setting is wrong, the archive is damaged, or there is too little room.
+        UnreachableError: Tasks are missing and the hub does not answer.
         OSError: Writing failed.
     """
     settings = parse(args)
@@ -103,16 +105,16 @@ def main(args: Sequence[str] | None = None) -> list[TaskStatus]:
 
 def _require_root(root: Path, settings: Settings) -> None:
     if root.exists() and not root.is_dir():
-        raise ValueError(f"root must be a folder, and {root} is a file (pass a zip as --archive)")
+        raise InputError(f"root must be a folder, and {root} is a file (pass a zip as --archive)")
     if settings.check and not root.is_dir():
-        raise FileNotFoundError(f"folder {root} does not exist: there is nothing to check")
+        raise MissingInputError(f"folder {root} does not exist: there is nothing to check")
     if not root.is_dir():
         return
     if any((root / f"{split}.txt").is_file() for split in SPLITS):
-        raise ValueError(f"{root} is itself a task folder: pass its parent folder ({root.resolve().parent}) as --root")
+        raise InputError(f"{root} is itself a task folder: pass its parent folder ({root.resolve().parent}) as --root")
     inner = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and any((entry / t).is_dir() for t in TASKS)]
     if inner and not any((root / task).is_dir() for task in TASKS):
-        raise ValueError(f"{root} holds no task folder, but {inner[0]} does: pass that as --root")
+        raise InputError(f"{root} holds no task folder, but {inner[0]} does: pass that as --root")
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def _alone(root: Path) -> Iterator[None]:
         with FileLock(root / ".prepare.lock", timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"another prepare is at work in {root}: wait for it, or end it") from None
+        raise InputError(f"another prepare is at work in {root}: wait for it, or end it") from None
 
 
 def _prepare(settings: Settings, root: Path, tasks: list[str]) -> list[TaskStatus]:
@@ -166,7 +168,7 @@ def _unpack(
     members = find_members(archives)
     if not any(task in members for task in wanted):
         found = ", ".join(members) or "none"
-        raise ValueError(
+        raise InputError(
             f"{', '.join(map(str, archives))} holds none of the tasks that are missing in {root} "
             f"({', '.join(wanted)}); tasks in it: {found}"
         )
@@ -184,7 +186,7 @@ def _unpack(
 def _build(settings: Settings, root: Path, tasks: list[str], originals: Path) -> None:
     """Build the tasks that are not there: those named, or else those whose data is found."""
     if not originals.is_dir():
-        raise FileNotFoundError(f"folder {originals} of original data does not exist")
+        raise MissingInputError(f"folder {originals} of original data does not exist")
     absent = [task for task in tasks if not (root / task).is_dir()]
     if settings.task is not None:
         chosen = [require_original(task) for task in absent]
@@ -192,7 +194,7 @@ def _build(settings: Settings, root: Path, tasks: list[str], originals: Path) ->
         chosen = [ORIGINALS[task] for task in absent if task in ORIGINALS and ORIGINALS[task].found_in(originals)]
         if absent and not chosen:
             needs = sorted({ORIGINALS[task].needs[0] for task in absent if task in ORIGINALS})
-            raise FileNotFoundError(
+            raise MissingInputError(
                 f"{originals} holds no original data of a missing task; looked for {', '.join(needs)}"
             )
     for original in chosen:

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 
+from eva_lightning.errors import InputError
+
 Key = str | bytes | int
 
 
@@ -29,11 +31,11 @@ def tfds_order(split: str, keys: Sequence[Key]) -> list[int]:
         keys: The key that the data set's TFDS builder gives to each example.
 
     Raises:
-        ValueError: Two examples have the same key.
+        InputError: Two examples have the same key.
     """
     hashes = [key_hash(split, key) for key in keys]
     order = sorted(range(len(keys)), key=hashes.__getitem__)
     for first, second in pairwise(order):
         if hashes[first] == hashes[second]:
-            raise ValueError(f"two examples of split {split} have the key {keys[first]!r}")
+            raise InputError(f"two examples of split {split} have the key {keys[first]!r}")
     return order

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError
 from eva_lightning.vision.backbone.split_fused import split_layers
 
 _ROOT = "base_model.model."
@@ -32,7 +33,7 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        ValueError: AdaLoRA (its scale depends on the ranks of single layers), or what ``save_pretrained`` refuses.
+        InputError: AdaLoRA (its scale depends on the ranks of single layers), or what ``save_pretrained`` refuses.
     """
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
@@ -41,7 +42,7 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     from eva_lightning.adapters.adalora import is_adalora
 
     if is_adalora(model):
-        raise ValueError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
+        raise InputError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
     folder = save_pretrained(model, directory)
     file = folder / "adapter_model.safetensors"
     config: Any = LoraConfig.from_pretrained(str(folder))

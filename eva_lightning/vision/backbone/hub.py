@@ -6,6 +6,8 @@ import os
 import urllib.error
 import urllib.request
 
+from eva_lightning.errors import UnreachableError
+
 _WAIT_SECONDS = 5.0
 
 
@@ -23,11 +25,11 @@ def require_hub(path: str, missing: str, remedy: str) -> None:
         remedy: What to do without the hub, as the end of the error.
 
     Raises:
-        ConnectionError: No answer, or only server errors; one sentence of `missing`, the reason and `remedy`.
+        UnreachableError: No answer, or only server errors; one sentence of `missing`, the reason and `remedy`.
     """
     reason = _silence(path)
     if reason is not None:
-        raise ConnectionError(f"{missing} and the Hugging Face hub does not answer ({reason}): {remedy}")
+        raise UnreachableError(f"{missing} and the Hugging Face hub does not answer ({reason}): {remedy}")
 
 
 def _silence(path: str) -> object:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eva_lightning.errors import InputError
+
 PositionEmbedding = Literal["official", "timm"]
 
 #: ``"official"``: DINOv2 without registers as its own code does it, every other model as timm does.
@@ -45,12 +47,12 @@ def resample(embedding: Tensor, grid: tuple[int, int], prefix_tokens: int = 1) -
         Shape ``(1, prefix_tokens + grid[0] * grid[1], dim)``, in the dtype given; the embedding itself on its own grid.
 
     Raises:
-        ValueError: The patches form no square.
+        InputError: The patches form no square.
     """
     prefix, patches = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
     size = math.isqrt(patches.shape[1])
     if size * size != patches.shape[1]:
-        raise ValueError(f"a position embedding of {patches.shape[1]} patches is not square")
+        raise InputError(f"a position embedding of {patches.shape[1]} patches is not square")
     if grid == (size, size):
         return embedding
     image = patches.float().reshape(1, size, size, -1).permute(0, 3, 1, 2)

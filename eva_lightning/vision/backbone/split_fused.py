@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.errors import InputError, InputTypeError
+
 
 class SplitLinear(nn.Module):
     """Linear layers side by side: ``concat([part(x) for part in parts])``, each part a child with a name of its own.
@@ -41,7 +43,7 @@ def split_fused(model: nn.Module) -> list[str]:
         Names of the layers that were split.
 
     Raises:
-        ValueError: There is no fused projection in the model.
+        InputError: There is no fused projection in the model.
     """
     fused = list(_fused_layers(model))
     for parent, name, path, parts in fused:
@@ -49,7 +51,7 @@ def split_fused(model: nn.Module) -> list[str]:
         assert isinstance(layer, nn.Linear), path
         setattr(parent, name, SplitLinear(dict(zip(parts, _pieces(layer, len(parts)), strict=True))))
     if not fused:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no fused projection to split (a linear layer qkv, kv, or fc1 of a packed "
             "SwiGLU): leave split_fused out"
         )
@@ -68,12 +70,12 @@ def fuse(model: nn.Module) -> list[str]:
         Names of the layers that were fused.
 
     Raises:
-        ValueError: A part has an adapter; says what to do with it first.
+        InputError: A part has an adapter; says what to do with it first.
     """
     split = split_layers(model)
     for path, layer in split.items():
         if any(hasattr(part, "lora_A") for part in layer.children()):
-            raise ValueError(
+            raise InputError(
                 f"{path} has adapters on its parts: add them to the weights first (eva_lightning.adapters."
                 "merge_and_unload), or export them for the fused layout (fused_adapter.save_fused_adapter)"
             )
@@ -126,5 +128,5 @@ def _parameter(data: Tensor, requires_grad: bool) -> nn.Parameter:
 
 def _linear(part: nn.Module) -> nn.Linear:
     if not isinstance(part, nn.Linear):
-        raise TypeError(f"a part of a SplitLinear must be a linear layer to be fused, got {type(part).__name__}")
+        raise InputTypeError(f"a part of a SplitLinear must be a linear layer to be fused, got {type(part).__name__}")
     return part

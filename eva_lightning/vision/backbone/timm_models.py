@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 from eva_lightning.side_effects import isolated_rng
 from eva_lightning.vision.backbone.backbone_cache import built_or_copied
 from eva_lightning.vision.backbone.position_embedding import (
@@ -39,18 +39,18 @@ def resolve_model(name: str) -> str:
     """timm's name of a model given by alias or timm name.
 
     Raises:
-        ValueError: No such model, or no such set of weights (the part after the dot); names the nearest.
+        InputError: No such model, or no such set of weights (the part after the dot); names the nearest.
     """
     import timm
 
     model = ALIASES.get(name, name)
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(unknown("model", name, [*ALIASES, *timm.list_models()], list_all=False))
+        raise InputError(unknown("model", name, [*ALIASES, *timm.list_models()], list_all=False))
     if tag:
         known = timm.list_pretrained(f"{architecture}.*")
         if model not in known:
-            raise ValueError(unknown("pre-trained model", name, known))
+            raise InputError(unknown("pre-trained model", name, known))
     return model
 
 
@@ -84,11 +84,11 @@ def create_backbone(
         Module from images ``(B, 3, image_size, image_size)`` to logits ``(B, num_classes)``.
 
     Raises:
-        ValueError: Unknown model, image size no multiple of the patch size, unreadable weight file, weights of another
+        InputError: Unknown model, image size no multiple of the patch size, unreadable weight file, weights of another
             architecture (the message names keys), a model without a linear head, or without anything to split.
     """
     if position_embedding not in CHOICES:
-        raise ValueError(unknown("position embedding", position_embedding, CHOICES))
+        raise InputError(unknown("position embedding", position_embedding, CHOICES))
     source = weights or Weights(pretrained=False)
     key = (name, num_classes, image_size, source, position_embedding, split, repr(sorted((options or {}).items())))
     model = built_or_copied(
@@ -138,7 +138,7 @@ def _created(
         try:
             return timm.create_model(model_name, num_classes=num_classes, **arguments)
         except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{name} cannot be built for images of {image_size} pixels: {error}") from error
+            raise InputError(f"{name} cannot be built for images of {image_size} pixels: {error}") from error
     official = position_embedding == "official" and differs_from_timm(model_name)
     file = weights.file
     if file is None and official and config is not None:
@@ -182,11 +182,11 @@ def _with_weights(
             model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
         )
     except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"weight file {file} is not of {model_name}: {_disagreement(error)}") from error
+        raise InputError(f"weight file {file} is not of {model_name}: {_disagreement(error)}") from error
     wanted = model.state_dict().get("patch_embed.proj.weight")
     if patches is not None and wanted is not None and patches.ndim == 4 and patches.shape != wanted.shape:
         # timm would resample the filters of another patch size without a word
-        raise ValueError(
+        raise InputError(
             f"weight file {file} is not of {model_name}: patch_embed.proj.weight has shape {list(patches.shape)} where "
             f"{list(wanted.shape)} is needed"
         )
@@ -216,7 +216,7 @@ def _check_patches(model: nn.Module, name: str, image_size: int) -> None:
     if isinstance(size, int) and image_size % size:
         below = image_size // size * size
         near = f"{below} or {below + size}" if below else f"{size}"
-        raise ValueError(
+        raise InputError(
             f"image size must be a multiple of {name}'s patch size {size} (such as {near}), got {image_size}"
         )
 
@@ -232,7 +232,7 @@ def _call_fused_projections(model: nn.Module) -> None:
 def _initialise_head(model: nn.Module, name: str) -> None:
     head = model.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{name} has no linear head (its classifier is {type(head).__name__}): choose another model")
+        raise InputError(f"{name} has no linear head (its classifier is {type(head).__name__}): choose another model")
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)

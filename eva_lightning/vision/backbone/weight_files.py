@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eva_lightning.errors import InputError
+
 #: Where training code keeps the weights inside a checkpoint, in the order of preference (as timm has it).
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -24,12 +26,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     than tensors and plain values are refused, never built (``weights_only``).
 
     Raises:
-        ValueError: The file holds no weights; one sentence that says what it looks like and what to do.
+        InputError: The file holds no weights; one sentence that says what it looks like and what to do.
     """
     _refuse_impostors(file)
     found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     if not isinstance(found, Mapping):
-        raise ValueError(f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected")
+        raise InputError(f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected")
     if _LIGHTNING_KEY in found:
         raise _lightning(file)
     from timm.models import clean_state_dict
@@ -39,7 +41,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(str(key) for key in list(found)[:3]) or "nothing"
-        raise ValueError(f"weight file {file} holds no tensors (found: {keys}): save the model's state_dict() itself")
+        raise InputError(f"weight file {file} holds no tensors (found: {keys}): save the model's state_dict() itself")
     return tensors
 
 
@@ -47,12 +49,12 @@ def _refuse_impostors(file: Path) -> None:
     with file.open("rb") as handle:
         start = handle.read(256)
     if not start:
-        raise ValueError(f"weight file {file} is empty: download it again")
+        raise InputError(f"weight file {file} is empty: download it again")
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise ValueError(f"weight file {file} is a web page, not weights (often a login or error page): download again")
+        raise InputError(f"weight file {file} is a web page, not weights (often a login or error page): download again")
     if text.startswith(b"version https://git-lfs"):
-        raise ValueError(f"weight file {file} is a Git LFS pointer, not the weights: run git lfs pull")
+        raise InputError(f"weight file {file} is a Git LFS pointer, not the weights: run git lfs pull")
 
 
 def _read_safetensors(file: Path) -> Any:
@@ -72,7 +74,7 @@ def _read_torch(file: Path) -> Any:
         if _is_lightning(file):
             raise _lightning(file) from None
         if zipfile.is_zipfile(file):
-            raise ValueError(
+            raise InputError(
                 f"weight file {file} holds Python objects besides tensors, which are not built because that would run "
                 "code from the file: save the model's state_dict() with torch.save or safetensors"
             ) from None

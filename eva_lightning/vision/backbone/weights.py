@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.backbone.hub import require_hub
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".ckpt")
@@ -31,9 +32,9 @@ def resolve_weights(model: str, weights: str) -> Weights:
         weights: The user's choice.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: timm has no pre-trained weights of this model, or the path is no weight file.
-        ConnectionError: The weights are neither in the local hub cache nor does the hub answer within seconds.
+        MissingInputError: The file does not exist.
+        InputError: timm has no pre-trained weights of this model, or the path is no weight file.
+        UnreachableError: The weights are neither in the local hub cache nor does the hub answer within seconds.
     """
     if weights == "none":
         return Weights(pretrained=False)
@@ -43,7 +44,7 @@ def resolve_weights(model: str, weights: str) -> Weights:
 
     config = get_pretrained_cfg(model)
     if config is None or not config.has_weights:
-        raise ValueError(f"timm has no pre-trained weights of {model}: pass --weights FILE or --weights none")
+        raise InputError(f"timm has no pre-trained weights of {model}: pass --weights FILE or --weights none")
     cached = _cached(config.hf_hub_id, config.hf_hub_filename)
     if cached is not None:
         return Weights(pretrained=True, file=cached)
@@ -54,9 +55,9 @@ def resolve_weights(model: str, weights: str) -> Weights:
 def _weight_file(path: str) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
-        raise ValueError(f"--weights {path} is a folder: name the weight file in it ({', '.join(SUFFIXES)})")
+        raise InputError(f"--weights {path} is a folder: name the weight file in it ({', '.join(SUFFIXES)})")
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"weight file {path} does not exist: download it (official DINOv2: "
             "https://dl.fbaipublicfiles.com/dinov2/), or pass --weights pretrained or --weights none"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 from eva_lightning.vision.data.image_cache import cached_images, decode_all
 from eva_lightning.vision.data.images import load_image
@@ -135,8 +135,8 @@ class VTAB1K(L.LightningDataModule):
         data: The checked :class:`~eva_lightning.vision.data.splits.TaskData`, with its warnings.
 
     Raises:
-        FileNotFoundError: Something of the folder is missing.
-        ValueError: Unknown name, bad line, label gap, or a size below 1.
+        MissingInputError: Something of the folder is missing.
+        InputError: Unknown name, bad line, label gap, or a size below 1.
     """
 
     def __init__(
@@ -164,11 +164,11 @@ class VTAB1K(L.LightningDataModule):
             ("eval_batch_size", eval_batch_size),
         ):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if workers < 0:
-            raise ValueError(f"workers must be at least 0, got {workers}")
+            raise InputError(f"workers must be at least 0, got {workers}")
         if normalization not in NORMALIZATIONS:
-            raise ValueError(unknown("normalization", normalization, NORMALIZATIONS))
+            raise InputError(unknown("normalization", normalization, NORMALIZATIONS))
         self.data = open_task(root, task, split, limit_train, limit_test, evaluation)
         self.image_size = image_size
         self.batch_size = batch_size

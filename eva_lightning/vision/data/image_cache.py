@@ -66,7 +66,7 @@ def decoded(
     The result does not depend on `workers`. A progress bar is shown in a terminal.
 
     Raises:
-        ValueError: An image cannot be decoded.
+        InputError: An image cannot be decoded.
     """
     files = [split.folder / path for path in split.paths]
     images = ordered_map(lambda file: load_image(file, image_size), files, workers)
@@ -101,7 +101,7 @@ def cached_images(
         little room, a read-only folder (a warning says which).
 
     Raises:
-        ValueError: An image cannot be decoded.
+        InputError: An image cannot be decoded.
     """
     shape = (len(split), 3, image_size, image_size)
     folder = Path(cache_dir)

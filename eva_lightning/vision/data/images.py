@@ -6,6 +6,8 @@ antialiasing (Pillow), no crop. Alpha is dropped and EXIF rotation ignored, as `
 
 from __future__ import annotations
 
+from eva_lightning.errors import InputError
+
 import io
 import logging
 from pathlib import Path
@@ -34,7 +36,7 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
         Pixels ``(3, size, size)``, RGB in 0..255.
 
     Raises:
-        ValueError: The file cannot be decoded at all; the message names it.
+        InputError: The file cannot be decoded at all; the message names it.
     """
     data = Path(path).read_bytes()
     try:
@@ -42,12 +44,12 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
     except Exception as error:
         # Pillow reports damaged files by OSError, SyntaxError, ValueError, EOFError or struct.error, by format
         if not data.startswith(b"\xff\xd8"):
-            raise ValueError(f"image {path} cannot be decoded ({error}): copy it again") from None
+            raise InputError(f"image {path} cannot be decoded ({error}): copy it again") from None
         try:
             # an end marker makes libjpeg fill in what is missing; Pillow's own switch for this is global to the process
             image = _decode(data + _JPEG_END)
         except Exception:
-            raise ValueError(f"image {path} cannot be decoded ({error}): copy it again") from None
+            raise InputError(f"image {path} cannot be decoded ({error}): copy it again") from None
         logger.warning("image %s is truncated: the missing part is filled in with grey", path)
     resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))

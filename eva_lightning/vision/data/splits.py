@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size, get_task
 
@@ -63,8 +63,8 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
     """Read ``<folder>/<split>.txt``; images are not touched.
 
     Raises:
-        FileNotFoundError: The file is missing; says how to get it.
-        ValueError: A line is not ``relative_path int_label``, a label is outside ``[0, classes)``, or there is no line.
+        MissingInputError: The file is missing; says how to get it.
+        InputError: A line is not ``relative_path int_label``, a label is outside ``[0, classes)``, or there is no line.
     """
     file = folder / f"{split}.txt"
     if not file.is_file():
@@ -74,13 +74,13 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
             )
         else:
             remedy = f"take it from {ARCHIVE}"
-        raise FileNotFoundError(f"split file {file} is missing: {remedy}")
+        raise MissingInputError(f"split file {file} is missing: {remedy}")
     paths: list[str] = []
     labels: list[int] = []
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file of lines 'relative_path int_label' ({error.reason})") from None
+        raise InputError(f"{file} is not a text file of lines 'relative_path int_label' ({error.reason})") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -88,15 +88,15 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
             path, label = line.strip().rsplit(maxsplit=1)
             value = int(label)
         except ValueError:
-            raise ValueError(
+            raise InputError(
                 f"{file} line {number}: expected 'relative_path int_label', got {line.strip()!r}"
             ) from None
         if not 0 <= value < classes:
-            raise ValueError(f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {value}")
+            raise InputError(f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {value}")
         paths.append(path)
         labels.append(value)
     if not paths:
-        raise ValueError(f"{file} lists no image: take it again from {ARCHIVE}")
+        raise InputError(f"{file} lists no image: take it again from {ARCHIVE}")
     return Split(split, folder, tuple(paths), tuple(labels))
 
 
@@ -123,21 +123,21 @@ def open_task(
         evaluation: ``"val200"`` or ``"test"`` instead of what `split` is evaluated on.
 
     Raises:
-        FileNotFoundError: Root, task folder, split file or image missing.
-        ValueError: Unknown task or split, bad line, label outside the range, label gap, limit below 1, or evaluation on
+        MissingInputError: Root, task folder, split file or image missing.
+        InputError: Unknown task or split, bad line, label outside the range, label gap, limit below 1, or evaluation on
             images that are trained on.
     """
     spec = get_task(task)
     if split not in PROTOCOLS:
-        raise ValueError(unknown("training split", split, PROTOCOLS))
+        raise InputError(unknown("training split", split, PROTOCOLS))
     evaluated_on = PROTOCOLS[split] if evaluation is None else evaluation
     if evaluated_on not in PROTOCOLS.values():
-        raise ValueError(unknown("evaluation split", evaluated_on, PROTOCOLS.values()))
+        raise InputError(unknown("evaluation split", evaluated_on, PROTOCOLS.values()))
     if (split, evaluated_on) == ("train800val200", "val200"):
-        raise ValueError("evaluation on val200 needs split='train800': train800val200 trains on the images of val200")
+        raise InputError("evaluation on val200 needs split='train800': train800val200 trains on the images of val200")
     for option, limit in (("limit_train", limit_train), ("limit_test", limit_test)):
         if limit is not None and limit < 1:
-            raise ValueError(f"{option} must be at least 1, got {limit}")
+            raise InputError(f"{option} must be at least 1, got {limit}")
     folder = _task_folder(Path(root), task)
     complete = {name: read_split(folder, name, spec.classes) for name in (split, evaluated_on)}
     warnings = _size_warnings(spec, complete.values())
@@ -153,21 +153,21 @@ def open_task(
 
 def _task_folder(root: Path, task: str) -> Path:
     if not root.is_dir():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"the VTAB-1K folder {root} does not exist: unpack {ARCHIVE} and pass its folder as root"
         )
     folder = root / task
     if folder.is_dir():
         return folder
     if any((root / f"{split}.txt").is_file() for split in SPLITS):
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"{root} is itself a task folder: pass its parent folder ({root.resolve().parent}) as root"
         )
     present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     deeper = next((root / name for name in present if (root / name / task).is_dir()), None)
     if deeper is not None:
-        raise FileNotFoundError(f"{root} has no folder {task}, but {deeper} does: pass that as root")
-    raise FileNotFoundError(
+        raise MissingInputError(f"{root} has no folder {task}, but {deeper} does: pass that as root")
+    raise MissingInputError(
         f"{root} has no folder {task} (it holds: {', '.join(present) or 'no folder'}): take it from {ARCHIVE}"
     )
 
@@ -188,7 +188,7 @@ def _class_warnings(spec: VTABTask, folder: Path, train: Split, evaluation: Spli
             everywhere |= set(read_split(folder, name, spec.classes).labels)
     lost = sorted(set(range(spec.classes)) - everywhere)
     if lost and (folder / "test.txt").is_file():
-        raise ValueError(
+        raise InputError(
             f"label gap in {folder}: {len(lost)} of the {spec.classes} classes ({_listed(lost)}) occur in no split "
             f"file, so part of the data is lost: take the folder again from {ARCHIVE}"
         )
@@ -205,7 +205,7 @@ def _class_warnings(spec: VTABTask, folder: Path, train: Split, evaluation: Spli
 def _require_images(split: Split) -> None:
     missing = [path for path in split.paths if not (split.folder / path).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"image {split.folder / missing[0]}, listed in {split.name}.txt, is missing "
             f"({len(missing)} of its {len(split)} images are): unpack {ARCHIVE} again"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, unknown
 
 Group = Literal["natural", "specialized", "structured"]
 
@@ -58,10 +58,10 @@ def get_task(name: str) -> VTABTask:
     """The task called `name`.
 
     Raises:
-        ValueError: No such task; the message names the nearest ones.
+        InputError: No such task; the message names the nearest ones.
     """
     if name not in TASKS:
-        raise ValueError(unknown("VTAB-1K task", name, TASKS))
+        raise InputError(unknown("VTAB-1K task", name, TASKS))
     return TASKS[name]
 
 

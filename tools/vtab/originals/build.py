@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PillowImage
 
-from eva_lightning.errors import unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.tasks import get_task
 from tools.vtab.originals import ORIGINALS, REFUSED
@@ -23,15 +23,15 @@ def require_original(task: str) -> Original:
     """How `task` is made.
 
     Raises:
-        ValueError: No such task, or it cannot be made from its original data; says why.
+        InputError: No such task, or it cannot be made from its original data; says why.
     """
     get_task(task)
     if task in REFUSED:
-        raise ValueError(
+        raise InputError(
             f"{task} cannot be built from its original data: {REFUSED[task]}; take it from the archive (--archive)"
         )
     if task not in ORIGINALS:
-        raise ValueError(unknown("task with original data", task, ORIGINALS))
+        raise InputError(unknown("task with original data", task, ORIGINALS))
     return ORIGINALS[task]
 
 
@@ -58,8 +58,8 @@ def build_task(
         take: Training and validation images (other numbers for tests).
 
     Raises:
-        FileNotFoundError: The data is not there, or not whole.
-        ValueError: The data has another number of examples than the published one, so its subsets would be others.
+        MissingInputError: The data is not there, or not whole.
+        InputError: The data has another number of examples than the published one, so its subsets would be others.
         FileExistsError: The task folder exists.
     """
     target = Path(root) / original.task
@@ -97,12 +97,12 @@ def _load(original: Original, folder: Path) -> dict[str, Pool]:
         pools = original.load(folder)
     except (RuntimeError, OSError, KeyError, EOFError) as error:
         # torchvision reports missing and damaged data by RuntimeError
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"{original.task} needs {' and '.join(original.needs)} in {folder}, whole ({error}): {original.hint}"
         ) from None
     for split, expected in original.sizes.items():
         if len(pools[split].keys) != expected:
-            raise ValueError(
+            raise InputError(
                 f"{original.task}: the {split} split in {folder} has {len(pools[split].keys)} examples where the "
                 f"published data has {expected}, so VTAB's images cannot be told: {original.hint}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from eva_lightning.errors import MissingInputError
 from tools.vtab.originals.pool import Encoded, Image, Original, Pool
 from tools.vtab.originals.tfrecord import parse_example, record_spans
 
@@ -16,7 +17,7 @@ def load(folder: Path) -> dict[str, Pool]:
 
 def _pool(files: Sequence[Path]) -> Pool:
     if not files:
-        raise FileNotFoundError("a split has no .tfrecord file")
+        raise MissingInputError("a split has no .tfrecord file")
     places: list[tuple[Path, int, int]] = []
     keys: list[bytes] = []
     labels: list[int] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eva_lightning.errors import MissingInputError
 from tools.vtab.originals.pool import Original, Pool
 
 _VEHICLES = ("Car", "Van", "Truck")
@@ -56,7 +57,7 @@ def _devkit(raw: Path, name: str) -> str:
             return (folder / "mapping" / name).read_text(encoding="utf-8")
     archive = raw / "devkit_object.zip"
     if not archive.is_file():
-        raise FileNotFoundError(f"neither {archive} nor {raw / 'mapping' / name} is there")
+        raise MissingInputError(f"neither {archive} nor {raw / 'mapping' / name} is there")
     with zipfile.ZipFile(archive) as opened:
         member = next(member for member in opened.namelist() if member.endswith(f"mapping/{name}"))
         return opened.read(member).decode()

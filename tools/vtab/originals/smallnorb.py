@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eva_lightning.errors import InputError, MissingInputError
 from tools.vtab.originals.pool import Image, Original, Pool
 
 _FILES = {
@@ -31,18 +32,18 @@ def read_matrix(file: Path) -> npt.NDArray[np.generic]:
     Little-endian 32-bit numbers come first: the type, the number of dimensions, and at least three sizes.
 
     Raises:
-        ValueError: The file is of another format, or incomplete.
+        InputError: The file is of another format, or incomplete.
     """
     with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
         data = stream.read()
     head = np.frombuffer(data, dtype="<i4", count=min(len(data) // 4, 16))
     if len(head) < 5 or int(head[0]) not in _TYPES:
-        raise ValueError(f"{file} is no matrix of the NORB format")
+        raise InputError(f"{file} is no matrix of the NORB format")
     dimensions = int(head[1])
     shape = tuple(int(size) for size in head[2 : 2 + dimensions])
     content = np.frombuffer(data, dtype=_TYPES[int(head[0])], offset=8 + 4 * max(3, dimensions))
     if content.size != np.prod(shape):
-        raise ValueError(f"{file} holds {content.size} elements where its head promises {np.prod(shape)}")
+        raise InputError(f"{file} holds {content.size} elements where its head promises {np.prod(shape)}")
     return content.reshape(shape)
 
 
@@ -73,7 +74,7 @@ def _file(folder: Path, name: str) -> Path:
     file = folder / "smallnorb" / name
     zipped = file.with_name(f"{name}.gz")
     if not (file.is_file() or zipped.is_file()):
-        raise FileNotFoundError(f"{file} is not there")
+        raise MissingInputError(f"{file} is not there")
     return file if file.is_file() else zipped
 
 

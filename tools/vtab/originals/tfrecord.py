@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import IO
 
+from eva_lightning.errors import InputError
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -18,7 +20,7 @@ def record_spans(stream: IO[bytes]) -> Iterator[tuple[int, int]]:
     """Start and length of the data of every record. The stream may be moved in between.
 
     Raises:
-        ValueError: The file ends within a record.
+        InputError: The file ends within a record.
     """
     size = stream.seek(0, 2)
     position = 0
@@ -27,7 +29,7 @@ def record_spans(stream: IO[bytes]) -> Iterator[tuple[int, int]]:
         header = stream.read(12)
         length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
         if position + 16 + length > size:
-            raise ValueError(f"{getattr(stream, 'name', 'the file')} ends within a record: download it again")
+            raise InputError(f"{getattr(stream, 'name', 'the file')} ends within a record: download it again")
         yield position + 12, length
         position += 16 + length
 
@@ -77,7 +79,7 @@ def _messages(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         elif kind in (_FIXED64, _FIXED32):
             length = 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"not a tf.train.Example: field of kind {kind}")
+            raise InputError(f"not a tf.train.Example: field of kind {kind}")
         yield number, message[position : position + length]
         position += length
 

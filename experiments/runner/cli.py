@@ -1,0 +1,85 @@
+"""What all command lines share: finding a command by its name, and how a command ends."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eva_lightning.errors import InputError, unknown
+from experiments.runner.settings import flag
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of ``python -m PACKAGE``.
+
+    Attributes:
+        module: Where it is; imported when it is called. Its function ``command_line(args)`` returns the exit status.
+        text: Its line in ``--help``.
+    """
+
+    module: str
+    text: str
+
+
+def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
+    """Call `run` for a terminal and return the exit status.
+
+    An :class:`~eva_lightning.errors.InputError` becomes one sentence on standard error and status 2, Ctrl-C status 130.
+    Any other exception is a fault of the program and passes, with its traceback.
+    """
+    try:
+        run(args)
+    except InputError as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def sentence(error: InputError) -> str:
+    """The message of an error with the setting at fault written as on the command line."""
+    text = str(error)
+    if error.setting is None:
+        return text
+    if text.startswith(error.setting):
+        return flag(error.setting) + text[len(error.setting) :]
+    return f"{flag(error.setting)}: {text}"
+
+
+def dispatch(
+    prog: str,
+    commands: Mapping[str, Command],
+    args: Sequence[str] | None = None,
+    implied: Callable[[Sequence[str]], str] | None = None,
+    usage: Sequence[str] = (),
+) -> int:
+    """Find the command that the first word names and hand it the rest of the line.
+
+    Args:
+        prog: How the package is called, such as ``python -m experiments.vtab``.
+        commands: Name -> command.
+        args: The words of the command line; ``sys.argv`` for None.
+        implied: The command meant by a line that begins with an option.
+        usage: Further lines of usage.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"usage: {prog} COMMAND [options]", *usage, ""]
+        lines += [f"  {name:<10}{command.text}" for name, command in commands.items()]
+        print("\n".join([*lines, "", f"{prog} COMMAND --help says more"]))
+        return 0 if words else 2
+    name = implied(words) if implied is not None and words[0].startswith("-") else words.pop(0)
+    if name not in commands:
+        print(f"error: {unknown('command', name, commands)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(commands[name].module)
+    status: int = module.command_line(words)
+    return status
