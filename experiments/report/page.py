@@ -91,6 +91,13 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
+def finished_when(folders: Iterable[str], started: float) -> str:
+    """How many of the runs in `folders` were finished by an earlier call, before the time `started`, in words."""
+    written = [(Path(folder) / "metrics.json").stat().st_mtime for folder in folders]
+    earlier = sum(moment < started for moment in written)
+    return f"{len(written)}, " + (f"{earlier} of them finished by an earlier call" if earlier else "all computed now")
+
+
 def enumerated(items: Sequence[Any]) -> str:
     """``1``, ``1 and 2``, ``1, 2 and 3``."""
     words = [str(item) for item in items]
