@@ -233,7 +233,7 @@ def _nothing(point: Point) -> list[Job]:
 
 
 def _show(comparison: EpochComparison, heading: str) -> None:
-    say("", f"[bold]{heading}[/bold]")
+    say("", heading)
     show(comparison.results)
     if comparison.differences is not None:
         show(comparison.differences)
@@ -242,7 +242,7 @@ def _show(comparison: EpochComparison, heading: str) -> None:
 
 def _scores_table(scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
     return rates.scores_table(
-        scores, chosen, {"accuracy": ".1%", "loss": ".3f"}, "Mean accuracy and loss on the tuning part, last epoch."
+        scores, chosen, {"accuracy": ".1%", "loss": ".3f"}, "Mean accuracy and loss on the tuning part, last epoch"
     )
 
 

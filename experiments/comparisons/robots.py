@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ class Settings(RunnerOptions):
     rank: int = option(4, "LoRA's rank and EVA's mean rank", Role.RESULT, at_least=1)
     rho: float = option(2.0, "EVA's largest rank over its mean rank", Role.RESULT, at_least=1)
     horizon: int = option(200, "steps of an episode", Role.RESULT, at_least=1)
-    film_size: int = option(200, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0)
+    film_size: int = option(
+        200, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0
+    )
     learning_rates: dict[str, float] | None = option(None, "learning rate of every method", Role.SELECTION)
     tuning: dict[str, Any] | None = option(None, "how they were chosen, as --tune writes it", Role.SELECTION)
     tune: str | None = option(None, "choose the learning rates and write them to this file", Role.SELECTION)
@@ -177,7 +179,7 @@ class Robots(Comparison):
             options=options,
             tasks=page.enumerated([short(task) for task in options.tasks]),
             facts=self._facts(runs),
-            tables=[page.Table(it.caption, it.cells.drop(columns="Curve")) for it in tables],
+            tables=[replace(it, cells=it.cells.drop(columns="Curve")) for it in tables],
             caution=self._caution(),
             curves=[_curve_figure(options, task, after) for task in options.tasks],
             film=film,
@@ -259,15 +261,14 @@ class Robots(Comparison):
     def _film(self, before: pd.DataFrame, after: pd.DataFrame) -> tuple[page.Figure | None, str]:
         """The film of the first task, and what it shows or why there is none."""
         options, task = self.options, self.options.tasks[0]
-        start = _one(before, task, NONE)
-        end = _one(after, task, FILMED)
+        first, last = _one(before, task, NONE), _one(after, task, FILMED)
         film = Film(
             before=str(options.init),
-            after=str(Path(end["path"]) / "weights.ckpt"),
+            after=str(Path(last["path"]) / "weights.ckpt"),
             label=f"{label(FILMED)}, {options.updates} steps",
             task=task,
             seed=0,
-            goal=interesting_goal(start["successes"], end["successes"]),
+            goal=interesting_goal(first["successes"], last["successes"]),
             target_return=robots_run.target_return(self._data(), task, options.demonstrations),
             horizon=options.horizon,
             size=options.film_size,
@@ -277,7 +278,8 @@ class Robots(Comparison):
         if solved is None:
             return None, f"{reason}."
         was, now = ("solved" if it else "not solved" for it in solved)
-        shown = f"{short(task)}, the pre-trained network ({was}) beside {label(FILMED)} after {options.updates} steps ({now})"
+        end = f"{label(FILMED)} after {options.updates} steps ({now})"
+        shown = f"{short(task)}, the pre-trained network ({was}) beside {end}"
         chosen = "Chosen: the first evaluation goal that was missed before and reached after, or else the first."
         return page.embedded(file, f"Film: {shown}", f"{shown}. {chosen}"), f"Film: {file}. {shown}. {chosen}"
 
@@ -291,10 +293,10 @@ class Robots(Comparison):
     def _caution(self) -> str:
         """What the figures are good for."""
         options = self.options
-        n = options.seeds * options.episodes
+        n, seeds = options.seeds * options.episodes, page.counted(options.seeds, "seed")
         text = (
-            f"Success means solved at any step of the episode. {n} episodes per cell ({options.episodes} goals for each "
-            f"of {page.counted(options.seeds, 'seed')}) rank no methods; ± 0.00 only says that the seeds were alike."
+            f"Success means solved at any step of the episode. {n} episodes per cell ({options.episodes} goals for "
+            f"each of {seeds}) rank no methods; ± 0.00 only says that the seeds were alike."
         )
         tuned = (options.tuning or {}).get("tasks", options.tasks)
         if set(tuned) != set(options.tasks):
@@ -307,9 +309,11 @@ class Robots(Comparison):
         return {
             "Machine": page.machine(),
             "Versions": ", ".join(f"{name} {version}" for name, version in page.versions(robots_run.PACKAGES).items()),
-            "Seeds": f"{options.seeds}, from 0: each draws the batches, LoRA's random matrices and {options.episodes} goals",
+            "Seeds": f"{page.counted(options.seeds, 'seed')}, from 0: each draws the batches, LoRA's random matrices "
+            f"and {options.episodes} goals",
             "Starting network": f"{options.checkpoint}; a card beside it says how it was made",
-            "Demonstrations": f"scripted experts, {options.horizon} steps, noise {options.noise:g} on the actions, seed 0",
+            "Demonstrations": f"scripted experts, {options.horizon} steps, noise {options.noise:g} on the actions, "
+            "seed 0",
             "Fine-tuning runs": page.finished_when(runs.loc[runs["method"] != NONE, "path"], self._started),
             "Time of this call": f"{time.time() - self._started:.0f} s",
         }
@@ -360,33 +364,40 @@ def blocks(values: Sequence[float], low: float, high: float) -> str:
 def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.DataFrame) -> page.Table:
     """The network before fine-tuning, then a row per method. Seconds are medians."""
     runs, start = after[after["task"] == task], before[before["task"] == task]
-    losses = {method: _losses(runs, method) for method in methods_of(runs)}
-    means = [values.mean(axis=0) for values in losses.values()]
+    curves = {method: _losses(runs, method) for method in methods_of(runs)}
+    means = [values.mean(axis=0) for values in curves.values()]
     low, high = float(np.min(means)), float(np.max(means))
     columns = [f"Step {step}" for step in options.shown_updates]
     first = {columns[0]: f"{means[0][0]:.4f}", "Success": _success(start)}
     rows: dict[str, dict[str, str]] = {f"{short(task)}, pre-trained": first}
-    for method, values in losses.items():
+    for method, values in curves.items():
         group = runs[runs["method"] == method]
         rows[label(method)] = {
             "Rate": f"{group['lr'].iloc[0]:g}",
             "Trained": f"{group['trainable_parameters'].mean():,.0f}\n{group['train_seconds'].median():.1f} s",
             **{
-                f"Step {step}": Interval.of(values[:, options.noted_updates.index(step)].tolist()).text(4).replace(" ± ", "\n± ")
+                f"Step {step}": Interval.of(values[:, options.noted_updates.index(step)].tolist())
+                .text(4)
+                .replace(" ± ", "\n± ")
                 for step in options.shown_updates[1:]
             },
             "Curve": blocks(values.mean(axis=0), low, high),
             "Success": _success(group),
         }
-    caption = (
-        f"{short(task)}: validation loss (squared error of the actions on {options.held_out} held-out demonstrations), "
-        f"and success. {PLUS_MINUS} Trained: parameters, with the action head, and the median time of "
-        f"{options.updates} steps, with EVA's initialisation and the validation losses."
+    notes = (
+        f"Loss: squared error of the actions on {options.held_out} held-out demonstrations.",
+        PLUS_MINUS,
+        f"Trained: parameters, with the action head, and the median time of {options.updates} steps.",
+        "The time includes EVA's initialisation and the validation losses.",
     )
     cells = pd.DataFrame.from_dict(rows, orient="index").reindex(
         columns=["Rate", "Trained", *columns, "Curve", "Success"]
     )
-    return page.Table(caption, cells.fillna("").rename_axis("Method"))
+    return page.Table(f"{short(task)}: validation loss and success", cells.fillna("").rename_axis("Method"), notes)
+
+
+def _narrow(interval: Interval) -> str:
+    return interval.text(4).replace(" ± ", "\n± ")
 
 
 def _success(runs: pd.DataFrame) -> str:
@@ -415,7 +426,7 @@ def _curve_figure(options: Settings, task: str, runs: pd.DataFrame) -> page.Figu
 
 def _scores_table(scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
     return rates.scores_table(
-        scores, chosen, {"loss_left": ".3f"}, "Loss after the last step divided by that before, mean over tasks."
+        scores, chosen, {"loss_left": ".3f"}, "Loss after the last step divided by that before, mean over tasks"
     )
 
 

@@ -122,12 +122,14 @@ def results_table(runs: pd.DataFrame) -> Table:
             f"Epoch {epoch}": f"{it.text(3)}{' *' * (it.mean == best[epoch])}\n{accuracy[epoch].text(1)} %"
             for epoch, it in loss.items()
         }
-    caption = (
-        f"Held-out cross-entropy and, below it, accuracy. {PLUS_MINUS} *: the lowest mean of the column, which says "
-        "nothing about significance. Trained: parameters, with head and biases. Set-up: median time from the "
-        "pre-trained model to the first training step, with Lightning's own start."
+    notes = (
+        PLUS_MINUS,
+        "*: the lowest mean of the column, which says nothing about significance.",
+        "Trained: parameters, with head and biases.",
+        "Set-up: median time from the pre-trained model to the first training step, with Lightning's own start.",
     )
-    return Table(caption, pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method"))
+    cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
+    return Table("Held-out cross-entropy and, below it, accuracy", cells, notes)
 
 
 def paired_differences(runs: pd.DataFrame, baseline: str = "lora") -> list[PairedDifference]:
@@ -141,9 +143,7 @@ def paired_differences(runs: pd.DataFrame, baseline: str = "lora") -> list[Paire
         pairs = theirs[theirs["seed"].isin(ours["seed"])]
         loss, accuracy = (curves(ours, quantity) - curves(pairs, quantity) for quantity in ("loss", "accuracy"))
         wins = {epoch: int((loss[:, epoch - 1] < 0).sum()) for epoch in shown_epochs(loss.shape[1])}
-        difference = PairedDifference(
-            method, baseline, len(ours), _per_epoch(loss), _per_epoch(100 * accuracy), wins
-        )
+        difference = PairedDifference(method, baseline, len(ours), _per_epoch(loss), _per_epoch(100 * accuracy), wins)
         found.append(difference)
     return found
 
@@ -158,11 +158,9 @@ def differences_table(differences: Sequence[PairedDifference]) -> Table:
         }
         for it in differences
     }
-    caption = (
-        "EVA minus LoRA on the same labels and batches: held-out loss (negative: EVA is better), accuracy, and the "
-        f"number of seeds with a lower loss. {PLUS_MINUS} A difference is clear if its interval excludes 0."
-    )
-    return Table(caption, pd.DataFrame.from_dict(rows, orient="index").rename_axis("Difference"))
+    cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Difference")
+    notes = (PLUS_MINUS, "A difference is clear if its interval excludes 0; a negative loss means that EVA is better.")
+    return Table("EVA minus LoRA on the same seeds: held-out loss, accuracy, seeds with a lower loss", cells, notes)
 
 
 def _per_epoch(values: np.ndarray) -> dict[int, Interval]:

@@ -87,7 +87,7 @@ def scores_table(scores: pd.DataFrame, rates: Mapping[str, float], cell: Mapping
             row[f"{entry['lr']:g}"] = "\n".join(lines)
     columns = [f"{lr:g}" for lr in sorted(scores["lr"].unique())]
     cells = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna("–")
-    return Table(f"{caption} *: the rate chosen.", cells.rename_axis("Method"))
+    return Table(caption, cells.rename_axis("Method"), ("*: the rate chosen.",))
 
 
 def chosen_in_words(rates: Mapping[str, float]) -> str:
@@ -111,9 +111,7 @@ def sensitivity_figure(scores: pd.DataFrame, column: str, what: str) -> Figure:
     return drawn(figure, f"{what} against the learning rate; lowest: {best}", "Mean over seeds; rings mark the lowest.")
 
 
-def equal_rate_sentences(
-    scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora"
-) -> list[str]:
+def equal_rate_sentences(scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora") -> list[str]:
     """At how many learning rates of the grid an EVA method's mean score is below that of `baseline`.
 
     Args:
