@@ -18,6 +18,7 @@ import lightning as L
 
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.side_effects import isolated_rng
+from eva_lightning.streaming_options import StreamingOptions
 
 if TYPE_CHECKING:
     from eva_lightning.adapters.adalora import RankAllocation
@@ -85,24 +86,20 @@ class AdapterOptions:
         from eva_lightning.callback import EVAInitCallback
 
         place: dict[str, Any] = {"head": head, "exclude": exclude, "mask_fn": mask_fn}
-        return EVAInitCallback(**self._for_callback(), **place, use_dora=use_dora, state=self.state)
+        return EVAInitCallback(**self._for_callback(use_dora), **place, state=self.state)
 
-    def _for_callback(self) -> dict[str, Any]:
+    def _for_callback(self, use_dora: bool = False) -> dict[str, Any]:
         optional: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
         return {
             "rho": self.rho,
             "rescale_alpha": self.rescale_alpha,
             "r": self.rank,
             "alpha": self.alpha,
-            "bias": self.bias,
-            "lora_dropout": self.dropout,
-            "tau": self.tau,
-            "delta": self.delta,
+            "lora": {"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
+            "streaming": StreamingOptions(tau=self.tau, delta=self.delta, seed=self.seed, **optional),
             "metric": self.metric,
             "init": self.init,
-            "seed": self.seed,
             "adapter_only_checkpoints": True,
-            **optional,
         }
 
 
