@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import math
 import os
 import traceback
@@ -21,23 +20,20 @@ from typing import Any
 from eva_lightning.errors import InputError
 from eva_lightning.processes import Worker, start_worker
 from experiments.runner.jobs import Job, Outcome, attempt
-from experiments.runner.worker import WorkerOptions, prepare, set_threads
+from experiments.runner.worker import WorkerOptions, prepare
 
 
 class InlinePool:
     """Runs in this process, one after another.
 
     Args:
-        options: Threads and imports; undone by :meth:`close`.
+        options: Threads and imports.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
         self.slots = 1
         self._waiting: list[Job] = []
-        self._threads = set_threads(options.threads)
-        if options.start is not None:
-            options.start()
-        gc.freeze()
+        prepare(options)
 
     def describe(self) -> str:
         """What runs where, in one phrase."""
@@ -52,9 +48,8 @@ class InlinePool:
         return [attempt(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
-        """Set threads back."""
-        gc.unfreeze()
-        set_threads(self._threads)
+        """Forget what was submitted."""
+        self._waiting.clear()
 
 
 @dataclass
