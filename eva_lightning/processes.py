@@ -5,11 +5,13 @@ All are spawned: a fork would copy the locks of the simulator's, torch's and CUD
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +20,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 _SPAWN = multiprocessing.get_context("spawn")
+_STARTED: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_started() -> None:
+    # multiprocessing would wait for them; as daemons they could have no processes of their own, such as data loaders'
+    for process in list(_STARTED):
+        process.kill()
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,6 @@ def start_worker(
     threads: int | None = 1,
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
-    daemon: bool = False,
 ) -> Worker:
     """Start a process that calls ``work(pipe, *arguments)``.
 
@@ -65,13 +74,12 @@ def start_worker(
         threads: CPU threads of its numerical libraries; None leaves them their default.
         environment: Environment variables of the process, there before its first import.
         name: Of the process.
-        daemon: Ended when this process exits; it cannot have processes of its own (data loading). Others are waited
-            for: :meth:`Worker.end` them.
     """
     ours, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_work, args=(work, theirs, arguments), name=name, daemon=daemon)
+    process = _SPAWN.Process(target=_work, args=(work, theirs, arguments), name=name)
     with _inherited(threads, environment):
         process.start()
+    _STARTED.add(process)
     # with our copy open, the end of the process would not close the pipe
     theirs.close()
     return Worker(process, ours)

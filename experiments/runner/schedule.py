@@ -6,6 +6,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from experiments.runner.cells import Cell
@@ -39,6 +40,11 @@ class CellState:
     final: list[Job] = field(default_factory=list)
     choice: Choice | None = None
     extended: int = 0
+
+    @cached_property
+    def later(self) -> list[Job]:
+        """The final runs of the first point, which stand for those of the choice before it is made."""
+        return self.cell.final(self.cell.points[0]) if self.cell.points else []
 
 
 class Schedule:
@@ -81,17 +87,12 @@ class Schedule:
     def counts(self) -> Counter[str]:
         """Runs per status; under ``"later"`` the final runs whose tuning is not complete."""
         counter = Counter(str(row.status) for row in self.rows.values())
-        counter["later"] = len(self.later())
+        counter["later"] = sum(len(state.later) for state in self.cells if state.choice is None)
         return counter
 
     def later(self) -> list[Job]:
         """Final runs of cells whose choice is not made: those of the first point, to have their number and cost."""
-        return [
-            job
-            for state in self.cells
-            if state.choice is None and state.cell.points
-            for job in state.cell.final(state.cell.points[0])
-        ]
+        return [job for state in self.cells if state.choice is None for job in state.later]
 
     def held_up(self) -> list[Cell]:
         """Cells whose choice waits for failed tuning runs, and for nothing else."""
