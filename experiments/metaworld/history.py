@@ -70,7 +70,7 @@ class StepHistory(L.Callback):
         self.flops *= trainer.world_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; add rows of an interrupted run that are later than its checkpoint."""
+        """Start the clock; add the rows of an interrupted run that its checkpoint lacks."""
         known = {row["step"] for row in self.rows}
         self.rows += [row for row in self._read() if row["step"] <= trainer.global_step and row["step"] not in known]
         self.rows.sort(key=lambda row: row["step"])

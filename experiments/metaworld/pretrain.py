@@ -1,8 +1,8 @@
 """Pre-train a Decision Transformer: ``python -m experiments.metaworld pretrain --config configs/metaworld/...yaml``.
 
 The defaults are the paper's (section E.2): 1M steps on MT40, batch 128, context 50, AdamW, 4,000 warm-up steps, cosine
-decay from 1e-4 to 1e-6, clipping at 0.25, dropout 0.2, mixed precision where there is a GPU. Safe to interrupt; rerun to
-resume. The run itself is in ``pretrain_run``.
+decay from 1e-4 to 1e-6, clipping at 0.25, dropout 0.2, mixed precision where there is a GPU. Safe to interrupt; rerun
+to resume. The run itself is in ``pretrain_run``.
 """
 
 from __future__ import annotations
@@ -77,15 +77,11 @@ class Settings:
     workers: int = option(0, "loader processes; 0 is fastest here", PLACE, at_least=0)
     compile: bool = option(False, "compile the network; takes a minute at the start", PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)
-    export: str | None = option(
-        None, "also write weights and hyper-parameters alone to this file, in float16", PLACE
-    )
+    export: str | None = option(None, "also write weights and hyper-parameters alone to this file, in float16", PLACE)
     logger: str = option("none", LOGGER_HELP, PLACE)
     output: str = option("runs", "folder that holds the runs", PLACE)
     name: str | None = option(None, "name of the run's folder; made of tasks, sizes and seed if not given", PLACE)
-    overwrite: bool = option(
-        False, "delete a run of this name first; without it, runs are resumed or reprinted", PLACE
-    )
+    overwrite: bool = option(False, "delete a run of this name first; without it, runs are resumed or reprinted", PLACE)
     progress: bool = option(True, "show a progress bar", PLACE)
 
     def __post_init__(self) -> None:

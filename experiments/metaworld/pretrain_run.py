@@ -170,7 +170,6 @@ def _precision(settings: Settings) -> str:
 def headline(metrics: Mapping[str, Any]) -> str:
     """One line on one run."""
     loss = "" if metrics["val_loss"] is None else f"validation loss {metrics['val_loss']:.4f} after "
-    return (
-        f"{len(metrics['tasks'])} tasks, {loss}{metrics['steps']:,} steps, {metrics['updates_per_second']:.2f} steps/s, "
-        f"{metrics['model_flop_utilisation']:.0%} model FLOP utilisation"
-    )
+    share = f"{metrics['model_flop_utilisation']:.0%} model FLOP utilisation"
+    speed = f"{metrics['updates_per_second']:.2f} steps/s"
+    return f"{len(metrics['tasks'])} tasks, {loss}{metrics['steps']:,} steps, {speed}, {share}"
