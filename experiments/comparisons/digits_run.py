@@ -130,7 +130,7 @@ def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]
     )
     module = DigitsClassifier(small_vit(len(PRETRAINING_CLASSES)), settings.lr)
     recorder = Recorder()
-    trainer(settings.epochs, [recorder]).fit(module, data)
+    quick_trainer(settings.epochs, [recorder]).fit(module, data)
     with replacing(weights_in(folder)) as file:
         save_file(module.model.state_dict(), file)
     return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
@@ -157,7 +157,7 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
     options = AdapterOptions(rank=settings.rank, bias="all", seed=settings.seed, **rho)
     callbacks = apply_method(key.method, module, options)
     recorder = Recorder()
-    trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
+    quick_trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
     states = [callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)]
     return {
         "loss": recorder.loss,
@@ -180,8 +180,8 @@ def starting_model(weights: str | Path) -> nn.Module:
     return model
 
 
-def trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """A quiet trainer on the CPU."""
+def quick_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    """A trainer on the CPU without logger, checkpoints and progress bar."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,
