@@ -21,6 +21,9 @@ from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, parse_tasks
 from experiments.runner.cli import in_terminal
 from experiments.runner.settings import Role, check_settings, option, parse_settings
 
+#: What marks a ``metrics.json`` as one of a fine-tuning.
+EXPERIMENT = "metaworld-finetune"
+
 PLACE, RESULT, SELECTION = Role.PLACE, Role.RESULT, Role.SELECTION
 PER_RUN = Role.RESULT | Role.PER_RUN
 
