@@ -10,15 +10,11 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from eva_lightning.files import is_disk_full
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, parse_tasks
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, check_settings, option, parse_settings
-
-if TYPE_CHECKING:
-    from eva_lightning.rl.demonstrations import DemonstrationIndex
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, check_settings, option
 
 PLACE, RESULT, SELECTION = Role.PLACE, Role.RESULT, Role.SELECTION
 
@@ -29,15 +25,13 @@ class Settings:
 
     tasks: tuple[str, ...] = option(("mt40",), "mt40, cw10, or task names such as push-v3,reach-v3", SELECTION)
     episodes: int = option(100, "episodes per task; a task that has more keeps them", SELECTION, at_least=1)
-    noise: float = option(
-        0.1, "standard deviation of the Gaussian noise on the expert's action, which is in [-1, 1]", RESULT, at_least=0
-    )
+    noise: float = option(0.1, "standard deviation of the noise on the expert's action", RESULT, at_least=0)
     seed: int = option(0, "seed of goals and noise", RESULT, at_least=0, below=MAX_SEED)
     horizon: int = option(200, "steps per episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     workers: int = option(1, "processes; the result does not depend on it", PLACE, at_least=1)
     out: str = option("data/metaworld", "folder for one file per task and index.json", PLACE)
-    minari: bool = option(False, "also export Minari data sets, named metaworld/push/expert-v0 and so on", SELECTION)
-    minari_path: str | None = option(None, "folder for them (MINARI_DATASETS_PATH); OUT/minari if not given", PLACE)
+    minari: bool = option(False, "also export Minari data sets, metaworld/push/expert-v0, ...", SELECTION)
+    minari_path: str | None = option(None, "folder for them; none: OUT/minari", PLACE)
     progress: bool = option(True, "show a progress bar", PLACE)
 
     def __post_init__(self) -> None:
@@ -45,29 +39,19 @@ class Settings:
         check_settings(self)
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Collect demonstrations by metaworld's scripted experts."
-    return parse_settings(Settings, "python -m experiments.metaworld collect", description, args)
-
-
-def main(args: Sequence[str] | None = None) -> DemonstrationIndex:
-    """Run the command line `args` (``sys.argv`` for None) and return the index of the folder.
-
-    Raises:
-        InputError: A setting is wrong, or the folder holds demonstrations of another noise, seed or horizon.
-        BrokenProcessPool: A process ended unexpectedly; what was finished is kept.
-    """
-    settings = parse(args)
-    from experiments.metaworld.collect_run import run
-
-    return run(settings)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.metaworld collect",
+    "Collect demonstrations by metaworld's scripted experts.",
+    "experiments.metaworld.collect_run:run",
+)
+parse, main = COMMAND.parse, COMMAND.main
 
 
 def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal, giving the exit status; also one sentence where a process or the disk fails (1)."""
+    """:func:`main` for a terminal, giving the exit status; one sentence also where a process or the disk fails (1)."""
     try:
-        status = in_terminal(main, args)
+        status = COMMAND.command_line(args)
     except (BrokenProcessPool, OSError) as error:
         if not (isinstance(error, BrokenProcessPool) or is_disk_full(error)):
             raise
