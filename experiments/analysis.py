@@ -193,9 +193,8 @@ def _ranks(
     figures: dict[str, Figure],
 ) -> None:
     """Figures 13 and 14: one state with r * 3 components serves every rho."""
-    from eva_lightning import plots
+    from eva_lightning import StreamingOptions, compute_eva_state, plots
     from eva_lightning.analysis import RHOS, rank_deltas, rank_maps
-    from eva_lightning import StreamingOptions, compute_eva_state
 
     begin("ranks by rho", 1)
     model, layers = _model(weights)
