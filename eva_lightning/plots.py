@@ -1,7 +1,8 @@
 """Figures of EVA runs: ranks, spectra, convergence of the streaming SVD, learning curves.
 
 Every function returns a :class:`matplotlib.figure.Figure` of its own. pyplot is not used, so no global state or backend
-of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``.
+of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``. ``title`` is the
+text above a figure. All functions raise :class:`~eva_lightning.errors.InputError` where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -74,7 +75,6 @@ def _lines_by_kind(axes: Axes, curves: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _colour_table(
     figure: Figure,
-    axes: Axes,
     values: np.ndarray,
     columns: Sequence[str],
     rows: Sequence[str],
@@ -83,16 +83,11 @@ def _colour_table(
     center: float | None = None,
     reach: float = 1.0,
 ) -> None:
-    """A table of colours with its numbers: around `center`, up to `reach` away from it, or else from 0 to 1.
+    """A table of colours with its numbers, written as `write` says; NaN stays empty.
 
-    Args:
-        figure, axes: Where.
-        values: Shape ``(rows, columns)``; NaN stays empty.
-        columns, rows: Their names.
-        label: What the colours mean.
-        write: How a number is written; None for none.
-        center, reach: See above.
+    Colours diverge from `center`, up to `reach` away from it; without a center they go from 0 to 1.
     """
+    axes = figure.axes[0]
     scale: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
     if center is not None:
         scale = {"cmap": "RdBu_r", "norm": CenteredNorm(center, reach)}
@@ -132,10 +127,6 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     Args:
         ranks: layer name to rank; means over runs are welcome.
         uniform_rank: rank without redistribution; it becomes the neutral colour. Default: the mean of ``ranks``.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``ranks`` is empty.
     """
     _require(ranks, "ranks")
     places = {name: split_layer_name(name) for name in ranks}
@@ -151,16 +142,12 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     reach = max(float(np.nanmax(np.abs(grid - center))), 2.0)
     names = ["other" if block is None else str(block) for block in columns]
     _label(axes, "block", "", title)
-    _colour_table(figure, axes, grid, names, kinds, "rank", "{:.3g}", center, reach)
+    _colour_table(figure, grid, names, kinds, "rank", "{:.3g}", center, reach)
     return figure
 
 
 def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
-    """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution.
-
-    Raises:
-        InputError: ``ranks`` is empty.
-    """
+    """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution."""
     _require(ranks, "ranks")
     figure, axes = _axes(height=1.0 + 0.2 * len(ranks), grid=False)
     names = list(ranks)
@@ -180,10 +167,6 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
 
     Args:
         ratios: layer name to its explained-variance ratios (share of the variance of that layer's inputs), descending.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``ratios`` is empty.
     """
     _require(ratios, "ratios")
     figure, axes = _axes()
@@ -212,10 +195,6 @@ def convergence(
     Args:
         curves: layer name to points ``(minibatches, value)``; 1 means that nothing was left to gain.
         tau: the threshold of the stopping rule, drawn as a dashed line.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
     figure, axes = _axes()
@@ -256,7 +235,6 @@ def learning_curves(
     Args:
         curves: method to values of shape ``(runs, epochs)``; the first column is epoch 1.
         ylabel, xlabel: what the axes show, with units.
-        title: text above the figure.
         percent: values are shares, shown as percentages.
         order: methods in the order that gives them their colours, so that figures with other methods agree.
         x: where the columns stand on the horizontal axis, if not at 1, 2, 3, ...
@@ -295,10 +273,6 @@ def rate_sensitivity(
     Args:
         scores: method to its score (lower is better, positive) at every learning rate.
         ylabel, xlabel: what the axes show, with units.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``scores`` is empty.
     """
     _require(scores, "scores")
     figure, axes = _axes()
@@ -355,10 +329,6 @@ def convergence_counts(
         curves: setting (such as the batch size) to points ``(x, converged components)``.
         total: number of components, drawn as a dashed line.
         xlabel, legend: what x and the settings are.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
     figure, axes = _axes()
@@ -375,11 +345,7 @@ def convergence_counts(
 def component_similarity(
     curves: Mapping[str, Sequence[float]], ylabel: str = "similarity", title: str | None = None
 ) -> Figure:
-    """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left).
-
-    Raises:
-        InputError: ``curves`` is empty.
-    """
+    """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left)."""
     _require(curves, "curves")
     figure, axes = _axes()
     for i, (label, values) in enumerate(curves.items()):
@@ -401,7 +367,6 @@ def similarity_matrix(
         values: shape ``(n, n)``.
         labels: one per run.
         axis_label: what the labels are.
-        title: text above the figure.
 
     Raises:
         InputError: ``values`` is not ``(n, n)`` for n labels.
@@ -412,7 +377,7 @@ def similarity_matrix(
     figure, axes = _axes(1.9 + 0.75 * len(labels), 1.2 + 0.62 * len(labels), grid=False)
     names = [str(label) for label in labels]
     _label(axes, axis_label, axis_label, title)
-    _colour_table(figure, axes, values, names, names, "mean |cos|", "{:.2f}")
+    _colour_table(figure, values, names, names, "mean |cos|", "{:.2f}")
     return figure
 
 
@@ -425,10 +390,6 @@ def rank_maps(
         maps: rho to layer name to rank, or to change of rank.
         neutral: the value with the neutral colour: the uniform rank, or 0 for changes.
         label: what the colours show.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``maps`` is empty.
     """
     _require(maps, "maps")
     names = list(next(iter(maps.values())))
@@ -438,7 +399,7 @@ def rank_maps(
     short = [".".join(str(part) for part in split_layer_name(name) if part is not None) for name in names]
     write = "{:g}" if len(names) <= 64 else None
     _label(axes, "layer", "ρ", title)
-    _colour_table(figure, axes, grid, short, [f"{rho:g}" for rho in maps], label, write, neutral, reach)
+    _colour_table(figure, grid, short, [f"{rho:g}" for rho in maps], label, write, neutral, reach)
     axes.tick_params(axis="x", rotation=90, labelsize="x-small")
     return figure
 
@@ -451,10 +412,6 @@ def grouped_bars(
     Args:
         values: method to group to value; groups a method lacks stay empty.
         ylabel, xlabel: what values and groups are.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``values`` is empty.
     """
     _require(values, "values")
     groups = list(dict.fromkeys(group for row in values.values() for group in row))
