@@ -150,7 +150,7 @@ class FactoredSVD(StreamingSVD):
         return factor
 
     def _current(self) -> Factor | None:
-        """The factorization with the waiting tokens in it, computed on a copy: reading it must not change the stream."""
+        """The factorization with the waiting tokens in it, computed on a copy: this must not change the stream."""
         if not self._waiting:
             return self._condensed()
         aside = self.clone()
