@@ -13,8 +13,8 @@ from eva_lightning import EVAState
 from eva_lightning.adapters import find_adapters
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.initialization import initial_a
-from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods import METHODS, MethodKey
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.module import ImageClassifier
 from tests.eva_lightning.methods.test_vision import fit, plain
@@ -62,7 +62,7 @@ def test_one_state_serves_every_method_and_rank(
     kind = MethodKey.parse(method).state_kind
     assert kind is not None
     assert MethodKey.parse(method).components(rank) <= LARGEST
-    monkeypatch.setattr("eva_lightning.callback.compute_eva_state", lambda *_, **__: pytest.fail("streams"))
+    monkeypatch.setattr("eva_lightning.initialiser.compute_eva_state", lambda *_, **__: pytest.fail("streams"))
     module, (callback,) = started(method, AdapterOptions(rank=rank, state=states[kind], seed=3), make_data())
     assert isinstance(callback, EVAInitCallback)
     assert callback.state is not None
@@ -135,4 +135,4 @@ def test_a_minor_state_needs_no_rho(states: dict[str, Path], make_data: Callable
 
 
 def test_all_that_stream_are_here() -> None:
-    assert set(INITS) == {m for m in METHOD_TRAITS if MethodKey.parse(m).streams_eva}
+    assert set(INITS) == {m for m, method in METHODS.items() if method.state_kind}
