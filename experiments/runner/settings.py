@@ -85,7 +85,11 @@ def check_settings(settings: Any) -> None:
             if metadata["choices"] is not None:
                 # of a list `methods` each item is a method
                 name = item.name.removesuffix("s") if isinstance(value, tuple) else item.name
-                check_choice(name, each, metadata["choices"])
+                try:
+                    check_choice(name, each, metadata["choices"])
+                except InputError as error:
+                    error.setting = item.name
+                    raise
             if metadata["bounds"]:
                 check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
 

@@ -6,36 +6,30 @@ first epoch: decode, resize, write the cache) and taking every batch from the lo
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from experiments.vtab.benchmark import Settings
-
-#: Key of :func:`measure` -> what it should be.
-TARGETS = {"second_epoch_ratio": "<= 0.1"}
+from benchmarks.harness import Figure, Figures
+from benchmarks.vtab.images import TaskImages
+from eva_lightning.vision.data.datamodule import VTAB1K
 
 
-def measure(settings: Settings, images: int = 400, image_size: int = 224, repeats: int = 3) -> dict[str, float]:
+def measure(source: TaskImages, images: int = 400, image_size: int = 224, repeats: int = 3) -> Figures:
     """Time the loader's epochs, each time with an empty cache to begin with.
 
     Args:
-        settings: Root and task.
+        source: Root and task.
         images: Training images, at most.
         image_size: Height and width, in pixels.
         repeats: How often.
 
     Returns:
         ``second_epoch_ratio``: second epoch ÷ first; ``next_run_ratio``: first epoch of a second run on the same cache
-        ÷ first; ``first_epoch_s`` and ``second_epoch_s``. Medians.
+        ÷ first; ``first_epoch_s`` and ``second_epoch_s``.
     """
-    from experiments.vtab.benchmark_images import task_folder
-
     firsts, seconds, others = [], [], []
-    with task_folder(settings.root, settings.task, images) as (root, task):
+    with source.folder(images) as (root, task):
         for _ in range(repeats):
             with TemporaryDirectory() as cache:
                 first, second = _run(root, task, images, image_size, cache)
@@ -44,17 +38,15 @@ def measure(settings: Settings, images: int = 400, image_size: int = 224, repeat
             seconds.append(second)
             others.append(other)
     return {
-        "second_epoch_ratio": statistics.median(b / a for a, b in zip(firsts, seconds, strict=True)),
-        "next_run_ratio": statistics.median(b / a for a, b in zip(firsts, others, strict=True)),
-        "first_epoch_s": statistics.median(firsts),
-        "second_epoch_s": statistics.median(seconds),
+        "second_epoch_ratio": Figure.ratio(seconds, firsts, "<= 0.1"),
+        "next_run_ratio": Figure.ratio(others, firsts),
+        "first_epoch_s": Figure.of(firsts),
+        "second_epoch_s": Figure.of(seconds),
     }
 
 
 def _run(root: Path, task: str, images: int, image_size: int, cache: str) -> tuple[float, float]:
     """Seconds of data in the first two epochs of a run."""
-    from eva_lightning.vision.data.datamodule import VTAB1K
-
     data = VTAB1K(root, task, image_size=image_size, limit_train=images, limit_test=1, cache_dir=cache, progress=False)
     times = []
     for epoch in range(2):

@@ -11,73 +11,67 @@ the next counts as ours. The ratio is the median over epochs of ours ÷ the bare
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from eva_lightning.vision.data.datamodule import VTAB1K
-    from eva_lightning.vision.module import ImageClassifier
-    from experiments.vtab.benchmark import Settings
-
-#: Key of :func:`measure` -> what it should be.
-TARGETS = {"linear_epoch_ratio": "<= 1.05", "lora_epoch_ratio": "<= 1.05"}
+from benchmarks.harness import Figure, Figures, quiet
+from benchmarks.vtab.images import TaskImages
+from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.optim.schedules import warmup_cosine
+from eva_lightning.vision.data.datamodule import VTAB1K
+from eva_lightning.vision.epoch_csv import EpochHistory
+from eva_lightning.vision.module import ImageClassifier
 
 METHODS = ("linear", "lora")
+TARGET = "<= 1.05"
 
 
 def measure(
-    settings: Settings, images: int = 256, image_size: int = 64, batch_size: int = 32, rank: int = 16
-) -> dict[str, float]:
+    source: TaskImages,
+    model: str = "vit_tiny_patch16_224",
+    repeats: int = 7,
+    images: int = 256,
+    image_size: int = 64,
+    batch_size: int = 32,
+    rank: int = 16,
+) -> Figures:
     """Time epochs of each kind.
 
     Args:
-        settings: Root, task, model, and how many epochs to time after the first, which is left out.
+        source: Root and task.
+        model: timm name, on random weights.
+        repeats: Epochs to time after the first, which is left out.
         images: Training images per epoch.
         image_size: Height and width, in pixels.
         batch_size: Images per step.
         rank: LoRA rank.
 
     Returns:
-        For linear probing and LoRA: ``…_epoch_ratio``, and the median seconds of both, ``…_epoch_s`` and ``…_bare_s``.
+        For linear probing and LoRA: ``…_epoch_ratio``, and the seconds of both, ``…_epoch_s`` and ``…_bare_s``.
     """
-    from eva_lightning.vision.data.datamodule import VTAB1K
-    from experiments.vtab.benchmark_images import task_folder
-
-    figures: dict[str, float] = {}
-    with task_folder(settings.root, settings.task, images) as (root, task), TemporaryDirectory() as cache:
-        for method in METHODS:
-            data = VTAB1K(
-                root, task, image_size=image_size, batch_size=batch_size, limit_train=images, limit_test=1,
-                cache_dir=cache, progress=False,
-            )  # fmt: skip
-            ours, bare = _epochs(settings.model, method, data, settings.repeats, rank)
-            figures[f"{method}_epoch_ratio"] = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
-            figures[f"{method}_epoch_s"] = statistics.median(ours)
-            figures[f"{method}_bare_s"] = statistics.median(bare)
+    figures: Figures = {}
+    for method in METHODS:
+        with source.data(images, image_size, batch_size) as data:
+            ours, bare = _epochs(model, method, data, repeats, rank)
+        figures[f"{method}_epoch_ratio"] = Figure.ratio(ours, bare, TARGET)
+        figures[f"{method}_epoch_s"] = Figure.of(ours)
+        figures[f"{method}_bare_s"] = Figure.of(bare)
     return figures
 
 
 def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> tuple[list[float], list[float]]:
     """Seconds of our epochs and of the bare ones, in pairs; the first pair is left out."""
-    import torch
-
-    from eva_lightning.methods.vision import AdapterOptions, apply_method
-    from eva_lightning.vision.epoch_csv import EpochHistory
-    from eva_lightning.vision.module import ImageClassifier
-    from experiments.demo_runs import quiet
-
     torch.manual_seed(0)
     module = ImageClassifier(model, data.num_classes, data.image_size)
     callbacks = apply_method(method, module, AdapterOptions(rank=rank))
     data.setup("fit")
-    interleaved = _Interleaved(BareLoop(module, data, repeats + 1))
+    in_turn = EpochsInTurn(BareLoop(module, data, repeats + 1))
     with quiet():
         trainer = L.Trainer(
             accelerator="cpu",
@@ -85,14 +79,14 @@ def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> t
             max_epochs=repeats + 1,
             limit_val_batches=0,
             # what runs after the last callback is timed with the next epoch of ours
-            callbacks=[*callbacks, EpochHistory(), interleaved],
+            callbacks=[*callbacks, EpochHistory(), in_turn],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
         )
         trainer.fit(module, datamodule=data)
-    return interleaved.ours[1:], interleaved.bare[1:]
+    return in_turn.ours[1:], in_turn.bare[1:]
 
 
 class BareLoop:
@@ -109,10 +103,6 @@ class BareLoop:
     """
 
     def __init__(self, module: ImageClassifier, data: VTAB1K, epochs: int) -> None:
-        import torch
-
-        from eva_lightning.optim.schedules import warmup_cosine
-
         dataset: Any = data.train_dataloader().dataset
         self.images, self.labels = dataset.__getitems__(range(len(dataset)))
         self.batch_size = data.batch_size
@@ -127,8 +117,6 @@ class BareLoop:
         self.order: Callable[[], Tensor] = lambda: torch.randperm(len(dataset))
 
     def __call__(self) -> None:
-        from torch.nn import functional as F
-
         self.model.train()
         for batch in self.order().split(self.batch_size):
             self.optimizer.zero_grad()
@@ -137,7 +125,7 @@ class BareLoop:
             self.schedule.step()
 
 
-class _Interleaved(L.Callback):
+class EpochsInTurn(L.Callback):
     """Runs a bare epoch after each of ours, and times both."""
 
     def __init__(self, bare_epoch: Callable[[], None]) -> None:

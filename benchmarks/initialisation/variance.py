@@ -1,13 +1,15 @@
-"""The accuracy reference of the benchmark: plain hooks, full covariances, dense eigenvalues. Nothing of our engines."""
+"""The reference for accuracy: plain hooks, full covariances, dense eigenvalues. Nothing of our engines."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.initialisation.runner import Batch, Outcome, Runner, autocast
 
 TOP = 32
 
@@ -88,7 +90,58 @@ def captured_variance(covariance: Tensor, spectrum: Tensor, components: Tensor) 
     return float((v * (covariance @ v)).sum()) / optimum if optimum > 0 else 1.0
 
 
-def summarise(values: Iterable[float]) -> dict[str, float]:
-    """Median, minimum and maximum."""
-    values = list(values)
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def add_captured_variance(
+    rows: Sequence[dict[str, Any]],
+    runner: Runner,
+    targets: Sequence[str],
+    outcomes: Mapping[str, Outcome],
+    heldout: Sequence[Batch],
+) -> float:
+    """Add to the row of each method how much variance its components capture.
+
+    Args:
+        rows: One per method; get ``captured`` (of the minibatches the method streamed), ``heldout`` and both per layer.
+        runner: Model and minibatches.
+        targets: Names of the adapted layers.
+        outcomes: Method -> its first run.
+        heldout: Minibatches that no method streamed.
+
+    Returns:
+        The share of the streamed variance in the top 32 directions, median over layers.
+    """
+    classifier, dtype = runner.bare_copy()
+    classifier.eval()
+    layers = {name: classifier.get_submodule(name) for name in targets}
+
+    def add(covariances: Covariances, batch: Batch) -> None:
+        with autocast(runner.device, runner.precision):
+            covariances.add(lambda: classifier(batch[0].to(runner.device, dtype)))
+
+    def note(covariances: Covariances, names: Sequence[str], key: str) -> float:
+        values, share = covariances.captured({name: outcomes[name].components for name in names})
+        for row in rows:
+            if row["name"] in values:
+                per_layer = values[row["name"]]
+                row[key] = {
+                    "median": statistics.median(per_layer.values()),
+                    "min": min(per_layer.values()),
+                    "weakest_layer": min(per_layer, key=per_layer.__getitem__),
+                }
+                row[f"{key}_per_layer"] = per_layer
+        return share
+
+    covariances, share = Covariances(layers), 0.0
+    due: dict[int, list[str]] = {}
+    for name, outcome in outcomes.items():
+        due.setdefault(outcome.n_batches, []).append(name)
+    for n in range(1, max(due) + 1):
+        add(covariances, runner.batches[(n - 1) % len(runner.batches)])
+        if n in due:
+            share = note(covariances, due[n], "captured")
+    del covariances
+    if heldout:
+        unseen = Covariances(layers)
+        for batch in heldout:
+            add(unseen, batch)
+        note(unseen, list(outcomes), "heldout")
+    return share

@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from experiments import benchmark_init, benchmark_memory
-from experiments.benchmark import SIZES, command_line, main, parse_args
-from experiments.benchmark_init import Runner
-from experiments.benchmark_reference import Covariances, captured_variance
-from experiments.benchmark_setup import build_classifier, make_images, randomise_realistically
+from benchmarks.initialisation import command_line, main, memory, peft_eva
+from benchmarks.initialisation import runner as runner_module
+from benchmarks.initialisation.runner import Runner
+from benchmarks.initialisation.settings import SIZES, Settings
+from benchmarks.initialisation.variance import Covariances, captured_variance
+from benchmarks.models import build_classifier, randomise_realistically
+from benchmarks.photographs import make_images
+from experiments.runner.settings import parse_settings
 from tests.svd_helpers import captured_variance as reference_captured
 from tests.svd_helpers import decaying, reference
 
-SMALL = "--model test_vit --image-size 32 --batch-size 4 --r 4"
+SMALL = "--models test_vit --image-size 32 --batch-size 4 --r 4"
 TARGETS = [f"model.blocks.{i}.{kind}" for i in range(6) for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
@@ -30,12 +33,13 @@ def runner() -> Runner:
     return Runner(build_classifier("test_vit", 32, None, 0), images.batches, torch.device("cpu"), r=4)
 
 
-def test_init_prints_one_json_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_one_table_and_a_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "new" / "init.json"
-    text = f"init {SMALL} --batches 4 --heldout-batches 2 --repeats 2 --no-memory --json --profile --output {file}"
+    text = f"{SMALL} --batches 4 --heldout-batches 2 --repeats 2 --no-memory --profile --json {file}"
     document = main(text.split())
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(file.read_text()) == json.loads(json.dumps(document))
+    assert "ours (default)" in capsys.readouterr().out
+    printed = json.loads(file.read_text())
+    assert printed == json.loads(json.dumps(document))
     assert {"processor", "threads", "load_average", "versions"} <= set(printed["machine"])
     result = printed["models"][0]
     assert result["layers"] == len(TARGETS)
@@ -48,7 +52,7 @@ def test_init_prints_one_json_document(capsys: pytest.CaptureFixture[str], tmp_p
     assert (peft["n_batches"], peft["n_forwards"], peft["stopped_by_itself"]) == (4, 5, False)
     assert ours["bit_identical"] is True
     assert peft["bit_identical"] is None
-    assert len(ours["wall"]) == 2
+    assert len(ours["seconds"]["values"]) == 2
     assert ours["peft_over_ours"] == pytest.approx(peft["seconds"]["median"] / ours["seconds"]["median"])
     assert 0 < ours["state_bytes"] <= 1.01 * ours["state_bytes_predicted"]
     for row in (ours, peft):
@@ -56,12 +60,12 @@ def test_init_prints_one_json_document(capsys: pytest.CaptureFixture[str], tmp_p
         for key in ("captured", "heldout"):
             assert 0.3 < row[key]["min"] <= row[key]["median"] <= 1 + 1e-9
         assert row["over_forward"]["median"] > 0.5
-    assert any(row["function"] == "on_fit_start" for row in result["profile"]["default"])
-    assert result["within_profile"]["default"] > 1
+    assert any(row["function"] == "on_fit_start" for row in result["profile"]["ours (default)"])
+    assert result["within_profile"]["ours (default)"] > 1
 
 
 def test_all_tokens_through_the_exact_engine_are_exact(capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"init {SMALL} --batches 3 --engine exact --tokens-per-sample all --peft-batches 0 --no-memory --repeats 1"
+    text = f"{SMALL} --batches 3 --engine exact --tokens-per-sample all --peft-batches 0 --no-memory --repeats 1"
     rows = main(text.split())["models"][0]["methods"]
     assert [row["name"] for row in rows] == ["ours (exact)"]
     assert rows[0]["captured"]["min"] >= 0.9999
@@ -76,17 +80,17 @@ def test_forward_is_timed_per_minibatch_and_leaves_the_classifier_alone(runner: 
     assert len(timings) == 3
     assert timings[0].wall < timings[1].wall < timings[2].wall
     runner.ours(2)
-    runner.peft(2, TARGETS)
+    peft_eva.initialise(runner, 2, TARGETS)
     after = runner.classifier.state_dict()
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_peft_stops_by_itself_where_it_converges(runner: Runner) -> None:
-    outcome = runner.peft(50, TARGETS, tau=0.01)
+    outcome = peft_eva.initialise(runner, 50, TARGETS, tau=0.01)
     assert outcome.stopped
     assert outcome.n_batches < 50
-    capped = runner.peft(3, TARGETS, tau=0.999999)
+    capped = peft_eva.initialise(runner, 3, TARGETS, tau=0.999999)
     assert not capped.stopped
     assert capped.n_batches == 3
     assert set(capped.components) == set(TARGETS)
@@ -146,7 +150,7 @@ def test_memory_is_the_difference_of_peaks(runner: Runner, monkeypatch: pytest.M
     def reset() -> None:
         calls.append("reset")
 
-    value = benchmark_memory._difference(runner, "ours", 2, {"max_batches": 2}, reset, lambda: next(peaks))
+    value = memory.difference_of_peaks(runner, "ours", 2, {"max_batches": 2}, reset, lambda: next(peaks))
     assert value == 75
     assert calls == ["reset", "forward 2", "reset", "ours {'max_batches': 2}"] * 4
 
@@ -154,46 +158,43 @@ def test_memory_is_the_difference_of_peaks(runner: Runner, monkeypatch: pytest.M
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_the_peak_sees_torch_and_can_be_reset() -> None:
     def peak(n: int) -> int:
-        benchmark_memory._reset_resident()
-        before = benchmark_memory._peak_resident()
+        memory.reset_resident()
+        before = memory.peak_resident()
         torch.ones(n * 2**18)
-        return benchmark_memory._peak_resident() - before
+        return memory.peak_resident() - before
 
     assert 190 * 2**20 < peak(200) < 230 * 2**20
     assert peak(10) < 30 * 2**20
 
 
-def test_resize_times_every_part(capsys: pytest.CaptureFixture[str]) -> None:
-    document = main(["resize", "--model", "test_vit", "--image-size", "32", "--r", "4", "--repeats", "1"])
-    result = document["models"][0]
-    assert result["layers"] == len(TARGETS)
-    assert result["changed"] > 0
-    assert result["wall"][0] == pytest.approx(sum(part["wall"][0] for part in result["parts"].values()))
-    assert "rebuild optimizers" in capsys.readouterr().out
+def settings_of(text: str) -> Settings:
+    return parse_settings(Settings, "init", "", text.split())
 
 
 def test_short_names_and_the_callbacks_defaults() -> None:
-    options = parse_args(["init", "--models", "tiny,test_vit"])
-    assert options.model_names == [SIZES["tiny"], "test_vit"]
+    settings = settings_of("--models tiny,test_vit")
+    assert settings.model_names == [SIZES["tiny"], "test_vit"]
     # what is not given is left to the callback
-    assert options.callback_options == {"tau": 0.99}
-    options = parse_args(["init", "--tokens-per-sample", "32"])
-    assert options.callback_options == {"tau": 0.99, "tokens_per_sample": 32}
-    assert options.peft_batches == options.batches == 16
-    assert parse_args(["init", "--precision", "bf16"]).precision == "bf16-mixed"
+    assert settings.callbacks() == {"default": {"tau": 0.99}}
+    assert settings.most_peft_batches == settings.batches == 16
+    settings = settings_of("--tokens-per-sample 32 --engine exact,sketch")
+    exact = {"tau": 0.99, "tokens_per_sample": 32, "engine": "exact"}
+    assert settings.callbacks() == {"exact": exact, "sketch": {**exact, "engine": "sketch"}}
+    assert settings_of("--tokens-per-sample all").callbacks()["default"]["tokens_per_sample"] is None
+    assert settings_of("--precision bf16").full_precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("init --batches 0", "--batches must be at least 1, got 0"),
-        ("init --rho 0.5", "--rho must be at least 1, got 0.5"),
-        ("init --tokens-per-sample few", "--tokens-per-sample must be a positive number or 'all', got 'few'"),
-        ("init --model a --models b", "--model a and --models b exclude each other"),
-        ("init --model test_vit --image-size 32 --images nowhere", "--images nowhere is not a folder"),
-        ("init --model test_vit --engine best --device cpu --image-size 32 --batches 1", "engine must be one of"),
-        ("init --model vit_tinny", "vit_tinny"),
-        ("init --precision fp8", "--precision must be one of 32, bf16, 16,"),
+        ("--batches 0", "--batches must be a whole number of at least 1, got 0"),
+        ("--rho 0.5", "--rho must be a number of at least 1, got 0.5"),
+        ("--tokens-per-sample few", "--tokens-per-sample must be a positive number or 'all', got 'few'"),
+        ("--models test_vit --image-size 32 --images nowhere", "images: nowhere is not a folder"),
+        ("--models test_vit --engine best --device cpu --image-size 32 --batches 1", "best"),
+        ("--models vit_tinny", "vit_tinny"),
+        ("--precision fp8", "unknown precision 'fp8'"),
+        ("--model test_vit", "unknown option '--model': did you mean --models"),
     ],
 )
 def test_mistakes_are_one_sentence(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,16 +204,13 @@ def test_mistakes_are_one_sentence(text: str, message: str, capsys: pytest.Captu
     assert message in err[-1]
 
 
-def test_interruption_is_clean(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_interruption_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     # in the Trainer, which turns it into SystemExit
-    monkeypatch.setattr(benchmark_init, "run_forward", interrupted)
+    monkeypatch.setattr(runner_module, "run_forward", interrupted)
     file = tmp_path / "x.json"
-    arguments = ["init", "--model", "test_vit", "--image-size", "32", "--batches", "1", "--batch-size", "1", "--output"]
+    arguments = ["--models", "test_vit", "--image-size", "32", "--batches", "1", "--batch-size", "1", "--json"]
     assert command_line([*arguments, str(file)]) == 130
-    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
     assert not file.exists()

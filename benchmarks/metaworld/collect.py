@@ -9,8 +9,6 @@ bare loop's time is also given without its preparations, which is the stricter c
 from __future__ import annotations
 
 import multiprocessing
-import os
-import statistics
 import tempfile
 import time
 import warnings
@@ -18,15 +16,18 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import metaworld
 import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.policies import ENV_POLICY_MAP
 
+from benchmarks.harness import Figure, Figures, in_turn, usable_cores
+from eva_lightning.rl.collection import collect
 from eva_lightning.rl.environments import HORIZON, forget_goals
 from eva_lightning.rl.tasks import resolve_task
 
 TASKS = ("faucet-close-v3", "window-close-v3", "push-v3", "handle-press-side-v3")
-
-#: Key of :func:`measure` -> what it should be at least.
-TARGETS: dict[str, float] = {"collect_ratio": 0.9, "collect_ratio_workers": 0.9}
+TARGET = ">= 0.9"
 
 
 def measure(
@@ -36,7 +37,7 @@ def measure(
     horizon: int = HORIZON,
     seed: int = 0,
     workers: int | None = None,
-) -> dict[str, float]:
+) -> Figures:
     """Time both, in this process, and then in several at once.
 
     Args:
@@ -53,67 +54,61 @@ def measure(
         ``collect_raw_steps_per_second``: with preparations; ``collect_ratio_workers``, ``collect_workers``: the first
         ratio with so many processes of ours and as many bare loops side by side, the start of ours included.
     """
-    from eva_lightning.rl.collection import collect
-
-    _bare_loop(resolve_task(tasks[0]), 1, horizon, seed)  # imports
-    ours, bare, preparing = [], [], []
-    for _ in range(repeats):
-        for task in map(resolve_task, tasks):
-            with tempfile.TemporaryDirectory() as folder:
-                forget_goals()
-                began = time.perf_counter()
-                collect([task], episodes, Path(folder), seed=seed, horizon=horizon, progress=False)
-                ours.append(time.perf_counter() - began)
-            prepared, ran = _bare_loop(task, episodes, horizon, seed)
-            preparing.append(prepared)
-            bare.append(prepared + ran)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    several = _several(tasks, episodes, repeats, horizon, seed, workers) if workers > 1 else {}
-    steps = episodes * horizon
-    pairs = list(zip(ours, bare, preparing, strict=True))
-    return {
-        "collect_ratio": statistics.median(raw / mine for mine, raw, _ in pairs),
-        "collect_ratio_strict": statistics.median((raw - prepared) / mine for mine, raw, prepared in pairs),
-        "collect_steps_per_second": steps / statistics.median(ours),
-        "collect_raw_steps_per_second": steps / statistics.median(bare),
-        **several,
-    }
-
-
-def _several(
-    tasks: Sequence[str], episodes: int, repeats: int, horizon: int, seed: int, workers: int
-) -> dict[str, float]:
-    from eva_lightning.rl.collection import collect
-    from experiments.metaworld.compare_runs import start_worker
-
     tasks = [resolve_task(task) for task in tasks]
-    ratios = []
-    # unlike multiprocessing.Pool, it gives up where its processes cannot start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+    _bare_loop(tasks[0], 1, horizon, seed)  # imports
+    ours, bare, without_preparations = [], [], []
+    for _ in range(repeats):
+        for task in tasks:
+            forget_goals()
+            ours.append(_ours([task], episodes, horizon, seed))
+            prepared, ran = _bare_loop(task, episodes, horizon, seed)
+            bare.append(prepared + ran)
+            without_preparations.append(ran)
+    steps = episodes * horizon
+    figures = {
+        "collect_ratio": Figure.ratio(bare, ours, TARGET),
+        "collect_ratio_strict": Figure.ratio(without_preparations, ours),
+        "collect_steps_per_second": Figure.of(steps / seconds for seconds in ours),
+        "collect_raw_steps_per_second": Figure.of(steps / seconds for seconds in bare),
+    }
+    workers = usable_cores() if workers is None else workers
+    if workers > 1:
+        figures["collect_ratio_workers"] = _several(tasks, episodes, repeats, horizon, seed, workers)
+        figures["collect_workers"] = Figure.of([workers])
+    return figures
 
-        def bare(jobs: Sequence[str], of_each: int, steps: int) -> None:
+
+def _several(tasks: Sequence[str], episodes: int, repeats: int, horizon: int, seed: int, workers: int) -> Figure:
+    # unlike multiprocessing.Pool, it gives up where its processes cannot start
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+
+        def bare(jobs: Sequence[str], of_each: int, steps: int) -> float:
+            began = time.perf_counter()
             for future in [pool.submit(_bare_loop, task, of_each, steps, seed) for task in jobs]:
                 future.result()
+            return time.perf_counter() - began
 
         bare([tasks[0]] * workers, 1, 1)  # processes and imports
-        for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                began = time.perf_counter()
-                collect(tasks, episodes, Path(folder), seed=seed, horizon=horizon, workers=workers, progress=False)
-                ours = time.perf_counter() - began
-            began = time.perf_counter()
-            bare(tasks, episodes, horizon)
-            ratios.append((time.perf_counter() - began) / ours)
-    return {"collect_ratio_workers": statistics.median(ratios), "collect_workers": workers}
+        seconds = in_turn(
+            {
+                "ours": lambda: _ours(tasks, episodes, horizon, seed, workers),
+                "bare": lambda: bare(tasks, episodes, horizon),
+            },
+            repeats,
+        )
+    return Figure.ratio(seconds["bare"], seconds["ours"], TARGET)
+
+
+def _ours(tasks: Sequence[str], episodes: int, horizon: int, seed: int, workers: int = 1) -> float:
+    """Seconds of a collection into an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        collect(tasks, episodes, Path(folder), seed=seed, horizon=horizon, workers=workers, progress=False)
+        return time.perf_counter() - began
 
 
 def _bare_loop(task: str, episodes: int, horizon: int, seed: int) -> tuple[float, float]:
     """Seconds of the preparations, and of the episodes."""
-    import metaworld
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-    from metaworld.policies import ENV_POLICY_MAP
-
     began = time.perf_counter()
     goals = metaworld.MT1(task, seed=seed).train_tasks
     environment = ALL_V3_ENVIRONMENTS[task](reward_function_version="v2")
