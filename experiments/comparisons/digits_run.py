@@ -1,0 +1,176 @@
+"""One run on handwritten digits: pre-train a small ViT on some of them, fine-tune it on others by one method."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eva_lightning.callback import EVAInitCallback
+from eva_lightning.files import replacing
+from eva_lightning.methods import MethodKey
+from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
+from experiments.comparisons.source_digest import source_digest
+from experiments.report.ranks import described
+from experiments.runner.jobs import Job
+from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.settings import Role, check_settings, option
+
+PRETRAINING_CLASSES = (0, 1, 2, 3, 4)
+CLASSES = (5, 6, 7, 8, 9)
+PACKAGES = ("torch", "lightning", "peft", "timm", "scikit-learn")
+_OF_A_RUN = Role.RESULT | Role.PER_RUN
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """Recipe of the model that every method starts from."""
+
+    epochs: int = option(30, "epochs", Role.RESULT, at_least=1)
+    batch_size: int = option(64, "images per step", Role.RESULT, at_least=1)
+    lr: float = option(1e-3, "peak learning rate", Role.RESULT, above=0)
+    test_share: float = option(0.2, "share of the images that is held out", Role.RESULT)
+    seed: int = option(0, "seed of weights and batches", Role.RESULT)
+    code: str = option("", "digest of code and library versions", Role.RESULT)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A fine-tuning. The seed draws the labels, the head, the order of batches and LoRA's random matrices."""
+
+    method: str = option(MISSING, "method, such as lora or eva:1", _OF_A_RUN)
+    lr: float = option(MISSING, "peak learning rate", _OF_A_RUN, above=0)
+    seed: int = option(MISSING, "seed", _OF_A_RUN)
+    weights: str = option(
+        MISSING, "file of the pre-trained model, in a folder named after its recipe", Role.RESULT,
+        identity=lambda path: Path(path).parent.name,
+    )  # fmt: skip
+    labels: int = option(200, "labelled images", Role.RESULT, at_least=1)
+    epochs: int = option(10, "epochs", Role.RESULT, at_least=1)
+    batch_size: int = option(32, "images per step", Role.RESULT, at_least=1)
+    rank: int = option(4, "LoRA's rank and EVA's mean rank", Role.RESULT, at_least=1)
+    evaluate_on: str = option("test", "part of the images to evaluate on", Role.RESULT, choices=("test", "tune"))
+    code: str = option("", "digest of code and library versions", Role.RESULT)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        MethodKey.parse(self.method)
+
+
+def code_of_pretraining() -> str:
+    """Digest of what makes the pre-trained model."""
+    return source_digest(["eva_lightning/vision/digits.py"], [], PACKAGES)
+
+
+def code_of_runs() -> str:
+    """Digest of what makes a fine-tuning."""
+    sources = ["eva_lightning", "experiments/comparisons/digits_run.py"]
+    return source_digest(sources, ["eva_lightning/vision", "eva_lightning/rl"], PACKAGES)
+
+
+class Recorder(L.Callback):
+    """Held-out values after every epoch, and the state of affairs at the first training step."""
+
+    def __init__(self) -> None:
+        self.loss: list[float] = []
+        self.accuracy: list[float] = []
+        self.trainable_parameters = 0
+        self.first_step_at = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what is trained."""
+        self.first_step_at = time.perf_counter()
+        self.trainable_parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the epoch's values."""
+        self.loss.append(float(trainer.callback_metrics["val_loss"]))
+        self.accuracy.append(float(trainer.callback_metrics["val_accuracy"]))
+
+
+def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]:
+    """Train the starting model; its weights are ``weights.safetensors`` in `folder`."""
+    started = time.perf_counter()
+    L.seed_everything(settings.seed, verbose=False)
+    data = DigitsDataModule(
+        PRETRAINING_CLASSES,
+        n_labels=None,
+        batch_size=settings.batch_size,
+        shift=True,
+        seed=settings.seed,
+        tune_share=0.0,
+        test_share=settings.test_share,
+    )
+    module = DigitsClassifier(small_vit(len(PRETRAINING_CLASSES)), settings.lr)
+    recorder = Recorder()
+    _trainer(settings.epochs, [recorder]).fit(module, data)
+    with replacing(folder.path / "weights.safetensors") as file:
+        save_file(module.model.state_dict(), file)
+    return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
+
+
+def build(job: Job) -> Work:
+    """The fine-tuning of a job with :class:`RunSettings`."""
+    return partial(finetune, job.settings)
+
+
+def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
+    """Fine-tune; returns the held-out curves. ``setup_seconds`` is the time until the first training step."""
+    L.seed_everything(settings.seed, verbose=False)
+    data = DigitsDataModule(
+        CLASSES,
+        n_labels=settings.labels,
+        evaluate_on=settings.evaluate_on,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    module = DigitsClassifier(_starting_model(settings.weights), settings.lr)
+    key, started = MethodKey.parse(settings.method), time.perf_counter()
+    rho = {} if key.rho is None else {"rho": key.rho}
+    options = AdapterOptions(rank=settings.rank, bias="all", seed=settings.seed, **rho)
+    callbacks = apply_method(key.method, module, options)
+    recorder = Recorder()
+    _trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
+    states = [callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)]
+    return {
+        "loss": recorder.loss,
+        "accuracy": recorder.accuracy,
+        "trainable_parameters": recorder.trainable_parameters,
+        "setup_seconds": recorder.first_step_at - started,
+        "eva": {} if not states or states[0] is None else described(states[0]),
+    }
+
+
+def _starting_model(weights: str) -> nn.Module:
+    model = small_vit(len(PRETRAINING_CLASSES))
+    model.load_state_dict(load_file(weights))
+    model.reset_classifier(len(CLASSES))
+    head = model.get_classifier()
+    # The paper's head for VTAB-1K (section 4.4): N(0, 2e-5) and zero bias, so that all classes start out equal.
+    nn.init.normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    return model
+
+
+def _trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )

@@ -1,0 +1,139 @@
+"""How learning rates were chosen: kept in a configuration file, shown as a table and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from eva_lightning import plots
+from eva_lightning.errors import InputError, check_number
+from eva_lightning.files import write_text
+from experiments.report.epochs import label, methods_of
+from experiments.report.page import Figure, Table, drawn
+from experiments.runner.tuning import Choice
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a page says about the choice of learning rates.
+
+    Attributes:
+        chosen: Methods and their rates, in words.
+        rule: How the choice was made; empty where the configuration does not say.
+        seeds: The seeds of the tuning runs, in words.
+        table: Scores by method and learning rate.
+        sentences: What else they say.
+        figures: The scores as lines.
+    """
+
+    chosen: str
+    rule: str = ""
+    seeds: str = ""
+    table: Table | None = None
+    sentences: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+
+
+def check_rates(rates: Mapping[str, float] | None, methods: Iterable[str]) -> dict[str, float]:
+    """The learning rate of every method.
+
+    Raises:
+        InputError: One is missing or not above 0.
+    """
+    if rates is None:
+        raise InputError("learning_rates are not given: choose them with --tune")
+    for method in methods:
+        check_number(f"learning_rates.{method}", rates.get(method), above=0)
+    return {method: rates[method] for method in methods}
+
+
+def chosen_rates(choices: Mapping[str, Choice]) -> dict[str, float]:
+    """Learning rates out of the choices of cells that are named after methods."""
+    return {method: choice.point.get("lr") for method, choice in choices.items()}
+
+
+def write_choice(file: Path, header: str, rates: Mapping[str, float], tuning: Mapping[str, Any]) -> None:
+    """Write learning rates and how they were chosen to a configuration file; other settings in it stay."""
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    content = {**(known or {}), "learning_rates": dict(rates), "tuning": dict(tuning)}
+    write_text(file, header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
+
+
+def scores_of(tuning: Mapping[str, Any] | None) -> pd.DataFrame:
+    """One row per method and learning rate: ``method``, ``lr`` and the mean scores; empty where nothing is known."""
+    return pd.DataFrame((tuning or {}).get("scores") or [], columns=None)
+
+
+def scores_table(scores: pd.DataFrame, rates: Mapping[str, float], cell: Mapping[str, str], caption: str) -> Table:
+    """Scores by method and learning rate, the chosen rate with an asterisk.
+
+    Args:
+        scores: As by :func:`scores_of`.
+        rates: The learning rates chosen.
+        cell: Column -> format, one for each line of a cell.
+        caption: What a cell shows.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for method in methods_of(scores):
+        row = rows[label(method)] = {}
+        for _, entry in scores[scores["method"] == method].sort_values("lr").iterrows():
+            lines = [format(entry[column], form) for column, form in cell.items()]
+            lines[0] += " *" * (rates.get(method) == entry["lr"])
+            row[f"{entry['lr']:g}"] = "\n".join(lines)
+    columns = [f"{lr:g}" for lr in sorted(scores["lr"].unique())]
+    cells = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna("–")
+    return Table(f"{caption} *: the rate chosen.", cells.rename_axis("Method"))
+
+
+def chosen_in_words(rates: Mapping[str, float]) -> str:
+    """``LoRA 0.03, EVA 0.01``."""
+    return ", ".join(f"{label(method)} {rate:g}" for method, rate in rates.items())
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """``5 seeds (1000 to 1004)``."""
+    return f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def sensitivity_figure(scores: pd.DataFrame, column: str, what: str) -> Figure:
+    """A score against the learning rate, one line per method."""
+    lines = {
+        label(method): dict(scores.loc[scores["method"] == method, ["lr", column]].itertuples(index=False))
+        for method in methods_of(scores)
+    }
+    best = ", ".join(f"{name} at {min(row, key=row.__getitem__):g}" for name, row in lines.items())
+    figure = plots.rate_sensitivity(lines, "cross-entropy (nats)", title=what)
+    return drawn(figure, f"{what} against the learning rate; lowest: {best}", "Mean over seeds; rings mark the lowest.")
+
+
+def equal_rate_sentences(
+    scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora"
+) -> list[str]:
+    """At how many learning rates of the grid an EVA method's mean score is below that of `baseline`.
+
+    Args:
+        scores: As by :func:`scores_of`.
+        columns: Columns to count, with words for when they were taken: ``{"loss": "after epoch 10"}``.
+        baseline: The method to compare with.
+    """
+    if scores.empty:
+        return []
+    by_rate = scores.pivot(index="lr", columns="method", values=list(columns))
+    sentences = []
+    for method in methods_of(scores):
+        if not method.startswith("eva") or baseline not in scores["method"].to_numpy():
+            continue
+        counts = []
+        for column, when in columns.items():
+            both = by_rate[column][[method, baseline]].dropna()
+            counts.append(f"at {int((both[method] < both[baseline]).sum())} of {len(both)} rates {when}")
+        sentences.append(
+            f"At equal learning rates, over the grid of the tuning, {label(method)} has a lower mean loss than "
+            f"{label(baseline)} {' and '.join(counts)}."
+        )
+    return sentences

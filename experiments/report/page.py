@@ -1,0 +1,122 @@
+"""A self-contained HTML page: pictures and style sheet are inside, so the file can be moved or mailed."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from eva_lightning.files import write_text
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for the page and for the terminal.
+
+    Attributes:
+        caption: What it shows, with units and what ± means.
+        cells: Texts. The index holds the headers of rows, its name the header above them. Further lines of a cell are
+            details; a cell that has an asterisk is marked as the best of its kind.
+    """
+
+    caption: str
+    cells: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture for the page.
+
+    Attributes:
+        source: Its ``data:`` URI.
+        alt: What it shows, for who does not see it.
+        caption: What stands below it.
+    """
+
+    source: str
+    alt: str
+    caption: str = ""
+
+
+def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figure:
+    """A matplotlib figure as SVG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "eva_lightning"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return Figure(_data_uri("image/svg+xml", buffer.getvalue()), alt, caption)
+
+
+def embedded(file: Path, alt: str, caption: str = "") -> Figure:
+    """A GIF file."""
+    return Figure(_data_uri("image/gif", file.read_bytes()), alt, caption)
+
+
+def render(template: str, **content: Any) -> Markup:
+    """A section of a page, by the template called `template`."""
+    return Markup(_TEMPLATES.get_template(template).render(content))
+
+
+def write_page(path: Path, title: str, sections: Sequence[Markup]) -> None:
+    """Write the page that holds `sections` to `path`, all or nothing."""
+    write_text(path, _TEMPLATES.get_template("page.html").render(title=title, sections=sections))
+
+
+def machine() -> str:
+    """Processor, cores, system and Python in one phrase."""
+    return f"{_processor()}, {os.cpu_count()} logical cores, {platform.system()}, Python {platform.python_version()}"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of libraries, by their names."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def finished_when(folders: Iterable[str], started: float) -> str:
+    """How many of the runs in `folders` were finished by an earlier call, before the time `started`, in words."""
+    written = [(Path(folder) / "metrics.json").stat().st_mtime for folder in folders]
+    earlier = sum(moment < started for moment in written)
+    return f"{len(written)}, " + (f"{earlier} of them finished by an earlier call" if earlier else "all computed now")
+
+
+def enumerated(items: Sequence[Any]) -> str:
+    """``1``, ``1 and 2``, ``1, 2 and 3``."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
