@@ -19,7 +19,7 @@ from benchmarks.harness import CannotRunError, Figure, Figures, quiet
 from benchmarks.vtab.images import TaskImages
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.module import ImageClassifier
 
 TRAINING_IMAGES = 1000

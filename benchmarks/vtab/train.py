@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Figure, Figures, quiet
 from benchmarks.vtab.images import TaskImages
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.optim.schedules import warmup_cosine
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.epoch_csv import EpochHistory

@@ -113,7 +113,7 @@ def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]
     )
     module = DigitsClassifier(small_vit(len(PRETRAINING_CLASSES)), settings.lr)
     recorder = Recorder()
-    _trainer(settings.epochs, [recorder]).fit(module, data)
+    quick_trainer(settings.epochs, [recorder]).fit(module, data)
     with replacing(folder.path / "weights.safetensors") as file:
         save_file(module.model.state_dict(), file)
     return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
@@ -134,13 +134,13 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    module = DigitsClassifier(_starting_model(settings.weights), settings.lr)
+    module = DigitsClassifier(starting_model(settings.weights), settings.lr)
     key, started = MethodKey.parse(settings.method), time.perf_counter()
     rho = {} if key.rho is None else {"rho": key.rho}
     options = AdapterOptions(rank=settings.rank, bias="all", seed=settings.seed, **rho)
     callbacks = apply_method(key.method, module, options)
     recorder = Recorder()
-    _trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
+    quick_trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
     states = [callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)]
     return {
         "loss": recorder.loss,
@@ -151,7 +151,8 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _starting_model(weights: str) -> nn.Module:
+def starting_model(weights: str) -> nn.Module:
+    """The pre-trained model with a new head."""
     model = small_vit(len(PRETRAINING_CLASSES))
     model.load_state_dict(load_file(weights))
     model.reset_classifier(len(CLASSES))
@@ -162,7 +163,8 @@ def _starting_model(weights: str) -> nn.Module:
     return model
 
 
-def _trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+def quick_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    """A Trainer that only trains and validates."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -141,9 +141,7 @@ def paired_differences(runs: pd.DataFrame, baseline: str = "lora") -> list[Paire
         pairs = theirs[theirs["seed"].isin(ours["seed"])]
         loss, accuracy = (curves(ours, quantity) - curves(pairs, quantity) for quantity in ("loss", "accuracy"))
         wins = {epoch: int((loss[:, epoch - 1] < 0).sum()) for epoch in shown_epochs(loss.shape[1])}
-        difference = PairedDifference(
-            method, baseline, len(ours), _per_epoch(loss), _per_epoch(100 * accuracy), wins
-        )
+        difference = PairedDifference(method, baseline, len(ours), _per_epoch(loss), _per_epoch(100 * accuracy), wins)
         found.append(difference)
     return found
 

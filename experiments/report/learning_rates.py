@@ -111,9 +111,7 @@ def sensitivity_figure(scores: pd.DataFrame, column: str, what: str) -> Figure:
     return drawn(figure, f"{what} against the learning rate; lowest: {best}", "Mean over seeds; rings mark the lowest.")
 
 
-def equal_rate_sentences(
-    scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora"
-) -> list[str]:
+def equal_rate_sentences(scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora") -> list[str]:
     """At how many learning rates of the grid an EVA method's mean score is below that of `baseline`.
 
     Args:

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks.vtab import command_line, gpu, main, train
 from benchmarks.vtab import data as data_part
 from benchmarks.vtab.images import TaskImages
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K, EpochShuffle
 from eva_lightning.vision.module import ImageClassifier
 from tests.eva_lightning.vision.fakes import make_task
