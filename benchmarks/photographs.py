@@ -1,4 +1,4 @@
-"""Minibatches of images: photographs from a folder, or images made from what scikit-learn ships."""
+"""Minibatches of images: photographs from a folder, or noise with their spectrum."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from benchmarks.models import N_CLASSES
@@ -28,11 +26,10 @@ class Images:
 
 
 def make_images(folder: str | Path | None, n_batches: int, batch_size: int, size: int, seed: int) -> Images:
-    """Distinct normalised images: a random choice of a folder's, or of what scikit-learn ships and noise.
+    """Distinct normalised images: a random choice of a folder's, or noise.
 
-    Without a folder, half of the images are random resized crops of scikit-learn's two photographs and half are colour
-    noise whose power falls with frequency as in photographs. Two photographs have less variety than a data set: the
-    spectra decay faster, and minibatches resemble each other more, than with real data.
+    The noise is in colours and has a power that falls with frequency as in photographs. It has less structure than a
+    data set: minibatches resemble each other more than with real data.
 
     Raises:
         MissingInputError: The folder does not exist.
@@ -43,7 +40,7 @@ def make_images(folder: str | Path | None, n_batches: int, batch_size: int, size
     if folder is not None:
         pixels, source = _of_folder(Path(folder), n, size, rng)
     else:
-        pixels, source = _of_package(n, size, rng)
+        pixels, source = np.stack([_noise(size, rng) for _ in range(n)]), f"{n} images of 1/f colour noise"
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     labels = torch.from_numpy(rng.integers(0, N_CLASSES, n))
     batches = []
@@ -62,31 +59,6 @@ def _of_folder(folder: Path, n: int, size: int, rng: np.random.Generator) -> tup
     chosen = rng.choice(len(files), n, replace=False)
     pixels = np.stack([load_image(files[i], size) for i in chosen])
     return pixels, f"{n} images drawn from the {len(files)} in folder {folder.resolve().name}"
-
-
-def _of_package(n: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    photographs = [Image.fromarray(image) for image in load_sample_images().images]
-    pixels = np.empty((n, 3, size, size), dtype=np.uint8)
-    for i in range(n):
-        if rng.random() < 0.5:
-            pixels[i] = _crop(photographs[rng.integers(len(photographs))], size, rng)
-        else:
-            pixels[i] = _noise(size, rng)
-    return pixels, f"{n} images made from scikit-learn: random crops of its two photographs, and 1/f colour noise"
-
-
-def _crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    width, height = image.size
-    share, ratio = rng.uniform(0.05, 0.8), np.exp(rng.uniform(-0.3, 0.3))
-    w = min(width, max(8, round(np.sqrt(share * width * height * ratio))))
-    h = min(height, max(8, round(np.sqrt(share * width * height / ratio))))
-    left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    values = np.asarray(crop, dtype=np.float64).transpose(2, 0, 1)
-    if rng.random() < 0.5:
-        values = values[:, :, ::-1]
-    contrast, offset = rng.uniform(0.6, 1.2, (3, 1, 1)), rng.uniform(-30, 30, (3, 1, 1))
-    return np.clip((values - 128) * contrast + 128 + offset, 0, 255).astype(np.uint8)
 
 
 def _noise(size: int, rng: np.random.Generator) -> np.ndarray:

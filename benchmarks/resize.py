@@ -5,7 +5,6 @@ python -m benchmarks resize --models vit_giant_patch14_dinov2
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from torch import nn
 
 from benchmarks.clock import Stopwatch, Timing
 from benchmarks.harness import INTERVAL, Figure, describe_machine, publish, say, table_of
@@ -70,7 +68,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     def run() -> None:
         say(f"{name}: resizing")
         timers.append(ResizeTimer(settings.r, settings.rho, settings.seed))
-        runner.fit(_copy(classifier), timers[-1])
+        runner.fit(runner.copy(), timers[-1])
 
     for _ in range(settings.repeats + 1):
         run()
@@ -147,12 +145,6 @@ class ResizeTimer(pl.Callback):
         value = run()
         self.timings[part] = watch.read()
         return value
-
-
-def _copy(classifier: nn.Module) -> Any:
-    """A copy with modules of its own that shares the frozen weights: they are not written, and may be gigabytes."""
-    shared = {id(p): p for p in classifier.parameters()}
-    return copy.deepcopy(classifier, dict(shared))
 
 
 def _print(models: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -69,15 +69,10 @@ class _Model:
         say(f"{self.name}: warming up")
         load = describe_machine(self.runner.device)["load_average"]
         self.runner.forward(1)
-        sizes = {
-            method: self.runner.ours(2, watch_engines=True, **arguments).state_bytes
-            for method, arguments in self.callbacks.items()
-        }
+        for arguments in self.callbacks.values():
+            self.runner.ours(max_batches=2, **arguments)
         self._time()
         rows = [self._row(method) for method in self.runs]
-        for row in rows:
-            if row["name"] in sizes:
-                row["state_bytes_predicted"], row["state_bytes"] = sizes[row["name"]] or (0, 0)
         result = {
             "model": self.name,
             "parameters": sum(p.numel() for p in self.runner.classifier.parameters()),
@@ -111,7 +106,7 @@ class _Model:
             say(f"{self.name}: repetition {repeat + 1} of {settings.repeats}")
             self.forwards.append(self.runner.forward(n_forward))
             for method, arguments in self.callbacks.items():
-                outcome = self.runner.ours(settings.batches, **arguments)
+                outcome = self.runner.ours(max_batches=settings.batches, **arguments)
                 self.runs.setdefault(method, []).append(outcome)
             n_forward = max(self.runs[method][0].n_batches for method in self.callbacks)
             if settings.most_peft_batches > 0 and repeat < settings.peft_repeats:
@@ -163,7 +158,7 @@ class _Model:
 
     def _profile(self, method: str) -> list[dict[str, Any]]:
         say(f"{self.name}: profile of {method}")
-        return profile_ours(lambda: self.runner.ours(self.settings.batches, **self.callbacks[method]))
+        return profile_ours(lambda: self.runner.ours(max_batches=self.settings.batches, **self.callbacks[method]))
 
 
 def _forward_time(run: Sequence[Timing], n_batches: int, clock: str) -> float:

@@ -65,9 +65,6 @@ def _notes(model: Mapping[str, Any], weights: str) -> str:
     if "variance_in_top_32" in model:
         notes.append(f"the top 32 directions hold {model['variance_in_top_32']:.0%} of the variance (median layer)")
     for row in model["methods"]:
-        if "state_bytes" in row:
-            predicted, real = row["state_bytes_predicted"] / 2**20, row["state_bytes"] / 2**20
-            notes.append(f"state of {row['name']}: {predicted:.1f} MiB predicted, {real:.1f} MiB real")
         if row["bit_identical"] is not None:
             notes.append(f"repeats of {row['name']} {'bit-identical' if row['bit_identical'] else 'DIFFER'}")
     if "memory_method" in model:

@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.clock import Stopwatch, Timing
 from benchmarks.harness import quiet
-from benchmarks.initialisation.engine_state import recorded_captures, state_bytes
 from eva_lightning.batch_forward import run_forward
 from eva_lightning.callback import EVAInitCallback
-from eva_lightning.capture import InputCapture
 from eva_lightning.side_effects import observing
 from eva_lightning.training_batches import set_up_loader, training_batches
 
@@ -38,7 +36,6 @@ class Outcome:
         components: per layer, up to round(r * rho) rows.
         fingerprint: a checksum of the ranks and of every A.
         streaming_seconds: the part of the wall time that :class:`~eva_lightning.EVAState` reports.
-        state_bytes: predicted and real size of the engines' state.
     """
 
     timing: Timing
@@ -48,7 +45,6 @@ class Outcome:
     components: dict[str, Tensor] = field(repr=False)
     fingerprint: str
     streaming_seconds: float | None = None
-    state_bytes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,10 @@ class Runner:
         self.fit(copy.deepcopy(self.classifier), Forward())
         return timings
 
-    def ours(self, max_batches: int, watch_engines: bool = False, **options: Any) -> Outcome:
+    def ours(self, **options: Any) -> Outcome:
         """Our callback's whole ``on_fit_start``: streaming with hooks, SVD, ranks, resize, optimizer rebuild.
 
         Args:
-            max_batches: cap on the minibatches.
-            watch_engines: also measure the state the engines hold; keeps them alive, so not while timing.
             options: further arguments of :class:`EVAInitCallback`.
         """
         timings: list[Timing] = []
@@ -103,14 +97,11 @@ class Runner:
                 super().on_fit_start(trainer, pl_module)
                 timings.append(watch.read())
 
-        callback = Timed(self.rho, self.r, max_batches=max_batches, verbose=False, **options)
-        module = copy.deepcopy(self.classifier)
-        captures: list[InputCapture] = []
-        with recorded_captures(captures) if watch_engines else contextlib.nullcontext():
-            self.fit(module, callback)
+        callback = Timed(self.rho, self.r, verbose=False, **options)
+        module = self.copy()
+        self.fit(module, callback)
         state = callback.state
-        if state is None:
-            raise RuntimeError("the callback left no state")
+        assert state is not None
         return Outcome(
             timings[0],
             state.n_batches,
@@ -119,8 +110,12 @@ class Runner:
             dict(state.components),
             fingerprint(module, state.ranks),
             state.seconds,
-            state_bytes(captures[-1]) if captures else None,
         )
+
+    def copy(self) -> pl.LightningModule:
+        """A copy with modules of its own that shares the frozen weights: they are not written, and may be gigabytes."""
+        shared = {id(p): p for p in self.classifier.parameters()}
+        return copy.deepcopy(self.classifier, dict(shared))
 
     def bare_copy(self) -> tuple[pl.LightningModule, torch.dtype]:
         """A copy of the classifier on the device, in the precision of its weights, and that precision."""

@@ -71,7 +71,7 @@ class Settings(ModelSettings):
     stopping: str | None = option(None, "stopping rule; the callback's if not given", Role.RESULT)
     tokens_per_sample: str | None = option(None, "a number or 'all'; the callback's if not given", Role.RESULT)
     tau: float = option(0.99, "convergence threshold of both", Role.RESULT, above=0, at_most=1)
-    images: str | None = option(None, "folder with image files; made from scikit-learn's if not given", Role.PLACE)
+    images: str | None = option(None, "folder with image files; 1/f noise if not given", Role.PLACE)
     weights: str | None = option(None, "weight file; random weights with decaying spectra if not given", Role.PLACE)
     peft_repeats: int = option(1, "timed runs of PEFT", Role.RESULT, at_least=1)
     no_reference: bool = option(False, "skip the exact SVD and captured variances", Role.SELECTION)

@@ -43,7 +43,7 @@ def test_one_table_and_a_document(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert {"processor", "threads", "load_average", "versions"} <= set(printed["machine"])
     result = printed["models"][0]
     assert result["layers"] == len(TARGETS)
-    assert "scikit-learn" in result["images"]
+    assert "1/f colour noise" in result["images"]
     assert 0 < result["variance_in_top_32"] <= 1
     assert len(result["forward"]["wall"]) == 3
     ours, peft = result["methods"]
@@ -54,7 +54,6 @@ def test_one_table_and_a_document(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert peft["bit_identical"] is None
     assert len(ours["seconds"]["values"]) == 2
     assert ours["peft_over_ours"] == pytest.approx(peft["seconds"]["median"] / ours["seconds"]["median"])
-    assert 0 < ours["state_bytes"] <= 1.01 * ours["state_bytes_predicted"]
     for row in (ours, peft):
         assert set(row["captured_per_layer"]) == set(row["heldout_per_layer"]) == set(TARGETS)
         for key in ("captured", "heldout"):
@@ -71,7 +70,7 @@ def test_all_tokens_through_the_exact_engine_are_exact(capsys: pytest.CaptureFix
     assert rows[0]["captured"]["min"] >= 0.9999
     out = capsys.readouterr().out
     assert "ours (exact)" in out
-    assert "scikit-learn" in out
+    assert "1/f colour noise" in out
 
 
 def test_forward_is_timed_per_minibatch_and_leaves_the_classifier_alone(runner: Runner) -> None:
@@ -79,7 +78,7 @@ def test_forward_is_timed_per_minibatch_and_leaves_the_classifier_alone(runner: 
     timings = runner.forward(3)
     assert len(timings) == 3
     assert timings[0].wall < timings[1].wall < timings[2].wall
-    runner.ours(2)
+    runner.ours(max_batches=2)
     peft_eva.initialise(runner, 2, TARGETS)
     after = runner.classifier.state_dict()
     assert set(before) == set(after)
