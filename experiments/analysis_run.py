@@ -30,6 +30,7 @@ from eva_lightning.analysis import (
     rank_maps,
     similarity_matrix,
 )
+from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
 from eva_lightning.files import writable_folder, write_json
 from eva_lightning.methods import MethodKey
@@ -221,6 +222,9 @@ def _train(
     module = DigitsClassifier(starting_model(weights), settings.lr)
     start = _Start()
     callbacks = apply_method(key.method, module, AdapterOptions(rank=settings.r, rho=1.0, bias="all", seed=seed))
+    for callback in callbacks:
+        if isinstance(callback, EVAInitCallback):
+            callback.verbose = False
     try:
         quick_trainer(settings.epochs, [*callbacks, start]).fit(module, data)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
