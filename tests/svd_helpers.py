@@ -47,6 +47,23 @@ def feed(engine: StreamingSVD, batches: Iterable[Tensor]) -> StreamingSVD:
     return engine
 
 
+def held_bytes(value: object) -> int:
+    """Bytes of all tensors that an engine, or another object, holds in its attributes; each counts once."""
+    storages: dict[int, int] = {}
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, (list, tuple)):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+        elif hasattr(item, "__dict__"):
+            waiting.extend(vars(item).values())
+    return sum(storages.values())
+
+
 def assert_orthonormal(rows: Tensor) -> None:
     """Rows are orthonormal to fp32 rounding."""
     assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=2e-6)

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import check_choice, check_number
 from eva_lightning.svd.eigensolver import CAPTURED_TOLERANCE
-from eva_lightning.svd.protocol import StreamingSVD, SVDResult
+from eva_lightning.svd.engine import StreamingSVD, SVDResult
 from eva_lightning.svd.solver import solve
 
 
@@ -61,7 +61,8 @@ class DoublingRule:
     """
 
     def __init__(self, tau: float = 0.99, min_batches: int = 8) -> None:
-        self.tau = _check_tau(tau)
+        check_number("tau", tau, above=0, at_most=1)
+        self.tau = tau
         self.min_batches = min_batches
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._previous: dict[str, Tensor] = {}
@@ -114,7 +115,8 @@ class CosineRule:
     """
 
     def __init__(self, tau: float = 0.99) -> None:
-        self.tau = _check_tau(tau)
+        check_number("tau", tau, above=0, at_most=1)
+        self.tau = tau
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._previous: dict[str, SVDResult] = {}
 
@@ -147,19 +149,33 @@ def smallest_cosine(previous: Tensor, result: SVDResult) -> float:
     return float(cosines.min()) if len(cosines) else 1.0
 
 
-def make_stopping_rule(name: str, tau: float = 0.99) -> DoublingRule | CosineRule:
-    """Build the stopping rule called `name`: "captured" (doubling) or "cosine" (paper).
+class NeverRule:
+    """Stream all minibatches there are."""
+
+    def __init__(self, tau: float = 0.99) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}
+
+    def due(self, n_batches: int) -> bool:
+        """False."""
+        return False
+
+    def check(self, n_batches: int, engines: Mapping[str, StreamingSVD], across_ranks: bool = False) -> dict[str, bool]:
+        """No layer has converged."""
+        return dict.fromkeys(engines, False)
+
+
+RULES: dict[str, type[DoublingRule | CosineRule | NeverRule]] = {
+    "captured": DoublingRule,
+    "cosine": CosineRule,
+    "never": NeverRule,
+}
+
+
+def make_stopping_rule(name: str, tau: float = 0.99) -> StoppingRule:
+    """Build the stopping rule called `name`: "captured" (doubling), "cosine" (paper) or "never".
 
     Raises:
         InputError: Unknown name, or tau outside (0, 1].
     """
-    rules: dict[str, type[DoublingRule] | type[CosineRule]] = {"captured": DoublingRule, "cosine": CosineRule}
-    if name not in rules:
-        raise InputError(f'Unknown stopping rule "{name}": expected "captured" or "cosine".')
-    return rules[name](tau)
-
-
-def _check_tau(tau: float) -> float:
-    if not 0 < tau <= 1:
-        raise InputError(f"tau must be in (0, 1], got {tau}.")
-    return float(tau)
+    check_choice("stopping", name, RULES)
+    return RULES[name](tau)
