@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.files import writable_folder
-from eva_lightning.processes import worker_pool
+from eva_lightning.processes import process_pool
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, join, read_index
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.partial_store import Chunk, Conditions, PartialStore
@@ -196,7 +196,7 @@ def _run_all(
         return
     with contextlib.ExitStack() as stack:
         # a pool for each process: who has a task's environment gets more of that task
-        pools = [stack.enter_context(worker_pool(1)) for _ in range(workers)]
+        pools = [stack.enter_context(process_pool(1)) for _ in range(workers)]
         busy: dict[Future[TaskDemonstrations], tuple[ProcessPoolExecutor, Chunk]] = {}
 
         def assign(pool: ProcessPoolExecutor, last: str | None) -> None:

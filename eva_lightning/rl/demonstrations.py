@@ -233,7 +233,7 @@ def decode(task: str, content: bytes) -> TaskDemonstrations:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return TaskDemonstrations(task, **{name: arrays[name] for name in _ARRAYS})
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"not a file of demonstrations of {task}: {error}") from error
 
 

@@ -125,6 +125,10 @@ class DecisionTransformerModule(L.LightningModule):
         """Which tokens count, ``(B, 4K)`` bool: EVA's ``mask_fn``, leaving padding out of the decomposition."""
         return token_mask(batch["mask"])
 
+    def reset_parameters(self) -> None:
+        """Draw new weights; the normalisation stays."""
+        self.model.load_state_dict(type(self)(**self.hparams).model.state_dict())
+
     def forward(self, batch: Batch) -> Tensor:
         """Predicted actions ``(B, K, action_dim)`` of a batch in raw units."""
         predicted: Tensor = self.model(

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.progress import Progress
 
 from eva_lightning.errors import InputError, check_number
-from eva_lightning.processes import worker_pool
+from eva_lightning.processes import process_pool
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy, Mode
@@ -219,7 +218,7 @@ def _in_processes(
 ) -> list[RolloutResult]:
     """One process per share, with a copy of the module on the CPU."""
     twin = copy.deepcopy(_without_trainer(module)).cpu()
-    with worker_pool(len(shares)) as pool:
+    with process_pool(len(shares)) as pool:
         futures = [pool.submit(_share, twin, plan, share) for share in shares]
         for future in futures:
             advance(future.result().steps)
@@ -227,7 +226,6 @@ def _in_processes(
 
 
 def _share(module: DecisionTransformerModule, plan: _Plan, episodes: Sequence[int]) -> RolloutResult:
-    torch.set_num_threads(1)
     return _roll_out(module, plan, episodes, lambda steps: None)
 
 

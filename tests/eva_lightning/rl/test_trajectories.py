@@ -235,7 +235,7 @@ def test_a_checkpoint_within_an_epoch_resumes_with_the_next_batch(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": 0}, ValueError, "context must be a whole number of at least 1, got 0"),
         ({"dtype": "float8"}, ValueError, "unknown dtype 'float8': did you mean float"),
         ({"target": "experts"}, ValueError, "did you mean expert"),
         ({"tasks": ["push-v2"]}, ValueError, "push-v3"),
