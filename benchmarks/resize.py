@@ -20,9 +20,9 @@ from benchmarks.initialisation.settings import ModelSettings
 from benchmarks.models import build_empty
 from benchmarks.profiling import profile_ours, profile_table
 from eva_lightning.adapters import find_adapters, inject
-from eva_lightning.callback import rebuild_optimizers
 from eva_lightning.rank_plan import apply_plan, make_plan
 from eva_lightning.state import EVAState
+from eva_lightning.trainer_state import rebuild_optimizers
 from experiments.runner.cli import in_terminal
 from experiments.runner.settings import Role, option, parse_settings
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from scipy.special import stdtrit
 
 from eva_lightning.errors import InputError
 
@@ -204,13 +205,14 @@ def convergence(
     return figure
 
 
-def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis (runs) and its standard error; the error of a single run is NaN."""
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the first axis (runs) and half its 95% interval (Student's t), which is NaN for a single run."""
     values = np.asarray(values, dtype=float)
     n = values.shape[0]
     mean = values.mean(axis=0)
-    error = values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
-    return mean, error
+    if n == 1:
+        return mean, np.full_like(mean, np.nan)
+    return mean, stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / math.sqrt(n)
 
 
 def learning_curves(
@@ -222,7 +224,7 @@ def learning_curves(
     order: Sequence[str] = (),
     x: Sequence[float] | None = None,
 ) -> Figure:
-    """Mean over runs with a band of one standard error, one line per method.
+    """Mean over runs with a band for its 95% interval, one line per method.
 
     Args:
         curves: method to values of shape ``(runs, epochs)``; the first column is epoch 1.
@@ -243,12 +245,12 @@ def learning_curves(
         values = np.asarray(values, dtype=float)
         if values.ndim != 2:
             raise InputError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
-        mean, error = mean_and_standard_error(values)
+        mean, half = mean_and_interval(values)
         places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         color = PALETTE[i % len(PALETTE)]
         axes.plot(places, mean, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
-        if not np.isnan(error).any():
-            axes.fill_between(places, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+        if not np.isnan(half).any():
+            axes.fill_between(places, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -35,7 +35,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import writable_folder, write_json
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
-from eva_lightning.streaming import StreamingOptions, compute_eva_state
+from eva_lightning.streaming import compute_eva_state
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, load_digits_split
 from experiments.analysis import BATCH_SIZES, Settings
 from experiments.comparisons.digits_run import CLASSES, PretrainingSettings, pretrain, quick_trainer, starting_model
@@ -167,8 +167,7 @@ def _ranks(
     figures: Figures,
 ) -> None:
     """Figures 13 and 14: one state with r * 3 components serves every rho."""
-    options = StreamingOptions(k=round(MAP_RANK * max(RHOS)), max_batches=64)
-    state = compute_eva_state(model, lambda: images.split(16), layers, options)
+    state = compute_eva_state(model, lambda: images.split(16), layers, k=round(MAP_RANK * max(RHOS)))
     maps = rank_maps(state, MAP_RANK)
     deltas = rank_deltas(maps)
     figures["fig13_ranks"] = plots.rank_maps(maps, MAP_RANK, title=f"Ranks by ρ, r = {MAP_RANK}")

@@ -19,6 +19,7 @@ from benchmarks.harness import quiet
 from eva_lightning.batch_forward import run_forward
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.side_effects import observing
+from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.training_batches import set_up_loader, training_batches
 
 Batch = tuple[Tensor, Tensor]
@@ -87,7 +88,7 @@ class Runner:
         """Our callback's whole ``on_fit_start``: streaming with hooks, SVD, ranks, resize, optimizer rebuild.
 
         Args:
-            options: further arguments of :class:`EVAInitCallback`.
+            options: of :class:`~eva_lightning.StreamingOptions`.
         """
         timings: list[Timing] = []
 
@@ -97,7 +98,7 @@ class Runner:
                 super().on_fit_start(trainer, pl_module)
                 timings.append(watch.read())
 
-        callback = Timed(self.rho, self.r, verbose=False, **options)
+        callback = Timed(self.rho, self.r, streaming=StreamingOptions(**options), verbose=False)
         module = self.copy()
         self.fit(module, callback)
         state = callback.state

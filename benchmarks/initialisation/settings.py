@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.harness import BenchmarkSettings
 from eva_lightning.errors import InputError
+from eva_lightning.streaming_options import ENGINES, STOPPING_RULES
 from experiments.runner.settings import Role, check_settings, option
 
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
@@ -67,8 +68,10 @@ class Settings(ModelSettings):
     )
     heldout_batches: int = option(4, "for held-out variance; 0: none", Role.RESULT, at_least=0)
     batch_size: int = option(16, "images per minibatch", Role.RESULT, at_least=1)
-    engine: tuple[str, ...] = option((), "engines to compare; the callback's if not given", Role.RESULT)
-    stopping: str | None = option(None, "stopping rule; the callback's if not given", Role.RESULT)
+    engine: tuple[str, ...] = option((), "engines to compare; the callback's if not given", Role.RESULT, choices=ENGINES)
+    stopping: str | None = option(
+        None, "stopping rule; the callback's if not given", Role.RESULT, choices=STOPPING_RULES
+    )
     tokens_per_sample: str | None = option(None, "a number or 'all'; the callback's if not given", Role.RESULT)
     tau: float = option(0.99, "convergence threshold of both", Role.RESULT, above=0, at_most=1)
     images: str | None = option(None, "folder with image files; 1/f noise if not given", Role.PLACE)
@@ -97,7 +100,7 @@ class Settings(ModelSettings):
         return max(self.batches, min(self.most_peft_batches, 64))
 
     def callbacks(self) -> dict[str, dict[str, Any]]:
-        """Engine -> arguments of the callback that were given; what was not is left to the callback's defaults."""
+        """Engine -> streaming options that were given; what was not is left to their defaults."""
         given: dict[str, Any] = {"tau": self.tau}
         if self.stopping is not None:
             given["stopping"] = self.stopping

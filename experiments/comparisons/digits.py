@@ -21,22 +21,22 @@ from eva_lightning.files import write_json
 from eva_lightning.methods import MethodKey
 from eva_lightning.vision.digits import PIXEL_MEAN, PIXEL_STD, load_digits_split
 from experiments.comparisons import digits_run
-from experiments.comparisons.digits_run import CLASSES, PRETRAINING_CLASSES, PretrainingSettings, RunSettings
+from experiments.comparisons.digits_run import CLASSES, PRETRAINING_CLASSES, RunSettings
 from experiments.report import learning_rates as rates
 from experiments.report import page
 from experiments.report.epochs import EARLY, EpochComparison, compare, label
 from experiments.report.ranks import decomposition_figures
 from experiments.report.terminal import say, show
 from experiments.runner.cells import Cell
-from experiments.runner.comparison import Comparison, Results, RunnerOptions
+from experiments.runner.comparison import Comparison, Results
 from experiments.runner.jobs import Job, Phase, Point
-from experiments.runner.run_folder import RunFolder, perform
+from experiments.runner.options import RunnerOptions
 from experiments.runner.settings import Role, option
-from experiments.runner.worker import set_threads
 
 METHODS = ("fft", "lora", "eva:1", "eva")
 ADAPTERS = tuple(method for method in METHODS if MethodKey.parse(method).adapts)
 FIRST_TUNING_SEED = 1000
+TUNING_SEEDS = 5
 LOWER = 10  # the second comparison divides LoRA's tuned rate by this
 RULE = "highest mean accuracy after the last epoch on the tuning part, ties to the lower mean loss"
 COMMAND = "python -m experiments.demo --parts vision --tune"
@@ -76,9 +76,7 @@ class Digits(Comparison):
         self.section: Markup | None = None
         self._command = command
         self._started = time.time()
-        recipe = PretrainingSettings(epochs=options.pretrain_epochs, code=digits_run.code_of_pretraining())
-        folder = RunFolder("", recipe)
-        self._pretrained = RunFolder(Path(options.output) / f"pretrained-{folder.id}", recipe)
+        self._pretrained = digits_run.pretrained_folder(options.output, options.pretrain_epochs)
         self._code = digits_run.code_of_runs()
         self._rates = {} if options.tune else rates.check_rates(options.learning_rates, METHODS)
 
@@ -92,12 +90,7 @@ class Digits(Comparison):
         known = self._pretrained.result()
         if known is None:
             say(f"Pre-training a small ViT on the digits 0-4 ({self.options.pretrain_epochs} epochs) ...")
-        threads = set_threads(1)  # the model is too small for more, and sums come out the same everywhere
-        try:
-            recipe = self._pretrained.settings
-            found = perform(self._pretrained, lambda: partial(digits_run.pretrain, recipe), terminal=False)
-        finally:
-            set_threads(threads)
+        found = digits_run.pretrain_once(self._pretrained)
         origin = "trained in" if known is None else "known from an earlier call, where training took"
         say(f"Pre-trained model: {found['accuracy']:.1%} held out, {origin} {found['seconds']:.0f} s.")
 
@@ -163,7 +156,7 @@ class Digits(Comparison):
             method=method,
             lr=lr,
             seed=seed,
-            weights=str(self._pretrained.path / "weights.safetensors"),
+            weights=str(digits_run.weights_in(self._pretrained)),
             labels=options.labels,
             epochs=options.epochs,
             rank=options.rank,
@@ -240,7 +233,7 @@ def _nothing(point: Point) -> list[Job]:
 
 
 def _show(comparison: EpochComparison, heading: str) -> None:
-    say("", f"[bold]{heading}[/bold]")
+    say("", heading)
     show(comparison.results)
     if comparison.differences is not None:
         show(comparison.differences)
@@ -249,7 +242,7 @@ def _show(comparison: EpochComparison, heading: str) -> None:
 
 def _scores_table(scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
     return rates.scores_table(
-        scores, chosen, {"accuracy": ".1%", "loss": ".3f"}, "Mean accuracy and loss on the tuning part, last epoch."
+        scores, chosen, {"accuracy": ".1%", "loss": ".3f"}, "Mean accuracy and loss on the tuning part, last epoch"
     )
 
 

@@ -20,8 +20,9 @@ from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, smal
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
 from experiments.runner.jobs import Job
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import Role, check_settings, option
+from experiments.runner.worker import set_threads
 
 PRETRAINING_CLASSES = (0, 1, 2, 3, 4)
 CLASSES = (5, 6, 7, 8, 9)
@@ -67,11 +68,6 @@ class RunSettings:
         MethodKey.parse(self.method)
 
 
-def code_of_pretraining() -> str:
-    """Digest of what makes the pre-trained model."""
-    return source_digest(["eva_lightning/vision/digits.py"], [], PACKAGES)
-
-
 def code_of_runs() -> str:
     """Digest of what makes a fine-tuning."""
     sources = ["eva_lightning", "experiments/comparisons/digits_run.py"]
@@ -98,8 +94,29 @@ class Recorder(L.Callback):
         self.accuracy.append(float(trainer.callback_metrics["val_accuracy"]))
 
 
+def pretrained_folder(output: str | Path, epochs: int) -> RunFolder:
+    """The folder of the pre-trained model in `output`, named after its recipe and the code that makes it."""
+    code = source_digest(["eva_lightning/vision/digits.py"], [], PACKAGES)
+    recipe = PretrainingSettings(epochs=epochs, code=code)
+    return RunFolder(Path(output) / f"pretrained-{RunFolder('', recipe).id}", recipe)
+
+
+def weights_in(folder: RunFolder) -> Path:
+    """The file of weights that :func:`pretrain_once` leaves."""
+    return folder.path / "weights.safetensors"
+
+
+def pretrain_once(folder: RunFolder) -> dict[str, Any]:
+    """Pre-train into a folder of :func:`pretrained_folder`, unless that is done; its ``accuracy`` and ``seconds``."""
+    threads = set_threads(1)  # the model is too small for more, and sums come out the same everywhere
+    try:
+        return perform(folder, lambda: partial(pretrain, folder.settings), terminal=False)
+    finally:
+        set_threads(threads)
+
+
 def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]:
-    """Train the starting model; its weights are ``weights.safetensors`` in `folder`."""
+    """Train the starting model."""
     started = time.perf_counter()
     L.seed_everything(settings.seed, verbose=False)
     data = DigitsDataModule(
@@ -114,7 +131,7 @@ def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]
     module = DigitsClassifier(small_vit(len(PRETRAINING_CLASSES)), settings.lr)
     recorder = Recorder()
     quick_trainer(settings.epochs, [recorder]).fit(module, data)
-    with replacing(folder.path / "weights.safetensors") as file:
+    with replacing(weights_in(folder)) as file:
         save_file(module.model.state_dict(), file)
     return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
 
@@ -151,8 +168,8 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def starting_model(weights: str) -> nn.Module:
-    """The pre-trained model with a new head."""
+def starting_model(weights: str | Path) -> nn.Module:
+    """The pre-trained model with a new head for the digits 5-9."""
     model = small_vit(len(PRETRAINING_CLASSES))
     model.load_state_dict(load_file(weights))
     model.reset_classifier(len(CLASSES))
@@ -164,7 +181,7 @@ def starting_model(weights: str) -> nn.Module:
 
 
 def quick_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """A Trainer that only trains and validates."""
+    """A trainer on the CPU without logger, checkpoints and progress bar."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,

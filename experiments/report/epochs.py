@@ -122,12 +122,14 @@ def results_table(runs: pd.DataFrame) -> Table:
             f"Epoch {epoch}": f"{it.text(3)}{' *' * (it.mean == best[epoch])}\n{accuracy[epoch].text(1)} %"
             for epoch, it in loss.items()
         }
-    caption = (
-        f"Held-out cross-entropy and, below it, accuracy. {PLUS_MINUS} *: the lowest mean of the column, which says "
-        "nothing about significance. Trained: parameters, with head and biases. Set-up: median time from the "
-        "pre-trained model to the first training step, with Lightning's own start."
+    notes = (
+        PLUS_MINUS,
+        "*: the lowest mean of the column, which says nothing about significance.",
+        "Trained: parameters, with head and biases.",
+        "Set-up: median time from the pre-trained model to the first training step, with Lightning's own start.",
     )
-    return Table(caption, pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method"))
+    cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
+    return Table("Held-out cross-entropy and, below it, accuracy", cells, notes)
 
 
 def paired_differences(runs: pd.DataFrame, baseline: str = "lora") -> list[PairedDifference]:
@@ -156,11 +158,9 @@ def differences_table(differences: Sequence[PairedDifference]) -> Table:
         }
         for it in differences
     }
-    caption = (
-        "EVA minus LoRA on the same labels and batches: held-out loss (negative: EVA is better), accuracy, and the "
-        f"number of seeds with a lower loss. {PLUS_MINUS} A difference is clear if its interval excludes 0."
-    )
-    return Table(caption, pd.DataFrame.from_dict(rows, orient="index").rename_axis("Difference"))
+    cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Difference")
+    notes = (PLUS_MINUS, "A difference is clear if its interval excludes 0; a negative loss means that EVA is better.")
+    return Table("EVA minus LoRA on the same seeds: held-out loss, accuracy, seeds with a lower loss", cells, notes)
 
 
 def _per_epoch(values: np.ndarray) -> dict[int, Interval]:

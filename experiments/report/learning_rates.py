@@ -87,7 +87,7 @@ def scores_table(scores: pd.DataFrame, rates: Mapping[str, float], cell: Mapping
             row[f"{entry['lr']:g}"] = "\n".join(lines)
     columns = [f"{lr:g}" for lr in sorted(scores["lr"].unique())]
     cells = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna("–")
-    return Table(f"{caption} *: the rate chosen.", cells.rename_axis("Method"))
+    return Table(caption, cells.rename_axis("Method"), ("*: the rate chosen.",))
 
 
 def chosen_in_words(rates: Mapping[str, float]) -> str:

@@ -34,13 +34,15 @@ class Table:
     """A table for the page and for the terminal.
 
     Attributes:
-        caption: What it shows, with units and what ± means.
+        caption: What it shows.
         cells: Texts. The index holds the headers of rows, its name the header above them. Further lines of a cell are
             details; a cell that has an asterisk is marked as the best of its kind.
+        notes: Sentences below it: units, what ± and * mean.
     """
 
     caption: str
     cells: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
