@@ -68,7 +68,9 @@ class Settings(ModelSettings):
     )
     heldout_batches: int = option(4, "for held-out variance; 0: none", Role.RESULT, at_least=0)
     batch_size: int = option(16, "images per minibatch", Role.RESULT, at_least=1)
-    engine: tuple[str, ...] = option((), "engines to compare; the callback's if not given", Role.RESULT, choices=ENGINES)
+    engine: tuple[str, ...] = option(
+        (), "engines to compare; the callback's if not given", Role.RESULT, choices=ENGINES
+    )
     stopping: str | None = option(
         None, "stopping rule; the callback's if not given", Role.RESULT, choices=STOPPING_RULES
     )
