@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
@@ -98,10 +97,12 @@ def build_empty(model: str, image_size: int, precision: str) -> ImageClassifier:
     if precision == "bf16-true":
         classifier.to(torch.bfloat16)
     classifier.model.to_empty(device="cpu")
-    for module in classifier.modules():
+    for module in classifier.model.modules():
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
-    # the metrics' states were made on the meta device too
-    for name in ("train_accuracy", "val_accuracy", "test_accuracy"):
-        setattr(classifier, name, MulticlassAccuracy(N_CLASSES, average="micro"))
+    # its metrics are on the meta device too: take those of a small one
+    small = ImageClassifier("test_vit", N_CLASSES, 32)
+    for name, child in small.named_children():
+        if name != "model":
+            setattr(classifier, name, child)
     return classifier

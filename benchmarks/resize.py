@@ -18,7 +18,6 @@ from benchmarks.harness import INTERVAL, Figure, describe_machine, publish, say,
 from benchmarks.initialisation.runner import Runner
 from benchmarks.initialisation.settings import ModelSettings
 from benchmarks.models import build_empty
-from benchmarks.profiling import profile_ours, profile_table
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.rank_plan import apply_plan, make_plan
 from eva_lightning.state import EVAState
@@ -73,7 +72,6 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     for _ in range(settings.repeats + 1):
         run()
     timed = timers[1:]
-    profile = profile_ours(run, top=15)
     ranks = timed[0].ranks
     total = [sum(timer.timings[part].wall for part in PARTS) for timer in timed]
     return {
@@ -90,7 +88,6 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
             for part in PARTS
         },
         "seconds": Figure.of(total).document(),
-        "profile": profile,
     }
 
 
@@ -162,5 +159,3 @@ def _print(models: Sequence[Mapping[str, Any]], console: Console) -> None:
     ]
     console.print(table_of(rows, "seconds after the streaming: median"))
     console.print(INTERVAL, highlight=False)
-    for model in models:
-        console.print(profile_table(model["profile"], f"profile of {model['model']}, set-up included"))

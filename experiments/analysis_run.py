@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,29 @@ Numbers = dict[str, Any]
 Figures = dict[str, Figure]
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """The pre-trained model, the layers that EVA adapts, and images ``(N, 1, 8, 8)`` of the new digits."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    images: torch.Tensor
+
+    @classmethod
+    def load(cls, weights: str, count: int) -> Streamed:
+        """The first `count` of all images in one fixed random order."""
+        images = load_digits_split(CLASSES, tune_share=0.0, test_share=0.0).train.tensors[0]
+        if count > len(images):
+            raise InputError(f"images must be at most {len(images)}, got {count}", setting="images")
+        model = starting_model(weights)
+        layers = {name: model.get_submodule(name) for name in find_targets(model)[0]}
+        return cls(model, layers, images[_order(len(images), 0)[:count]])
+
+    def components(self, images: torch.Tensor, batch_size: int, k: int) -> dict[str, torch.Tensor]:
+        """Of all layers, after all `images`."""
+        return collect_components(self.model, images.split(batch_size), self.layers, k)
+
+
 def analyse(settings: Settings) -> Numbers:
     """Do all analyses, write figures and numbers, and print what they say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -63,25 +87,15 @@ def analyse(settings: Settings) -> Numbers:
         "pretraining_accuracy": pretrained["accuracy"],
     }
     figures: Figures = {}
-    images = _images(settings.images)
-    model = starting_model(weights)
-    layers = {name: model.get_submodule(name) for name in find_targets(model)[0]}
+    streamed = Streamed.load(weights, settings.images)
     for part in (_convergence, _batch_sizes, _batch_orders, _ranks):
-        part(settings, model, layers, images, numbers, figures)
+        part(settings, streamed, numbers, figures)
     _distances(settings, weights, numbers, figures)
     for name, figure in figures.items():
         figure.savefig(output / f"{name}.png", dpi=120)
     write_json(output / "analysis.json", numbers)
     print(_report(numbers, output))
     return numbers
-
-
-def _images(count: int) -> torch.Tensor:
-    """The first `count` of all images of the new digits in one fixed random order."""
-    images = load_digits_split(CLASSES, tune_share=0.0, test_share=0.0).train.tensors[0]
-    if count > len(images):
-        raise InputError(f"images must be at most {len(images)}, got {count}", setting="images")
-    return images[_order(len(images), 0)[:count]]
 
 
 def _order(n: int, seed: int) -> torch.Tensor:
@@ -92,17 +106,10 @@ def _watched(values: Iterable[Any], what: str) -> Iterable[Any]:
     return rich.progress.track(list(values), what, console=Console(stderr=True), transient=True)
 
 
-def _convergence(
-    settings: Settings,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    images: torch.Tensor,
-    numbers: Numbers,
-    figures: Figures,
-) -> None:
+def _convergence(settings: Settings, streamed: Streamed, numbers: Numbers, figures: Figures) -> None:
     """Figure 11: the same images in minibatches of several sizes."""
     curves = {
-        size: convergence_curve(model, images.split(size), layers, settings.components)
+        size: convergence_curve(streamed.model, streamed.images.split(size), streamed.layers, settings.components)
         for size in _watched(BATCH_SIZES, "convergence by batch size")
     }
     total = curves[BATCH_SIZES[0]][0].total
@@ -117,17 +124,10 @@ def _convergence(
     numbers["convergence"] = {str(size): [vars(point) for point in curve] for size, curve in curves.items()}
 
 
-def _batch_sizes(
-    settings: Settings,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    images: torch.Tensor,
-    numbers: Numbers,
-    figures: Figures,
-) -> None:
+def _batch_sizes(settings: Settings, streamed: Streamed, numbers: Numbers, figures: Figures) -> None:
     """Figure 5."""
     components = {
-        size: collect_components(model, images.split(size), layers, settings.components)
+        size: streamed.components(streamed.images, size, settings.components)
         for size in _watched(BATCH_SIZES, "components by batch size")
     }
     matrix = similarity_matrix(components)
@@ -135,19 +135,12 @@ def _batch_sizes(
     numbers["similarity_across_batch_sizes"] = matrix.tolist()
 
 
-def _batch_orders(
-    settings: Settings,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    images: torch.Tensor,
-    numbers: Numbers,
-    figures: Figures,
-) -> None:
+def _batch_orders(settings: Settings, streamed: Streamed, numbers: Numbers, figures: Figures) -> None:
     """Figure 12: as many images as the stream needs to converge, not all there are: an order must be able to matter."""
     runs = []
     for seed in _watched(range(settings.orders), "components by batch order"):
-        shown = images[_order(len(images), seed)][: len(images) // 2]
-        runs.append(collect_components(model, shown.split(4), layers, settings.components))
+        shown = streamed.images[_order(settings.images, seed)][: settings.images // 2]
+        runs.append(streamed.components(shown, 4, settings.components))
     similarity = component_similarity(runs)
     cosine, overlap = similarity.cosine.tolist(), similarity.overlap.tolist()
     figures["fig12_batch_orders"] = plots.component_similarity(
@@ -158,16 +151,10 @@ def _batch_orders(
     numbers["similarity_across_batch_orders"] = {"cosine": cosine, "overlap": overlap}
 
 
-def _ranks(
-    settings: Settings,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    images: torch.Tensor,
-    numbers: Numbers,
-    figures: Figures,
-) -> None:
+def _ranks(settings: Settings, streamed: Streamed, numbers: Numbers, figures: Figures) -> None:
     """Figures 13 and 14: one state with r * 3 components serves every rho."""
-    state = compute_eva_state(model, lambda: images.split(16), layers, k=round(MAP_RANK * max(RHOS)))
+    k = round(MAP_RANK * max(RHOS))
+    state = compute_eva_state(streamed.model, lambda: streamed.images.split(16), streamed.layers, k)
     maps = rank_maps(state, MAP_RANK)
     deltas = rank_deltas(maps)
     figures["fig13_ranks"] = plots.rank_maps(maps, MAP_RANK, title=f"Ranks by ρ, r = {MAP_RANK}")
