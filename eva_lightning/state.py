@@ -1,4 +1,4 @@
-"""What EVA found out about a model, in memory and on disk: compute once, inspect, reuse with any rank."""
+"""The result of EVA's decompositions, in memory and on disk: compute once, inspect, reuse with any rank."""
 
 from __future__ import annotations
 

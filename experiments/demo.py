@@ -124,7 +124,7 @@ def _part(settings: Settings, name: str) -> Digits | Robots:
     if not Path(config).is_file() and not settings.tune:
         raise MissingInputError(f"no configuration at {config}: choose learning rates with --tune, or give another")
     words = ["--config", config] if Path(config).is_file() else []
-    found = parse_settings(module.Settings, f"{PROG} --parts {name}", module.__doc__, words)
+    found = parse_settings(module.Settings, f"{PROG} --parts {name}", module.__doc__ or "", words)
     changes: dict[str, Any] = {
         "output": str(Path(settings.out) / name),
         "workers": settings.workers,

@@ -47,21 +47,26 @@ def feed(engine: StreamingSVD, batches: Iterable[Tensor]) -> StreamingSVD:
     return engine
 
 
-def held_bytes(value: object) -> int:
-    """Bytes of all tensors that an engine, or another object, holds in its attributes; each counts once."""
-    storages: dict[int, int] = {}
+def held_tensors(value: object) -> list[Tensor]:
+    """All tensors that an engine holds in its attributes, each once."""
+    found: dict[tuple[int, torch.Size], Tensor] = {}
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            found[item.data_ptr(), item.shape] = item
         elif isinstance(item, (list, tuple)):
             waiting.extend(item)
         elif isinstance(item, dict):
             waiting.extend(item.values())
         elif hasattr(item, "__dict__"):
             waiting.extend(vars(item).values())
-    return sum(storages.values())
+    return list(found.values())
+
+
+def held_bytes(value: object, least: int) -> int:
+    """Bytes of :func:`held_tensors` of at least `least` numbers."""
+    return sum(tensor.nbytes for tensor in held_tensors(value) if tensor.numel() >= least)
 
 
 def assert_orthonormal(rows: Tensor) -> None:

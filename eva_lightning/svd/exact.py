@@ -106,7 +106,7 @@ class ExactSVD(StreamingSVD):
     @classmethod
     def estimate_bytes(cls, dim: int, k: int) -> int:
         """Bytes of the state of one engine, before it is allocated."""
-        return 4 * dim * dim + 12 * dim + 4 * dim * (k + iterated_columns(dim, k))
+        return 4 * dim * dim + 16 * dim + 4 * dim * (k + iterated_columns(dim, k))
 
     @classmethod
     def message_bytes(cls, dim: int, k: int) -> int:

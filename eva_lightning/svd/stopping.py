@@ -1,4 +1,4 @@
-"""When has a stream been seen long enough? The doubling rule, and the paper's cosine rule."""
+"""Stopping rules for a stream: the doubling rule, and the paper's cosine rule."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class DoublingRule:
     data that the components at t capture: V is fitted to one half of C and held out from the other.
 
     On a shuffled stream ``1 - q`` falls like 1/t. Where that promises the last layer's convergence half-way to the next
-    doubling, layers are looked at there too, with V of the last power of two s. What V misses grows like
+    doubling, layers are checked there too, with V of the last power of two s. What V misses grows like
     ``1/s - 1/t``, so ``1 - q`` is scaled by ``s / (t - s)`` to what V of t/2 would have missed.
 
     A layer has converged if ``q(t) >= tau`` and the value before was ``>= 1 - 3 (1 - tau)``, not before `min_batches`.
-    On a shuffled stream the second condition costs nothing. On one sorted by class it asks for two quiet looks in a
+    On a shuffled stream the second condition costs nothing. On one sorted by class it asks for two such checks in a
     row, so that a class that fills the last minibatches cannot stand for all. (Comparing with the second half of the
     minibatches alone would not be sharper: by Ky Fan's inequality its ratio is at most ``(q D - a) / (D - a)``, with D
     and a the optima at t and t/2, which is 2 q - 1 while D = 2 a.) Nothing in a stream tells of classes that come after

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,13 +17,13 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.files import replacing
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
 from experiments.runner.jobs import Job
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import Role, check_settings, option
-from experiments.runner.worker import set_threads
 
 PRETRAINING_CLASSES = (0, 1, 2, 3, 4)
 CLASSES = (5, 6, 7, 8, 9)
@@ -108,11 +109,12 @@ def weights_in(folder: RunFolder) -> Path:
 
 def pretrain_once(folder: RunFolder) -> dict[str, Any]:
     """Pre-train into a folder of :func:`pretrained_folder`, unless that is done; its ``accuracy`` and ``seconds``."""
-    threads = set_threads(1)  # the model is too small for more, and sums come out the same everywhere
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is too small for more, and sums come out the same everywhere
     try:
         return perform(folder, lambda: partial(pretrain, folder.settings), terminal=False)
     finally:
-        set_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]:
@@ -153,8 +155,7 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
     )
     module = DigitsClassifier(starting_model(settings.weights), settings.lr)
     key, started = MethodKey.parse(settings.method), time.perf_counter()
-    rho = {} if key.rho is None else {"rho": key.rho}
-    options = AdapterOptions(rank=settings.rank, bias="all", seed=settings.seed, **rho)
+    options = AdapterOptions(rank=settings.rank, rho=key.rho or DEFAULT_RHO, seed=settings.seed)
     callbacks = apply_method(key.method, module, options)
     recorder = Recorder()
     quick_trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)

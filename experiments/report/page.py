@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from eva_lightning.files import write_text
 
-_TEMPLATES = Environment(
+TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -75,12 +75,12 @@ def embedded(file: Path, alt: str, caption: str = "") -> Figure:
 
 def render(template: str, **content: Any) -> Markup:
     """A section of a page, by the template called `template`."""
-    return Markup(_TEMPLATES.get_template(template).render(content))
+    return Markup(TEMPLATES.get_template(template).render(content))
 
 
 def write_page(path: Path, title: str, sections: Sequence[Markup]) -> None:
     """Write the page that holds `sections` to `path`, all or nothing."""
-    write_text(path, _TEMPLATES.get_template("page.html").render(title=title, sections=sections))
+    write_text(path, TEMPLATES.get_template("page.html").render(title=title, sections=sections))
 
 
 def machine() -> str:

@@ -7,8 +7,10 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -71,13 +73,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
+    return get_type_hints(kind)
+
+
 def check_settings(settings: Any) -> None:
     """Check the values of a settings dataclass against the choices and bounds of its options.
 
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = get_type_hints(type(settings))
+    hints = _hints(settings.__class__)
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
@@ -162,8 +170,6 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    import sys
-
     hints = get_type_hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
@@ -228,6 +234,8 @@ def _yaml_of(text: str, hint: Any) -> str:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if _accepts(hint, dict):
         pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+        if _accepts(hint, str, inside=dict):
+            return json.dumps(pairs)
         return "{" + ", ".join(f"{json.dumps(key)}: {value or 'null'}" for key, value in pairs.items()) + "}"
     if not _accepts(hint, tuple) or ("," not in text and _accepts(hint, int)):
         return text
@@ -240,7 +248,7 @@ def _accepts(hint: Any, kind: type, inside: type | None = None) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_accepts(part, kind, inside) for part in get_args(hint))
     if inside is not None:
-        return get_origin(hint) is inside and kind in get_args(hint)
+        return get_origin(hint) is inside and kind in get_args(hint)[inside is dict :]
     if kind is float and get_origin(hint) is tuple:
         return float in get_args(hint)
     return hint is kind or get_origin(hint) is kind
@@ -283,6 +291,8 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
         return InputError(f"{flag(text.rpartition(' ')[2])} is required")
     if text.startswith("argument --") and "expected one argument" in text:
         return InputError(f"{text.split(': ')[0].removeprefix('argument ')} needs a value")
+    if text.startswith("Unexpected config: "):
+        return InputError(f"--config: a YAML mapping is needed, got {text.partition(': ')[2]}")
     if text.startswith('Parser key "config": '):
         return InputError(f"--config: {text.partition(': ')[2]}")
     return error

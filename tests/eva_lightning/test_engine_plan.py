@@ -33,7 +33,7 @@ def test_says_what_the_states_will_take() -> None:
     engines = plan.engines()
     for name, width in (("wide", WIDE), ("narrow", NARROW)):
         engines[name].update(torch.randn(64, width))
-    held = sum(held_bytes(engine) for engine in engines.values())
+    held = sum(held_bytes(engine, NARROW) for engine in engines.values())
     assert 4 * (WIDE**2 + NARROW**2) <= held <= plan.bytes
 
 
@@ -54,13 +54,15 @@ def test_what_does_not_fit_a_gpu_gets_a_smaller_engine_and_then_the_cpu(monkeypa
 
 
 def test_the_callback_reports_before_it_streams(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(caplog.handler)
 
     def forward(module: nn.Module, batch: object) -> None:
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
         trainer(EVAInitCallback(r=2, forward_fn=forward)).fit(build(), loader())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").removeHandler(caplog.handler)
     assert any("take at most" in record.message for record in caplog.records)
 
 

@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from scipy import stats
-from sklearn.datasets import load_digits
 
-from eva_lightning.vision.digits import (
-    PIXEL_MAX,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    DigitsDataModule,
-    draw_labels,
-    load_digits_split,
-    random_shift,
-)
-from experiments import demo, demo_runs
-from experiments.demo_runs import METHODS, Pretraining, Run, RunResult
-from experiments.demo_summary import paired_differences, same_rate_sentences, summarise, verdict_sentence
+from eva_lightning.rl import rendering
+from eva_lightning.rl.collection import collect
+from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.trajectories import TrajectoryDataModule
+from experiments import demo
+from experiments.comparisons import digits, digits_run, robots, robots_film, robots_run
+from experiments.metaworld import finetune_run
+from experiments.runner.run_folder import RunFolder
 
-TINY = [
-    "--seeds",
-    "2",
-    "--parts",
-    "vision",
-    "--epochs",
-    "2",
-    "--labels",
-    "40",
-    "--pretrain-epochs",
-    "1",
-    "--workers",
-    "0",
-]
+TASK = "handle-press-side-v3"
+VISION = ["--parts=vision", "--seeds=2", "--epochs=2", "--labels=40", "--pretrain-epochs=1", "--workers=0"]
+RL = ["--parts=rl", "--workers=0"]
 
 
-def _result(method: str, seed: int, loss: list[float], rate: float = 0.01) -> RunResult:
-    return RunResult(Run(method, rate, seed), loss, [1 - value for value in loss], 100, 0.1, 1.0)
+def _half(values: Any) -> float:
+    """Half the width of the 95% interval of the mean."""
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    return float(high - low) / 2
 
 
-def _options(out: Path, *more: str) -> list[str]:
-    return [*TINY, "--out", str(out), *more]
+def _results(out: Path, part: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / part / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+# The first part.
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +48,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration that a tiny tuning wrote."""
     folder = tmp_path_factory.mktemp("tuning")
     path = folder / "demo.yaml"
-    more = ["--tune", "--rates", "1e-9", "1e-2", "--seeds", "1", "--config", str(path)]
-    assert demo.main(_options(folder, *more)) == 0
+    more = ["--tune", "--rates=1e-9,1e-2", "--seeds=1", f"--vision-config={path}", f"--out={folder}"]
+    assert demo.main([*VISION, *more]) == 0
     return path
 
 
@@ -66,7 +57,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tuned: Path) -> Path:
     """The same with rates at which two epochs teach something."""
     content = yaml.safe_load(tuned.read_text(encoding="utf-8"))
-    content["learning_rates"] = dict.fromkeys(METHODS, 5e-3)
+    content["learning_rates"] = dict.fromkeys(digits.METHODS, 5e-3)
     path = tuned.with_name("usable.yaml")
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -74,242 +65,261 @@ def config(tuned: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the tiny demo has run once."""
+    """A folder in which the first part has run once."""
     out = tmp_path_factory.mktemp("demo")
-    assert demo.main(_options(out, "--config", str(config))) == 0
+    assert demo.main([*VISION, f"--vision-config={config}", f"--out={out}"]) == 0
     return out
 
 
-def test_demo_trains_every_method_and_writes_its_files(finished: Path) -> None:
-    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
-    assert sorted((r["run"]["method"], r["run"]["learning_rate"], r["run"]["seed"]) for r in results) == sorted(
-        [(method, 5e-3, seed) for method in METHODS for seed in (0, 1)]
-        + [(method, 5e-4, seed) for method in METHODS if method != "full" for seed in (0, 1)]
+def test_every_method_trains_on_the_same_budget(finished: Path) -> None:
+    results = _results(finished, "vision")
+    adapters = [method for method in digits.METHODS if method != "fft"]
+    assert sorted((r["method"], r["lr"], r["seed"]) for r in results) == sorted(
+        [(method, 5e-3, seed) for method in digits.METHODS for seed in (0, 1)]
+        + [(method, 5e-4, seed) for method in adapters for seed in (0, 1)]
     )
     assert all(len(r["loss"]) == 2 and all(map(math.isfinite, r["loss"])) for r in results)
-    trained = {r["run"]["method"]: r["trainable_parameters"] for r in results}
-    assert trained["lora"] == trained["eva_rho1"] < trained["full"] / 10
-    ranks = {r["run"]["method"]: r["eva"].get("ranks", {}) for r in results}
-    assert set(ranks["eva_rho1"].values()) == {4}
-    assert sum(ranks["eva_rho2"].values()) == sum(ranks["eva_rho1"].values()) == 4 * 16
-    assert ranks["full"] == ranks["lora"] == {}
+    trained = {r["method"]: r["trainable_parameters"] for r in results}
+    assert trained["lora"] == trained["eva:1"] < trained["fft"] / 10
+    ranks = {r["method"]: r["eva"].get("ranks", {}) for r in results}
+    assert set(ranks["eva:1"].values()) == {4}
+    assert sum(ranks["eva"].values()) == sum(ranks["eva:1"].values()) == 4 * 16
+    assert ranks["fft"] == ranks["lora"] == {}
 
 
 def test_report_is_self_contained_and_shows_the_numbers_of_the_runs(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    results = _results(finished, "vision")
     # two minibatches may be too few for a convergence curve to have a point
-    with_curve = any(any(curves.values()) for r in results if (curves := r["eva"].get("convergence")))
-    assert page.count("data:image/svg+xml;base64,") == 11 + with_curve
-    for method, rate in {(r["run"]["method"], r["run"]["learning_rate"]) for r in results}:
-        runs = [r for r in results if r["run"]["method"] == method and r["run"]["learning_rate"] == rate]
-        losses = [r["loss"][-1] for r in runs]
-        assert f"{np.mean(losses):.3f} ±{stats.sem(losses):.3f}" in page
+    eva = next(r for r in results if (r["method"], r["seed"], r["lr"]) == ("eva", 0, 5e-3))["eva"]
+    assert page.count("data:image/svg+xml;base64,") == 11 + any(eva["convergence"].values())
+    for method, lr in {(r["method"], r["lr"]) for r in results}:
+        losses = [r["loss"][-1] for r in results if (r["method"], r["lr"]) == (method, lr)]
+        assert f"{np.mean(losses):.3f} ± {_half(losses):.3f}" in page
     assert "python -m experiments.demo --parts vision --seeds 2 --epochs 2 --labels 40 --pretrain-epochs 1" in page
 
 
-def test_second_run_repeats_nothing_and_says_so(
+def test_second_call_repeats_nothing_and_says_so(
     finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (finished / "results.json").read_text(encoding="utf-8")
-    monkeypatch.setattr(demo, "pretrain", None)
-    monkeypatch.setattr(demo, "finetune_to_file", None)
-    assert demo.main(_options(finished, "--config", str(config))) == 0
-    assert "Of 14 fine-tuning runs, 14 were finished before" in capsys.readouterr().out
-    assert (finished / "results.json").read_text(encoding="utf-8") == before
-
-
-def test_fresh_run_gives_the_same_numbers(finished: Path) -> None:
-    path = next((finished / "runs").glob("eva_rho2-seed0-*.json"))
-    first = demo_runs.load_result(path)
-    assert first is not None
-    weights = next((finished / "cache").glob("*.safetensors"))
-    again = demo_runs.finetune(first.run, weights)
-    assert (again.loss, again.accuracy, again.eva["ranks"]) == (first.loss, first.accuracy, first.eva["ranks"])
+    before = _results(finished, "vision")
+    monkeypatch.setattr(digits_run, "pretrain", None)
+    monkeypatch.setattr(digits_run, "finetune", None)
+    assert demo.main([*VISION, f"--vision-config={config}", f"--out={finished}"]) == 0
+    assert "14 done, 0 failed, 0 to do" in capsys.readouterr().out
+    assert _results(finished, "vision") == before
+    assert "14 of them finished by an earlier call" in (finished / "report.html").read_text(encoding="utf-8")
 
 
 def test_ctrl_c_keeps_finished_runs(
     tmp_path: Path, finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for file in (finished / "cache").iterdir():
-        (cache / file.name).write_bytes(file.read_bytes())
-    real, calls = demo_runs.finetune_to_file, []
+    (model,) = (finished / "vision").glob("pretrained-*")
+    shutil.copytree(model, tmp_path / "vision" / model.name)
+    real, calls = digits_run.finetune, []
 
-    def interrupted(run: Run, weights: Path, path: Path) -> RunResult:
+    def interrupted(settings: digits_run.RunSettings, folder: RunFolder) -> dict[str, Any]:
         if calls:
             raise KeyboardInterrupt
-        calls.append(run)
-        return real(run, weights, path)
+        calls.append(settings)
+        return real(settings, folder)
 
-    monkeypatch.setattr(demo, "finetune_to_file", interrupted)
-    assert demo.main(_options(tmp_path, "--config", str(config))) == 130
-    assert "the same command goes on" in capsys.readouterr().out
-    assert [path.name.split("-")[0] for path in (tmp_path / "runs").iterdir()] == ["full"]
+    monkeypatch.setattr(digits_run, "finetune", interrupted)
+    assert demo.main([*VISION, f"--vision-config={config}", f"--out={tmp_path}"]) == 130
+    assert "Finished runs are kept; rerun to resume" in capsys.readouterr().out
+    assert len(list((tmp_path / "vision" / "runs").glob("*/metrics.json"))) == 1
+
+
+def test_fresh_deletes_what_is_there(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+
+    def interrupted(settings: digits_run.PretrainingSettings, folder: RunFolder) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits_run, "pretrain", interrupted)
+    assert demo.main([*VISION, "--fresh", f"--vision-config={config}", f"--out={tmp_path / 'copy'}"]) == 130
+    assert not list((tmp_path / "copy" / "vision").rglob("metrics.json"))
 
 
 @pytest.mark.slow
-def test_processes_give_what_one_process_gives_and_surface_errors(finished: Path, config: Path, tmp_path: Path) -> None:
-    weights = next((finished / "cache").glob("*.safetensors"))
-    recipe = Pretraining(epochs=1)
-    rate = demo.read_learning_rates(config)["lora"]
-    run = Run("lora", rate, 1, n_labels=40, epochs=2)
-    here = demo_runs.load_result(demo_runs.result_path(run, recipe, finished / "runs"))
-    done: list[RunResult] = []
-    with demo.worker_pool(1) as pool:
-        demo.execute([(run, tmp_path / "run.json")], weights, pool, done.append)
-        assert here is not None
-        assert done[0].loss == here.loss
-        with pytest.raises(RuntimeError, match="the run of LoRA with seed 1 failed"):
-            demo.execute([(run, tmp_path / "run.json")], tmp_path / "missing.safetensors", pool, done.append)
+def test_processes_give_what_one_process_gives(finished: Path, config: Path, tmp_path: Path) -> None:
+    more = [f"--vision-config={config}", f"--out={tmp_path}", "--seeds=1", "--workers=2"]
+    assert demo.main([*VISION, *more]) == 0
+    here = {r["id"]: r["loss"] for r in _results(finished, "vision")}
+    there = _results(tmp_path, "vision")
+    assert len(there) == 7
+    assert all(here[r["id"]] == r["loss"] for r in there)
 
 
 def test_tuning_writes_the_configuration_that_the_demo_reads(tuned: Path) -> None:
-    rates = demo.read_learning_rates(tuned)
-    tuning = yaml.safe_load(tuned.read_text(encoding="utf-8"))["tuning"]
-    for method, row in tuning["scores"].items():
-        assert sorted(row) == [1e-9, 1e-2]
-        assert rates[method] == max(row, key=lambda rate: (row[rate]["accuracy"], -row[rate]["loss"]))
+    content = yaml.safe_load(tuned.read_text(encoding="utf-8"))
+    rows = content["tuning"]["scores"]
+    for method in digits.METHODS:
+        mine = {row["lr"]: row for row in rows if row["method"] == method}
+        assert sorted(mine) == [1e-9, 1e-2]
+        best = max(mine, key=lambda lr, mine=mine: (mine[lr]["accuracy"], -mine[lr]["loss"]))  # type: ignore[misc]
+        assert content["learning_rates"][method] == best
         # A rate of nearly nothing leaves the zero head where it was: all five classes stay equally likely.
-        assert row[1e-9]["loss"] == pytest.approx(math.log(5), abs=1e-3)
+        assert mine[1e-9]["loss"] == pytest.approx(math.log(5), abs=1e-3)
 
 
-def test_committed_learning_rates_are_the_best_of_their_grid() -> None:
-    content = yaml.safe_load(demo.CONFIG.read_text(encoding="utf-8"))
-    tuning = content["tuning"]
-    assert not set(tuning["seeds"]) & set(range(10))
-    for method, rate in content["learning_rates"].items():
-        row = tuning["scores"][method]
-        assert rate == max(row, key=lambda r: (row[r]["accuracy"], -row[r]["loss"]))
+# The second part.
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "no configuration at"), ("a: 1", "learning_rates.full must be"), ("learning_rates: {full: -1}", "got -1")],
-)
-def test_bad_configuration_is_named(
-    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def rl_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny settings, with a tiny network to start from."""
+    folder = tmp_path_factory.mktemp("config")
+    collect([TASK], 2, folder / "data", horizon=12, progress=False)
+    torch.manual_seed(3)
+    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
+    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
+    checkpoint = save_weights(module, folder / "tiny.ckpt")
+    content = {
+        "checkpoint": str(checkpoint), "tasks": ["handle-press-side"], "seeds": 2, "updates": 4, "batch_size": 4,
+        "episodes": 2, "demonstrations": 2, "held_out": 1, "rank": 2, "horizon": 12, "film_size": 32,
+        "learning_rates": dict.fromkeys(robots.METHODS, 1e-3),
+    }  # fmt: skip
+    path = folder / "demo_rl.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rl_finished(rl_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the second part has run once."""
+    out = tmp_path_factory.mktemp("demo_rl")
+    assert demo.main([*RL, f"--rl-config={rl_config}", f"--out={out}"]) == 0
+    return out
+
+
+def test_every_method_is_rolled_out_and_the_page_shows_its_numbers(rl_finished: Path) -> None:
+    results = _results(rl_finished, "rl")
+    runs = [r for r in results if r["method"] != "none"]
+    methods = [*robots.METHODS, "none"]
+    assert sorted((r["method"], r["seed"]) for r in results) == sorted((m, s) for m in methods for s in (0, 1))
+    assert all([entry["updates"] for entry in r["val_loss"]] == [0, 1, 2, 3, 4] for r in runs)
+    starts = [r["val_loss"][0]["val_loss"] for r in runs]
+    assert starts == pytest.approx([starts[0]] * len(starts), rel=1e-4)
+    assert all(len(r["successes"]) == len(r["returns"]) == 2 for r in results)
+    assert {r["method"] for r in runs if r["ranks"]} == {"eva"}
+
+    page = (rl_finished / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    for method in robots.METHODS:
+        losses = [r["val_loss"][-1]["val_loss"] for r in runs if r["method"] == method]
+        assert f"{np.mean(losses):.4f}<br><small>± {_half(losses):.4f}</small>" in page
+    assert page.count("data:image/svg+xml;base64,") == 2
+    drawn = rendering.rendering_backend() is not None
+    assert (rl_finished / "rl" / "before_after.gif").is_file() == ("data:image/gif;base64," in page) == drawn
+
+
+def test_second_call_of_the_second_part_repeats_nothing(
+    rl_finished: Path, rl_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tmp_path / "demo.yaml"
-    if text is not None:
-        config.write_text(text, encoding="utf-8")
-    assert demo.main(_options(tmp_path / "out", "--config", str(config))) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    before = _results(rl_finished, "rl")
+    monkeypatch.setattr(robots, "collect", None)
+    monkeypatch.setattr(robots_film, "roll_one", None)
+    monkeypatch.setattr(robots_run, "evaluate", None)
+    monkeypatch.setattr(finetune_run, "build", None)
+    assert demo.main([*RL, f"--rl-config={rl_config}", f"--out={rl_finished}"]) == 0
+    assert "8 done, 0 failed, 0 to do" in capsys.readouterr().out
+    assert _results(rl_finished, "rl") == before
 
 
-def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        demo.main(["--seeds", "0"])
-    assert "--seeds must be at least 1, got 0" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="method must be one of full, lora"):
-        Run("lara", 0.1, 0)
+def test_interruption_resumes_and_a_machine_that_cannot_draw_says_so(
+    rl_finished: Path,
+    rl_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, calls = finetune_run.build, []
 
+    def interrupted(settings: Any) -> Any:
+        calls.append(settings)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(settings)
 
-def test_result_keys_follow_settings_and_model() -> None:
-    run, recipe = Run("lora", 0.01, 0), Pretraining()
-    keys = {
-        demo_runs.run_key(run, recipe),
-        demo_runs.run_key(dataclasses.replace(run, seed=1), recipe),
-        demo_runs.run_key(dataclasses.replace(run, learning_rate=0.02), recipe),
-        demo_runs.run_key(run, Pretraining(epochs=1)),
-    }
-    assert len(keys) == 4
-    assert demo_runs.run_key(run, recipe) in keys
-
-
-def test_summary_agrees_with_scipy() -> None:
-    losses = {"lora": [[1.0, 0.6], [1.2, 0.5], [0.9, 0.7]], "eva_rho1": [[0.8, 0.6], [1.1, 0.6], [0.6, 0.7]]}
-    results = [_result(m, seed, loss) for m, rows in losses.items() for seed, loss in enumerate(rows)]
-    rows = {row.method: row for row in summarise(results)}
-    for method, values in losses.items():
-        column = [row[0] for row in values]
-        assert rows[method].loss[1].mean == pytest.approx(np.mean(column))
-        assert rows[method].loss[1].error == pytest.approx(stats.sem(column))
-    (difference,) = paired_differences(results)
-    gaps = np.array(losses["eva_rho1"])[:, 0] - np.array(losses["lora"])[:, 0]
-    assert (difference.loss[1].mean, difference.loss[1].error) == pytest.approx((gaps.mean(), stats.sem(gaps)))
-    assert difference.wins == {1: 3, 2: 0}
-    assert difference.verdict(1) == "ahead"
-    assert difference.verdict(2) == "no clear difference"
-    assert "3 paired seeds: ahead after epoch 1; no clear difference after epoch 2." in verdict_sentence(difference)
-
-
-def test_pairs_use_common_seeds_only_and_one_seed_decides_nothing() -> None:
-    results = [_result("lora", 0, [1.0]), _result("lora", 1, [9.0]), _result("eva_rho2", 0, [0.5])]
-    (difference,) = paired_differences(results)
-    assert difference.n_pairs == 1
-    assert difference.loss[1].mean == pytest.approx(-0.5)
-    assert difference.verdict(1) == "undecided (one seed)"
-    assert paired_differences(results[2:]) == []
-
-
-def test_equal_rates_are_counted_where_both_methods_have_them() -> None:
-    def row(*losses: float) -> dict[float, dict[str, float]]:
-        return {10.0**-i: {"early_loss": loss, "loss": 2 * loss} for i, loss in enumerate(losses)}
-
-    scores = {"lora": row(0.5, 0.6, 0.7), "eva_rho2": row(0.4, 0.6)}
-    (sentence,) = same_rate_sentences({"scores": scores, "early_epoch": 3, "epochs": 10})
-    assert "EVA ρ=2 has a lower mean loss than LoRA at 1 of 2 rates after epoch 3 and at 1 of 2 after" in sentence
-    assert same_rate_sentences({}) == []
-
-
-def test_digit_parts_are_disjoint_and_are_the_scans_of_scikit_learn() -> None:
-    classes = (5, 6, 7, 8, 9)
-    split = load_digits_split(classes)
-    bunch = load_digits()
-    parts = [part.tensors for part in (split.train, split.tune, split.test)]
-    images = torch.cat([images for images, _ in parts])
-    pixels = ((images * PIXEL_STD + PIXEL_MEAN) * PIXEL_MAX).round().squeeze(1).numpy()
-    labels = torch.cat([labels for _, labels in parts]).numpy() + 5
-    ours = sorted((label, image.tobytes()) for label, image in zip(labels, pixels.astype("f8"), strict=True))
-    kept = np.isin(bunch.target, classes)
-    theirs = sorted((t, i.tobytes()) for t, i in zip(bunch.target[kept], bunch.images[kept], strict=True))
+    monkeypatch.setattr(robots_film, "rendering_backend", lambda: None)
+    monkeypatch.setattr(finetune_run, "build", interrupted)
+    command = [*RL, f"--rl-config={rl_config}", f"--out={tmp_path}"]
+    assert demo.main(command) == 130
+    monkeypatch.setattr(finetune_run, "build", real)
+    assert demo.main(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    # of seed 0: the rollouts before fine-tuning and one run
+    assert "2 done, 0 failed, 6 to do" in out
+    assert "libegl1" in out
+    assert "libegl1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "rl" / "before_after.gif").exists()
+    names = ("val_loss", "successes", "returns", "ranks")
+    ours, theirs = (
+        [{name: r[name] for name in names} for r in _results(folder, "rl")] for folder in (tmp_path, rl_finished)
+    )
     assert ours == theirs
-    assert abs(images.mean()) < 0.05
-    assert abs(images.std() - 1) < 0.05
 
 
-def test_labels_are_balanced_and_follow_the_seed() -> None:
-    pool = load_digits_split((5, 6, 7, 8, 9)).train
-    images, labels = draw_labels(pool, 52, seed=3).tensors
-    assert labels.bincount().tolist() == [11, 11, 10, 10, 10]
-    assert torch.equal(images, draw_labels(pool, 52, seed=3).tensors[0])
-    assert not torch.equal(images, draw_labels(pool, 52, seed=4).tensors[0])
+def test_tuning_of_the_second_part_keeps_its_settings(rl_config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tuned.yaml"
+    known = yaml.safe_load(rl_config.read_text())
+    settings = {name: value for name, value in known.items() if name != "learning_rates"}
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert demo.main([*RL, "--tune", "--rates=1e-9,1e-2", f"--rl-config={path}", f"--out={tmp_path}"]) == 0
+    content = yaml.safe_load(path.read_text())
+    assert {name: content[name] for name in settings} == settings
+    for method in robots.METHODS:
+        mine = {row["lr"]: row["loss_left"] for row in content["tuning"]["scores"] if row["method"] == method}
+        assert mine[1e-9] == pytest.approx(1, abs=1e-4)
+        assert content["learning_rates"][method] == min(mine, key=mine.__getitem__)
 
 
-def test_batch_order_ignores_the_global_generator() -> None:
-    def labels() -> list[int]:
-        return [int(y) for _, batch in DigitsDataModule(n_labels=40, seed=1).train_dataloader() for y in batch]
-
-    torch.manual_seed(0)
-    first = labels()
-    torch.rand(5)
-    assert labels() == first
-
-
-def test_shift_moves_the_image_by_whole_pixels() -> None:
-    torch.manual_seed(0)
-    images = torch.full((64, 1, 8, 8), -PIXEL_MEAN / PIXEL_STD)
-    images[:, 0, 4, 3] = 1.0
-    shifted = random_shift(images)
-    places = {(int(r), int(c)) for _, _, r, c in (shifted == 1.0).nonzero()}
-    assert (shifted == 1.0).sum() == 64
-    assert places == {(r, c) for r in (3, 4, 5) for c in (2, 3, 4)}
+# The command.
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("words", "message"),
     [
-        (lambda: load_digits_split((5, 5)), "distinct digits"),
-        (lambda: load_digits_split((5, 11)), "distinct digits"),
-        (lambda: load_digits_split((5,), 0.5, 0.5), "stay below 1"),
-        (lambda: DigitsDataModule(evaluate_on="train"), "'test' or 'tune', got 'train'"),
-        (lambda: DigitsDataModule(n_labels=4), "at least the number of classes, 5, got 4"),
-        (lambda: DigitsDataModule(n_labels=5000), "n_labels=5000 asks for 1000 images"),
+        (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
+        (["--parts", "vison"], "unknown part 'vison': did you mean vision"),
+        (["--epoch", "3"], "unknown option '--epoch': did you mean --epochs"),
+        (["--rates", "0"], "--rates must be a number above 0"),
     ],
 )
-def test_bad_data_settings_are_named(call: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()  # type: ignore[operator]
+def test_bad_options_are_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        ("vision", None, "no configuration at"),
+        ("vision", {"a": 1}, "unknown setting 'a'"),
+        ("vision", {"seeds": 3}, "learning_rates are not given"),
+        ("vision", {"learning_rates": {"lora": 1.0}}, "learning_rates.fft must be a number above 0, got None"),
+        ("vision", {"learning_rates": {"fft": -1.0}}, "learning_rates.fft must be a number above 0, got -1"),
+        ("rl", {"task": ["push"]}, "unknown setting 'task': did you mean tasks"),
+        ("rl", {"tasks": ["push-v2"]}, "push-v3"),
+        ("rl", {"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
+        (
+            "rl",
+            {"checkpoint": "gone.ckpt", "learning_rates": dict.fromkeys(robots.METHODS, 1.0)},
+            "no checkpoint gone.ckpt",
+        ),
+    ],
+)
+def test_bad_configuration_is_named(
+    part: str, content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert demo.main([f"--parts={part}", f"--{part}-config={path}", f"--out={tmp_path / 'out'}"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,114 @@
+"""The robots comparison: its tables, its film, and what is committed for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from eva_lightning.rl.module import read_checkpoint
+from eva_lightning.rl.tasks import MT40
+from experiments.comparisons import robots, robots_film
+from experiments.comparisons.robots_film import Film, interesting_goal, make_film
+from tests.paths import CONFIGS
+
+TASK = "handle-press-side-v3"
+
+
+def _film(size: int = 32) -> Film:
+    return Film("a.ckpt", "b.ckpt", "EVA", TASK, seed=0, goal=0, target_return=1.0, horizon=12, size=size)
+
+
+def test_tables_agree_with_scipy() -> None:
+    def run(method: str, seed: int, loss: float, *solved: bool) -> dict[str, object]:
+        losses = [{"updates": 0, "val_loss": 1.0}, {"updates": 1, "val_loss": loss}]
+        return {
+            "task": TASK, "method": method, "lr": 1e-3, "seed": seed, "val_loss": losses, "successes": list(solved),
+            "trainable_parameters": 1234, "train_seconds": 2.0,
+        }  # fmt: skip
+
+    after = pd.DataFrame([run("lora", 0, 0.4, True, False), run("lora", 1, 0.6, True, True)])
+    before = pd.DataFrame([run("none", 0, 1.0, False, False), run("none", 1, 1.0, False, True)])
+    options = robots.Settings(tasks=(TASK,), updates=1)
+    cells = robots.results_table(options, TASK, before, after).cells
+    t = stats.t.ppf(0.975, 1)
+    assert cells.loc["LoRA", "Step 1"] == f"0.5000\n± {t * stats.sem([0.4, 0.6]):.4f}"
+    assert cells.loc["LoRA", "Success"] == f"0.75 ± {t * stats.sem([0.5, 1.0]):.2f}\n3 of 4"
+    assert cells.loc["LoRA", "Trained"] == "1,234\n2.0 s"
+    assert cells.loc["LoRA", "Curve"] == "█▁"
+    assert cells.loc["handle-press-side, pre-trained", "Success"].endswith("1 of 4")
+
+
+def test_blocks_span_the_scale() -> None:
+    assert robots.blocks([0.0, 0.5, 1.0], 0.0, 1.0) == "▁▅█"
+    assert robots.blocks([0.3], 0.3, 0.3) == "▁"
+
+
+def test_score_is_the_share_of_the_loss_that_is_left() -> None:
+    comparison = robots.Robots(robots.Settings(tune="unused.yaml"))
+    assert comparison.score({"val_loss": [{"val_loss": 0.5}, {"val_loss": 0.1}]}) == pytest.approx((0.2,))
+
+
+def test_steps_that_are_shown_are_measured() -> None:
+    for updates in (1, 2, 7, 50):
+        settings = robots.Settings(updates=updates)
+        assert set(settings.shown_updates) <= set(settings.noted_updates)
+        assert {0, updates} <= set(settings.shown_updates)
+
+
+def test_filmed_goal_is_the_first_that_was_learnt() -> None:
+    assert interesting_goal([True, False, False], [True, False, True]) == 2
+    assert interesting_goal([True, False, False], [False, False, False]) == 0
+
+
+def test_a_film_that_fails_costs_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise OSError("the driver went away")
+
+    monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
+    monkeypatch.setattr(robots_film, "roll_one", broken)
+    assert make_film(_film(), tmp_path / "film.gif", 0) == (None, "no video: the driver went away")
+    assert make_film(_film(size=0), tmp_path / "film.gif", 0) == (None, "no video: film_size is 0")
+
+
+def test_a_film_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def roll(film: Film, checkpoint: str) -> tuple[np.ndarray, bool]:
+        calls.append(checkpoint)
+        return np.zeros((3, 32, 32, 3), np.uint8), checkpoint == "b.ckpt"
+
+    monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
+    monkeypatch.setattr(robots_film, "roll_one", roll)
+    for _ in range(2):
+        assert make_film(_film(), tmp_path / "film.gif", 0) == ((False, True), "")
+    assert calls == ["a.ckpt", "b.ckpt"]
+    make_film(_film(size=16), tmp_path / "film.gif", 0)
+    assert len(calls) == 4
+
+
+def test_committed_configuration_is_tuned_apart_from_what_it_is_used_for() -> None:
+    content = yaml.safe_load((CONFIGS / "demo_rl.yaml").read_text(encoding="utf-8"))
+    tuning = content["tuning"]
+    assert not set(tuning["seeds"]) & set(range(content["seeds"]))
+    assert tuning["demonstrations_seed"] != 0
+    assert set(content["learning_rates"]) == set(robots.METHODS)
+    for method, lr in content["learning_rates"].items():
+        rows = [row for row in tuning["scores"] if row["method"] == method]
+        assert lr == min(rows, key=lambda row: row["loss_left"])["lr"]
+
+
+def test_shipped_checkpoint_is_small_and_says_what_it_knows() -> None:
+    import torch
+
+    settings = robots.Settings()
+    assert settings.init.stat().st_size < 3_000_000
+    found = read_checkpoint(settings.init)
+    assert sorted(found["about"]["tasks"]) == sorted(MT40)
+    assert not set(settings.tasks) & set(found["about"]["tasks"])
+    assert {value.dtype for value in found["state_dict"].values()} == {torch.float16}
+    assert settings.init.with_suffix(".md").is_file()

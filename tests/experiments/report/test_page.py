@@ -1,0 +1,84 @@
+"""Pages are whole, accessible HTML, and what is put in them is text."""
+
+from __future__ import annotations
+
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure as Drawing
+
+from experiments.report import page
+from experiments.report.learning_rates import Tuning
+
+
+class _Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.seen if name == tag]
+
+
+def _section() -> Markup:
+    cells = pd.DataFrame({"a": ["1 *\n<b>"], "b": ["2"]}, index=pd.Index(["row"], name="head"))
+    table = page.Table("What <it> shows", cells, ("± means this.",))
+    figure = page.drawn(Drawing(), "What is seen", "Below")
+    tuning = Tuning("LoRA 0.1", "the best", "2 seeds", table, ["A sentence."], [figure])
+    template = page.TEMPLATES.from_string(
+        '{% import "pieces.html" as pieces %}{{ pieces.facts({"k": "<v>"}) }}{{ pieces.tuning(tuning, "command") }}'
+    )
+    return Markup(template.render(tuning=tuning))
+
+
+def test_page_is_whole_and_accessible(tmp_path: Path) -> None:
+    page.write_page(tmp_path / "deep" / "report.html", "A & B", [_section(), _section()])
+    text = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+    tags = _Tags(text)
+    assert tags.open == []
+    assert len(tags.all("main")) == len(tags.all("h1")) == 1
+    assert tags.all("html") == [{"lang": "en"}]
+    assert len(tags.all("caption")) == len(tags.all("table")) == 2
+    assert {attributes["scope"] for attributes in tags.all("th")} == {"col", "row"}
+    assert all(attributes["alt"] for attributes in tags.all("img"))
+    assert "<title>A &amp; B</title>" in text
+
+
+def test_texts_are_escaped_and_the_best_cell_is_marked(tmp_path: Path) -> None:
+    text = _section()
+    assert "What &lt;it&gt; shows" in text
+    assert "&lt;v&gt;" in text
+    assert '<td class="best">1 *<br><small>&lt;b&gt;</small></td>' in text
+    assert "<td>2</td>" in text
+
+
+def test_the_same_figure_is_the_same_bytes() -> None:
+    assert page.drawn(Drawing(), "a") == page.drawn(Drawing(), "a")
+
+
+def test_finished_runs_are_counted_by_the_time_they_were_written(tmp_path: Path) -> None:
+    for name, moment in (("old", 100.0), ("new", 300.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+        os.utime(tmp_path / name / "metrics.json", (moment, moment))
+    folders = [str(tmp_path / "old"), str(tmp_path / "new")]
+    assert page.finished_when(folders, 200.0) == "2, 1 of them finished by an earlier call"
+    assert page.finished_when(folders, 50.0) == "2, all computed now"
+
+
+def test_lists_in_words() -> None:
+    assert [page.enumerated(range(1, n)) for n in (2, 3, 4)] == ["1", "1 and 2", "1, 2 and 3"]
+    assert [page.counted(n, "seed") for n in (1, 2)] == ["1 seed", "2 seeds"]
