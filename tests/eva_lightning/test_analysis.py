@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +27,6 @@ from eva_lightning.analysis import (
     subspace_overlap,
 )
 from eva_lightning.state import EVAState
-from experiments.analysis import command_line, main
 from tests.svd_helpers import decaying, reference
 
 DIM, K = 24, 4
@@ -193,19 +190,3 @@ def test_figures_show_the_numbers() -> None:
     assert [bar.get_height() for bar in bars.patches][:3] == [2.0, 3.0, 1.0]
     with pytest.raises(ValueError, match=r"\(n, n\)"):
         plots.similarity_matrix(np.ones((2, 3)), [4, 8])
-
-
-def test_the_command_makes_all_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "--orders 2 --images 32 --epochs 1 --seeds 1 --pretrain-epochs 1 --components 6"
-    numbers = main([*text.split(), "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "analysis.json").read_text()) == json.loads(json.dumps(numbers))
-    figures = {path.stem for path in tmp_path.glob("*.png")}
-    assert {name.split("_")[0] for name in figures} == {"fig5", "fig11", "fig12", "fig13", "fig14", "table6"}
-    assert set(numbers["convergence"]) == {"4", "8", "16", "32"}
-    assert numbers["convergence"]["4"][-1]["n_batches"] == 8
-    assert "half of the 96 components" in capsys.readouterr().out
-
-
-def test_the_command_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_line(["--images", "8"]) == 2
-    assert capsys.readouterr().err == "error: --images must be at least 32, got 8\n"

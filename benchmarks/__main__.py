@@ -1,0 +1,24 @@
+"""``python -m benchmarks NAME ...``: find the benchmark and hand it the rest of the line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.runner.cli import Command, dispatch
+
+COMMANDS = {
+    "init": Command("benchmarks.initialisation", "whole initialisation beside the plain forward, PEFT and exact SVDs"),
+    "resize": Command("benchmarks.resize", "ranks, adapter resize and optimizer rebuild alone"),
+    "vtab": Command("benchmarks.vtab", "epochs and data of VTAB-1K beside a bare PyTorch loop; g/14 on a GPU"),
+    "metaworld": Command("benchmarks.metaworld", "collection, data and rollouts beside the bare simulator"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line `args` (``sys.argv`` for None) and return its exit status."""
+    return dispatch("python -m benchmarks", COMMANDS, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
