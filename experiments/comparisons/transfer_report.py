@@ -6,30 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.comparisons.figures import curves_figure, differences_figure
 from experiments.comparisons.report import (
-    REFERENCE,
-    SIGNIFICANCE,
-    Evidence,
-    Quantity,
-    cell,
-    difference_sentence,
-    differences_table,
-    learning_rates,
-    machine,
-    mean_column,
+    against_reference,
+    difference_sentences,
     means_table,
     significance_sentence,
-    spread,
-    state_of,
+    sizes_table,
     table,
+    tuning,
     write_report,
 )
 from experiments.comparisons.transfer import NOT_PRETRAINED, Settings
 from experiments.comparisons.transfer_data import Halves
-from experiments.comparisons.transfer_run import adapts
 from experiments.runner.comparison import Results
-from experiments.runner.statistics import PLUS_MINUS
 
 #: Panels of the curves: title -> methods, beside LoRA; methods in none of them have one of their own.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -41,140 +32,76 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+#: Method -> how the summary introduces its accuracy.
+WORTH = {
+    "linear": "a linear probe on the pre-trained network reaches",
+    "linear-random": "on a random one",
+    "scratch": "training everything from random weights",
+    "fft": "full fine-tuning",
+    REFERENCE: "LoRA",
+}
+
+SIZES = {"trained parameters": ("trainable_parameters", 0), "initialisation, s": ("init_seconds", 2), "all, s": ("seconds", 1)}
+
 
 def write(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], results: Results) -> Path:
-    """Write all files.
+    """Write all files; returns the report.
 
     Args:
         settings: What was asked for.
         parts: The images.
         pretraining: Metrics of the pre-training.
         results: Of the finished runs.
-
-    Returns:
-        The report.
     """
-    runs = spread(results.runs, "evaluations", "epoch")
-    evidence = Evidence.of(settings, runs)
+    evidence = Evidence.of(settings, results.runs, "evaluations", "epoch")
     losses = {epoch: Quantity(f"loss_{epoch}", f"test loss, epoch {epoch}") for epoch in settings.evaluated_epochs}
-    accuracies = [_accuracy("accuracy", settings.epochs), _accuracy("class_accuracy", settings.epochs)]
+    accuracy, class_accuracy = (
+        Quantity(f"{name}_{settings.epochs}", title, 1, scale=100, higher_is_better=True)
+        for name, title in (("accuracy", "accuracy, %"), ("class_accuracy", "mean class accuracy, %"))
+    )
+    quantities = [*losses.values(), accuracy, class_accuracy]
     others = [key for key in evidence.against_reference if key not in NOT_PRETRAINED]
-    quantities = [*losses.values(), *accuracies]
-    figures = {}
-    if evidence.labels:
-        curves = curves_figure(_panels(evidence), losses, "epoch", "test loss (nats)")
-        figures["curves"] = curves, "test loss by epoch, in groups of methods"
-    # linear probing and full fine-tuning differ so much that nothing else could be seen beside them
-    if adapted := list(filter(adapts, others)):
-        differences = differences_figure(evidence, quantities, adapted)
-        figures["differences"] = differences, "differences of the methods with adapters to LoRA, with their intervals"
-    texts = [
-        "# Transfer on real images: half of Caltech101 to the other half",
-        _conditions(settings, parts, pretraining, results),
-        state_of(results, len(settings.labels) * settings.seeds),
-        "## In short",
-        _in_short(evidence, list(losses.values()), accuracies[0], others),
-        "## Test accuracy and loss",
-        _results(settings, evidence, results, [*accuracies, losses[settings.epochs]]),
-        "## Test loss during training",
-        means_table(evidence, list(losses.values())),
-        "curves",
-        "differences",
-        "## Minus LoRA, run by run",
-        differences_table(evidence, quantities, others),
-        "## Learning rates",
-        learning_rates(
-            settings,
-            results,
-            f"Loss on the {settings.validation_images} validation images after training on the other "
-            f"{settings.train_images - settings.validation_images} (the paper takes the best accuracy; on so few images "
-            "and seeds the loss says more)",
-            "{:.3f}".format,
-        ),
-        "## Pre-training",
-        _pretraining(pretraining),
-    ]
-    return write_report(settings.output, texts, figures, runs)
-
-
-def _accuracy(name: str, epoch: int) -> Quantity:
-    title = {"accuracy": "accuracy, points", "class_accuracy": "mean class accuracy, points"}[name]
-    return Quantity(f"{name}_{epoch}", title, 1, scale=100, higher_is_better=True)
+    figures = {"curves": curves_figure(_panels(evidence), losses, "epoch", "test loss (nats)")}
+    if others:
+        # full fine-tuning and linear probing differ so much that nothing else could be seen beside them
+        shown = [key for key in others if key not in WORTH] or others
+        figures["differences"] = differences_figure(evidence, quantities, shown)
+    context = {
+        "wanted": len(settings.labels) * settings.seeds,
+        "parts": parts,
+        "pretraining": _pretraining(pretraining),
+        "in_short": _in_short(evidence, list(losses.values()), accuracy, others),
+        "means": means_table(evidence, [accuracy, class_accuracy, losses[settings.epochs]]),
+        "curves": means_table(evidence, list(losses.values())),
+        "differences": against_reference(evidence, quantities, others),
+        "tuning": tuning(settings, results, "{:.3f}".format),
+        "sizes": sizes_table(evidence, SIZES),
+    }
+    return write_report("transfer", settings, results, evidence, figures, context)
 
 
 def _panels(evidence: Evidence) -> dict[str, Evidence]:
-    grouped = {key for group in GROUPS.values() for key in (*group, REFERENCE)}
-    groups = {**GROUPS, "others": tuple(key for key in evidence.labels if key not in grouped)}
-    shown = {title: [key for key in group if key in evidence.labels] for title, group in groups.items()}
-    shown = {title: keys for title, keys in shown.items() if keys} or {"": []}
-    return {
-        title: evidence.among([key for key in evidence.labels if key in keys or key == REFERENCE])
-        for title, keys in shown.items()
-    }
-
-
-def _conditions(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], results: Results) -> str:
-    first, second = parts.classes
-    return (
-        f"A ViT of 0.23 M parameters (48x48 images, 12x12 patches, width 64, 4 blocks) was pre-trained on "
-        f"{len(parts.pretraining):,} images of {first} classes for {settings.pretrain_epochs} epochs of random crops. "
-        f"Each method then fine-tuned it on the same {len(parts.train):,} images of the other {second} classes: "
-        f"{settings.epochs} epochs at batch size {settings.batch_size}, AdamW with weight decay "
-        f"{settings.weight_decay:g}, {settings.warmup_epochs:g} epoch(s) of warm-up and cosine decay, no augmentation, "
-        f"rank {settings.rank} for every method with adapters (a mean where ranks are redistributed), α = "
-        f"{settings.alpha:g}, biases and head trained. It is tested on the {len(parts.test):,} other images of these "
-        f"classes. Seeds 0 to {settings.seeds - 1} change the head, the order of images and the random parts of "
-        "initialisations, not the images and not the pre-trained weights: intervals say what another seed would give, "
-        "not what another data set would.\n\n"
-        f"{len(results.runs)} runs compared. Pre-training took {pretraining['seconds'] / 60:.0f} core-minutes, tuning "
-        f"and comparison {results.seconds / 60:.0f}; {machine()}, one thread per run."
-    )
+    grouped = {key for group in GROUPS.values() for key in group}
+    groups = {**GROUPS, "others": tuple(key for key in evidence.labels if key not in grouped and key != REFERENCE)}
+    shown = {title: evidence.among([*group, REFERENCE]) for title, group in groups.items()}
+    return {title: part for title, part in shown.items() if set(part.labels) - {REFERENCE}} or {"": evidence}
 
 
 def _in_short(evidence: Evidence, losses: Sequence[Quantity], accuracy: Quantity, others: Sequence[str]) -> str:
-    lines = []
-    worth = {
-        "linear": "a linear probe on the pre-trained network reaches",
-        "linear-random": "on a random one",
-        "scratch": "training everything from random weights",
-        "fft": "full fine-tuning",
-        "lora": "LoRA",
-    }
-    reached = [f"{text} {found.text(1)}" for key, text in worth.items() if (found := evidence.mean(key, accuracy))]
-    if reached:
-        lines.append(f"- Test accuracy in %: {', '.join(reached)}.")
-    for first, second in evidence.pairs:
-        lines += difference_sentence(evidence, first, second, losses)
-    for quantity in (losses[0], losses[-1], accuracy):
+    reached = [f"{text} {found.text(1)}" for key, text in WORTH.items() if (found := evidence.mean(key, accuracy))]
+    lines = [f"- Test accuracy in %: {', '.join(reached)}."] if reached else []
+    lines += difference_sentences(evidence, losses)
+    for quantity in dict.fromkeys((losses[0], losses[-1], accuracy)):
         lines += significance_sentence(evidence, quantity, others)
-    return "\n".join([*lines, "", SIGNIFICANCE])
+    return "\n".join(lines)
 
 
-def _results(settings: Settings, evidence: Evidence, results: Results, quantities: Sequence[Quantity]) -> str:
-    rows = {
-        label: [
-            f"{results.choices[key].point.get('lr'):g}",
-            *(cell(evidence.mean(key, each), each.digits) for each in quantities),
-            mean_column(evidence.runs, key, "trainable_parameters", 0),
-            mean_column(evidence.runs, key, "seconds", 1),
-        ]
-        for key, label in evidence.labels.items()
-    }
-    text = (
-        f"After epoch {settings.epochs}. Mean class accuracy counts every class alike; three classes are more than half "
-        f"of the test images. Seconds are the processor's, for one run with all evaluations on the test images. "
-        f"{PLUS_MINUS}"
-    )
-    head = ["learning rate", "accuracy, %", "mean class accuracy, %", "loss", "trained parameters", "seconds"]
-    return f"{text}\n\n" + table("", head, rows)
-
-
-def _pretraining(metrics: Mapping[str, Any]) -> str:
+def _pretraining(metrics: Mapping[str, Any]) -> dict[str, str]:
     evaluations = metrics["evaluations"]
     rows = {
         "loss": [f"{row['loss']:.3f}" for row in evaluations],
         "accuracy, %": [f"{100 * row['accuracy']:.1f}" for row in evaluations],
         "mean class accuracy, %": [f"{100 * row['class_accuracy']:.1f}" for row in evaluations],
     }
-    text = f"On held-out images of the {metrics['classes']} classes of the pre-training, by epoch."
-    return f"{text}\n\n" + table("epoch", [f"{row['epoch']:.0f}" for row in evaluations], rows)
+    text = table("epoch", [f"{row['epoch']:.0f}" for row in evaluations], rows)
+    return {"table": text, "minutes": f"{metrics['seconds'] / 60:.0f}"}
