@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from experiments.comparisons.settings import MethodSettings
-from experiments.runner.statistics import Interval
+from experiments.runner.statistics import Interval, over_tasks, paired
 
 #: What every method is compared with, run by run.
 REFERENCE = "lora"
@@ -39,6 +38,10 @@ class Quantity:
     higher_is_better: bool = False
     relative: bool = False
 
+    def value(self, run: Series) -> float:
+        """The value of a run."""
+        return self.scale * float(run[self.column])
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -47,7 +50,7 @@ class Evidence:
     Seeds that lack a run are left out. Intervals are for these tasks, not for tasks in general.
 
     Attributes:
-        runs: One row per run, with ``method``, ``seed``, perhaps ``task``, and the columns of quantities.
+        runs: One row per run, with ``method``, ``seed``, ``task`` and the columns of quantities.
         labels: Key -> label of the methods that have runs, in the order of tables.
     """
 
@@ -88,27 +91,15 @@ class Evidence:
         return [key for key in self.labels if key != REFERENCE] if REFERENCE in self.labels else []
 
     def mean(self, method: str, quantity: Quantity) -> Interval | None:
-        """Interval of a method's mean; None where there are no runs."""
-        return _interval(self._values(method, quantity))
+        """Interval of a method's mean; None where no seed has all tasks."""
+        return over_tasks(self.runs, quantity.value).get(method)
 
     def difference(self, first: str, second: str, quantity: Quantity) -> Interval | None:
-        """Interval of `first` minus `second`, within seed and task: both of a pair have the same data in the same order.
+        """Interval of `first` minus `second` within seed and task, where both have the same data in the same order.
 
         None where no seed has both.
         """
-        a, b = (self._values(method, quantity) for method in (first, second))
-        return _interval(100 * (np.log(a) - np.log(b)) if quantity.relative else a - b)
-
-    def _values(self, method: str, quantity: Quantity) -> DataFrame:
-        """Seeds x tasks."""
-        runs = self.runs if "task" in self.runs else self.runs.assign(task="")
-        values = runs[runs["method"] == method].pivot_table(quantity.column, "seed", "task")
-        return quantity.scale * values.reindex(columns=runs["task"].unique())
-
-
-def _interval(values: DataFrame) -> Interval | None:
-    complete = values.dropna()
-    return Interval.of(complete.mean(axis="columns").tolist()) if len(complete) else None
+        return paired(self.runs, first, second, quantity.value, relative=quantity.relative)
 
 
 def _flat(runs: DataFrame, column: str, by: str) -> DataFrame:
@@ -118,7 +109,8 @@ def _flat(runs: DataFrame, column: str, by: str) -> DataFrame:
         {f"{name}_{entry[by]}": value for entry in entries for name, value in entry.items() if name != by}
         for entries in runs[column]
     ]
-    ranks = runs["ranks"] if "ranks" in runs else []
-    totals = {"total_rank": [sum(each.values()) if isinstance(each, dict) else None for each in ranks] or None}
+    if "ranks" in runs:
+        ranks = [sum(each.values()) if isinstance(each, dict) else None for each in runs["ranks"]]
+        runs = runs.assign(total_rank=ranks)
     nested = [name for name in runs if runs[name].map(lambda value: isinstance(value, list | dict)).any()]
-    return runs.drop(columns=nested).assign(**totals).join(DataFrame(rows, index=runs.index))
+    return runs.drop(columns=nested).join(DataFrame(rows, index=runs.index))

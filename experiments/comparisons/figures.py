@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.comparisons.report import REFERENCE, Evidence, Quantity
+from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.runner.statistics import Interval
 
 COLOURS = ("#9aa5ab", "#1c1c1c", "#c9a227", "#7db4e0", "#1f5f9c", "#2a9d6f", "#8e63b0")

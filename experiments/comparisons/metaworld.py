@@ -43,7 +43,7 @@ class Settings(MethodSettings):
     )
     eval_episodes: int = option(50, "episodes rolled out at the end of each run; 0 for none", Role.RESULT)
     horizon: int = option(200, "steps of an evaluation episode, at most 500", Role.RESULT)
-    tune: bool = option(True, "tune learning rates that --rates does not name; false: all must be named", Role.SELECTION)
+    tune: bool = option(True, "tune learning rates that rates does not name; false: all must be named", Role.SELECTION)
     grid: tuple[float, ...] = option(
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "learning rates to try when tuning", Role.SELECTION, above=0
     )

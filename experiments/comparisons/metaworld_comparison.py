@@ -107,10 +107,10 @@ class MetaWorld(Comparison):
     def plan_notes(self) -> list[str]:
         """Size of the runs."""
         settings = self.settings
+        factors = f"{len(settings.labels)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
         return [
             f"tuning: runs of {settings.tune_steps} steps",
-            f"comparison: runs of {settings.max_steps} steps and {settings.eval_episodes} episodes "
-            f"({len(settings.labels)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds)",
+            f"comparison: runs of {settings.max_steps} steps and {settings.eval_episodes} episodes ({factors})",
         ]
 
     def report(self, results: Results) -> None:

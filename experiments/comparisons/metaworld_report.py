@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from pandas import DataFrame
@@ -27,7 +26,7 @@ from experiments.comparisons.report import (
     write_report,
 )
 from experiments.runner.comparison import Results
-from experiments.runner.statistics import iqm
+from experiments.runner.statistics import Interval, iqm
 
 SUCCESS = Quantity("success_rate", "success", 2, higher_is_better=True)
 
@@ -73,18 +72,18 @@ def write(settings: Settings, results: Results) -> Path:
 def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figure:
     """Bars of mean success by method with 95% intervals, one group per task and one for their mean."""
     groups = {**by_task, "mean": evidence} if len(by_task) > 1 else by_task
-    found = {
-        label: {group: part.mean(key, SUCCESS) for group, part in groups.items()}
-        for key, label in evidence.labels.items()
-    }
-    means, halves = (
-        DataFrame({label: {group: value(each) for group, each in by_group.items()} for label, by_group in found.items()})
-        for value in (lambda each: each and each.mean, lambda each: (each and each.half) or 0.0)
+    missing = Interval(math.nan, None, 0)
+    found = DataFrame(
+        {
+            label: {group: part.mean(key, SUCCESS) or missing for group, part in groups.items()}
+            for key, label in evidence.labels.items()
+        }
     )
+    means, halves = found.map(lambda each: each.mean), found.map(lambda each: each.half or 0.0)
     figure = Figure(figsize=(1.6 + 2.1 * len(groups), 3.6), layout="constrained")
     axes = figure.add_subplot()
     colours = list(colours_of(list(evidence.labels)).values())
-    means.loc[list(groups)].plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
+    means.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
     axes.set_ylabel("success (share of episodes)")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,13 +97,12 @@ def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
 
 
 def _success(evidence: Evidence, by_task: Mapping[str, Evidence]) -> str:
-    def interquartile(key: str) -> str:
-        runs = evidence.runs[evidence.runs["method"] == key]
-        found = iqm(runs.pivot_table(SUCCESS.column, "seed", "task").dropna())
-        return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
-
+    interquartile = iqm(evidence.runs, SUCCESS.value)
     rows = {
-        label: [*(cell(found.mean(key, SUCCESS), 2) for found in (*by_task.values(), evidence)), interquartile(key)]
+        label: [
+            *(cell(found.mean(key, SUCCESS), SUCCESS.digits) for found in (*by_task.values(), evidence)),
+            interquartile[key].text(SUCCESS.digits) if key in interquartile else "",
+        ]
         for key, label in evidence.labels.items()
     }
     return table("", [*by_task, "mean", "IQM"], rows)

@@ -21,12 +21,12 @@ from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.comparisons.settings import FIRST_TUNING_SEED, MethodSettings
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import PLUS_MINUS, Interval
-from experiments.runner.tables import markdown
 
 
 def table(corner: str, head: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A Markdown table: label -> cells."""
-    return markdown(DataFrame.from_dict(rows, orient="index", columns=list(head)).rename_axis(corner).reset_index())
+    frame = DataFrame.from_dict(rows, orient="index", columns=list(head)).rename_axis(corner)
+    return frame.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(frame.columns)])
 
 
 def means_table(evidence: Evidence, quantities: Sequence[Quantity], corner: str = "") -> str:

@@ -36,7 +36,6 @@ class MethodSettings(RunnerOptions):
     tune_seeds: int = option(1, f"seeds of the tuning, from {FIRST_TUNING_SEED}", Role.SELECTION, at_least=1)
     workers: int | None = option(2, "runs at the same time; 0: in this process", Role.PLACE, at_least=0)
     threads: int | None = option(1, "CPU threads per run", Role.PLACE, at_least=1)
-    gpus_per_run: float | None = option(0.0, "share of a GPU per run; none is needed", Role.PLACE, at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +46,11 @@ class MethodSettings(RunnerOptions):
             raise InputError("grid must hold at least one learning rate", setting="grid")
         for key, lr in self.given_rates.items():
             check_number(f"the learning rate of {key}", lr, above=0)
+
+    @property
+    def uses_gpus(self) -> bool:
+        """The networks are small: runs train on the CPU."""
+        return False
 
     def key_and_label(self, text: str) -> tuple[str, str]:
         """How a method is written in settings and in tables.

@@ -30,15 +30,11 @@ def _all_methods() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodSettings):
-    """What to compare; the layout of ``configs/vtab/transfer.yaml``."""
+class Recipe:
+    """What all runs of the comparison have in common."""
 
     root: str = option("vtab-1k", "folder that holds VTAB-1K's caltech101 folder", Role.PLACE)
-    methods: tuple[str, ...] = option(
-        _all_methods(), f"methods, EVA's ρ behind a colon; {' and '.join(NOT_PRETRAINED)}: not pre-trained",
-        Role.SELECTION,
-    )  # fmt: skip
-    seeds: int = option(6, "seeds per method, from 0", Role.SELECTION, at_least=1)
+    rank: int = option(4, "LoRA rank; EVA's mean rank per layer, so that all share one budget", Role.RESULT, at_least=1)
     alpha: float = option(1.0, "LoRA's alpha; its output is scaled by alpha / rank", Role.RESULT, at_least=0)
     epochs: int = option(6, "epochs of fine-tuning", Role.RESULT, at_least=1)
     warmup_epochs: float = option(0.6, "epochs of linear warm-up", Role.RESULT, at_least=0)
@@ -47,17 +43,26 @@ class Settings(MethodSettings):
     eval_epochs: tuple[int, ...] = option(
         (1, 2, 3), "epochs after which the test images are evaluated, besides the last", Role.RESULT, at_least=1
     )
-    grid: tuple[float, ...] = option(
-        (3e-3, 1e-2, 3e-2), "learning rates to try first when tuning", Role.SELECTION, above=0
-    )
+    train_images: int = option(1000, "images to fine-tune on", Role.RESULT)
+    validation_images: int = option(200, "how many of them are for tuning", Role.RESULT)
+    split_seed: int = option(0, "which half of the classes, and which images", Role.RESULT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Recipe, MethodSettings):
+    """What to compare; the layout of ``configs/vtab/transfer.yaml``."""
+
+    methods: tuple[str, ...] = option(
+        _all_methods(), f"methods, EVA's ρ behind a colon; {' and '.join(NOT_PRETRAINED)}: not pre-trained",
+        Role.SELECTION,
+    )  # fmt: skip
+    seeds: int = option(6, "seeds per method, from 0", Role.SELECTION, at_least=1)
+    grid: tuple[float, ...] = option((3e-3, 1e-2, 3e-2), "learning rates to try first", Role.SELECTION, above=0)
     extend: int = option(
         3, "most learning rates to add per method, beyond an edge of the grid that came out best", Role.SELECTION,
         at_least=0,
     )  # fmt: skip
-    train_images: int = option(1000, "images to fine-tune on", Role.RESULT)
-    validation_images: int = option(200, "how many of them are for tuning", Role.RESULT)
     pretrain_epochs: int = option(60, "epochs of pre-training, on one core", Role.RESULT, at_least=1)
-    split_seed: int = option(0, "which half of the classes, and which images", Role.RESULT)
     output: str = option("runs/vtab-transfer", "folder for weights, runs and report", Role.PLACE)
 
     def key_and_label(self, text: str) -> tuple[str, str]:

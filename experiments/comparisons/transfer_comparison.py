@@ -16,13 +16,13 @@ from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_report
 from experiments.comparisons.settings import method_cells
 from experiments.comparisons.timing import median_seconds, single_thread
-from experiments.comparisons.transfer import Settings
-from experiments.comparisons.transfer_data import Halves, decoded
+from experiments.comparisons.transfer import Recipe, Settings
+from experiments.comparisons.transfer_data import TASK, Halves, decoded
 from experiments.comparisons.transfer_model import CROPPED_FROM, IMAGE_SIZE, MODEL, Pretraining, pretrain
 from experiments.comparisons.transfer_run import Run, adapts, build, halves, prepare
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results
-from experiments.runner.jobs import Job, Phase
+from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase
 from experiments.runner.run_folder import RunFolder
 
 _LOGGER = logging.getLogger(__name__)
@@ -77,21 +77,12 @@ class Transfer(Comparison):
 
     def _jobs(self, method: str, phase: Phase, lr: float, seed: int) -> list[Job]:
         settings = self.settings
-        own = {item.name for item in fields(settings)}
-        shared = {item.name: getattr(settings, item.name) for item in fields(Run) if item.name in own}
-        run = Run(
-            **shared
-            | {
-                "method": method,
-                "phase": phase,
-                "lr": lr,
-                "seed": seed,
-                "eval_epochs": settings.evaluated_epochs if phase == "final" else (settings.epochs,),
-                "weights": str(settings.weights),
-                "cache": str(settings.cache),
-            }
-        )
-        tags = {"method": method, "seed": seed, "lr": lr, "rank": settings.rank if adapts(method) else None}
+        shared: dict[str, Any] = {item.name: getattr(settings, item.name) for item in fields(Recipe)}
+        shared["eval_epochs"] = settings.evaluated_epochs if phase == "final" else (settings.epochs,)
+        place = {"weights": str(settings.weights), "cache": str(settings.cache)}
+        run = Run(**shared, **place, method=method, phase=phase, lr=lr, seed=seed)
+        rank = settings.rank if adapts(method) else None
+        tags = {"task": TASK, "method": method, "rank": rank, "seed": seed, "lr": lr}
         text = f"{settings.labels[method]}, lr {lr:g}, seed {seed}"
         return [Job(build, run, settings.output, phase, tags, text, order=seed)]
 
@@ -107,23 +98,22 @@ class Transfer(Comparison):
     def seconds(self) -> Callable[[Job], float]:
         """By steps and evaluations of a method of each kind, timed now."""
         speed = functools.cache(functools.partial(measure_speed, self.settings))
+        images = {phase: [len(split) for split in self.parts.of(phase)] for phase in PHASE_FOLDERS}
 
         def seconds(job: Job) -> float:
             run: Run = job.settings
-            tuning = run.phase == "tune"
-            train, held_out = (self.parts.tuning, self.parts.validation) if tuning else (self.parts.train, self.parts.test)
+            train, held_out = images[run.phase]
             step, evaluation = speed(kind_of(run.method))
-            return len(train) * run.epochs * step + len(held_out) * len(run.eval_epochs) * evaluation + _PER_RUN
+            return train * run.epochs * step + held_out * len(run.eval_epochs) * evaluation + _PER_RUN
 
         return seconds
 
     def plan_notes(self) -> list[str]:
         """Images, and the pre-training that precedes the runs."""
         parts, settings = self.parts, self.settings
-        done = ", finished" if settings.weights.is_file() else ""
+        epochs = f"{settings.pretrain_epochs} epochs{', finished' if settings.weights.is_file() else ''}"
         return [
-            f"pre-training: {len(parts.pretraining)} images of {parts.classes[0]} classes, {settings.pretrain_epochs} "
-            f"epochs{done}",
+            f"pre-training: {epochs} on {len(parts.pretraining)} images of {parts.classes[0]} classes",
             f"tuning: on {len(parts.tuning)} images, {len(parts.validation)} to choose by",
             f"comparison: on {len(parts.train)} images of {parts.classes[1]} classes, {len(parts.test)} to test on",
         ]

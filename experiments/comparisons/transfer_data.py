@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -54,6 +55,10 @@ class Halves:
     validation: Split
     test: Split
     classes: tuple[int, int]
+
+    def of(self, phase: str) -> tuple[Split, Split]:
+        """Images to fine-tune on and to evaluate on, in tuning (``"tune"``) or in the comparison (``"final"``)."""
+        return (self.tuning, self.validation) if phase == "tune" else (self.train, self.test)
 
 
 def read_images(root: str | Path) -> Split:
@@ -263,6 +268,6 @@ def _drawn(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")
 
 
-def as_fetched(batch: Batch) -> Batch:
+def as_fetched(batch: Any) -> Any:
     """The data set fetches whole batches: there is nothing to collate."""
     return batch

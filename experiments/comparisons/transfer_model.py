@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer, vit_tiny_patch16_224
@@ -116,34 +115,6 @@ class Evaluations(L.Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
-class ProcessorClock(L.Callback):
-    """Processor seconds of training, also over interruptions.
-
-    Attributes:
-        seconds: So far, evaluations left out.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.process_time()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop it."""
-        self.seconds += time.process_time() - self._started
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seconds so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the seconds of the checkpoint."""
-        self.seconds = state_dict["seconds"]
-
-
 def cpu_trainer(epochs: int, callbacks: Sequence[L.Callback], progress: bool = False) -> L.Trainer:
     """A Trainer on the CPU that logs and keeps nothing by itself."""
     return L.Trainer(
@@ -174,7 +145,12 @@ class Pretraining:
 
 
 def pretrain(
-    recipe: Pretraining, classes: int, train: SplitDataset, held_out: SplitDataset, weights: Path, progress: bool = False
+    recipe: Pretraining,
+    classes: int,
+    train: SplitDataset,
+    held_out: SplitDataset,
+    weights: Path,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Train the backbone on random crops; a finished one is left as it is, an interrupted one resumed.
 
@@ -187,7 +163,7 @@ def pretrain(
         progress: Show a progress bar.
 
     Returns:
-        The metrics: ``evaluations`` by epoch, ``seconds`` of the processor, ``images`` and ``classes``.
+        The metrics: ``evaluations`` by epoch, ``seconds``, ``images`` and ``classes``.
 
     Raises:
         InputError: The folder holds the weights of another recipe.
@@ -224,7 +200,7 @@ def _pretrain(
 ) -> dict[str, Any]:
     every = max(1, epochs // 8)
     evaluations = Evaluations(held_out, {*range(every, epochs, every), epochs})
-    clock = ProcessorClock()
+    clock = Timer()  # counts on after an interruption
     checkpoints = ModelCheckpoint(folder.checkpoints, "last", every_n_epochs=every, enable_version_counter=False)
     trainer = cpu_trainer(epochs, [evaluations, clock, checkpoints], progress)
     trainer.fit(module, datamodule=data, ckpt_path=folder.last_checkpoint())
@@ -234,7 +210,7 @@ def _pretrain(
         save_file(state, temporary)
     return {
         "evaluations": evaluations.rows,
-        "seconds": clock.seconds,
+        "seconds": clock.time_elapsed("train"),
         "images": len(data.train),
         "classes": module.hparams["num_classes"],
     }

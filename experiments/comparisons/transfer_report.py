@@ -41,7 +41,11 @@ WORTH = {
     REFERENCE: "LoRA",
 }
 
-SIZES = {"trained parameters": ("trainable_parameters", 0), "initialisation, s": ("init_seconds", 2), "all, s": ("seconds", 1)}
+SIZES = {
+    "trained parameters": ("trainable_parameters", 0),
+    "initialisation, s": ("init_seconds", 2),
+    "all, s": ("seconds", 1),
+}
 
 
 def write(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], results: Results) -> Path:

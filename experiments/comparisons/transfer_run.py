@@ -9,7 +9,7 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 
@@ -20,7 +20,7 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.backbone.weights import Weights
 from eva_lightning.vision.data.datamodule import SplitDataset
 from eva_lightning.vision.module import ImageClassifier
-from experiments.comparisons.transfer import NOT_PRETRAINED
+from experiments.comparisons.transfer import NOT_PRETRAINED, Recipe
 from experiments.comparisons.transfer_data import Halves, TransferData, decoded, read_images, split_halves
 from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, cpu_trainer
 from experiments.runner.jobs import Job
@@ -33,11 +33,11 @@ def _digest(weights: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Recipe):
     """Settings of one run; its ``config.yaml``."""
 
     method: str = option("lora", "key of the method", Role.RESULT | Role.PER_RUN)
-    phase: Literal["tune", "final"] = option(
+    phase: str = option(
         "final", "tune: trained on 800 images, evaluated on 200; final: on 1,000, evaluated on the others",
         Role.RESULT | Role.PER_RUN,
     )  # fmt: skip
@@ -45,18 +45,7 @@ class Run:
     seed: int = option(
         0, "of head, order of images and random parts of initialisations; not of the images", Role.RESULT | Role.PER_RUN
     )
-    epochs: int = option(6, "epochs of fine-tuning", Role.RESULT)
-    warmup_epochs: float = option(0.6, "epochs of linear warm-up", Role.RESULT)
-    batch_size: int = option(64, "images per step", Role.RESULT)
-    weight_decay: float = option(0.05, "AdamW's weight decay", Role.RESULT)
-    rank: int = option(4, "LoRA rank; EVA's mean rank per layer", Role.RESULT)
-    alpha: float = option(1.0, "LoRA's alpha", Role.RESULT)
-    eval_epochs: tuple[int, ...] = option((6,), "epochs after which the held-out images are evaluated", Role.RESULT)
-    split_seed: int = option(0, "which half of the classes, and which images", Role.RESULT)
-    train_images: int = option(1000, "images to fine-tune on", Role.RESULT)
-    validation_images: int = option(200, "how many of them are for tuning", Role.RESULT)
     weights: str = option("", "file of the pre-trained weights", Role.RESULT, identity=_digest)
-    root: str = option("", "folder of the images", Role.PLACE)
     cache: str = option("", "folder of decoded images", Role.PLACE)
 
 
@@ -72,16 +61,15 @@ def _images(
 ) -> tuple[SplitDataset, SplitDataset, int]:
     """Images to train on, images to evaluate on, and the number of classes; decoded once, read once per process."""
     found = halves(root, seed, train, validation)
-    pair = (found.tuning, found.validation) if phase == "tune" else (found.train, found.test)
-    first, second = (decoded(split, IMAGE_SIZE, Path(cache)) for split in pair)
+    first, second = (decoded(split, IMAGE_SIZE, Path(cache)) for split in found.of(phase))
     return first, second, found.classes[1]
 
 
 def build(job: Job) -> Work:
     """The work of a job whose settings are a :class:`Run`.
 
-    Its metrics: ``evaluations``, one mapping per evaluation (``epoch``, ``loss``, ``accuracy``, ``class_accuracy``), the
-    last one after training; ``trainable_parameters``; ``seconds`` of the processor, evaluations included; for EVA
+    Its metrics: ``evaluations``, one mapping per evaluation (``epoch``, ``loss``, ``accuracy``, ``class_accuracy``),
+    the last one after training; ``trainable_parameters``; ``seconds`` of the processor, evaluations included; for EVA
     ``ranks``, ``init_seconds`` and ``init_batches``.
     """
     run: Run = job.settings
