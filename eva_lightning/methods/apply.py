@@ -19,6 +19,7 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.methods.registry import DEFAULT_RHO, METHODS
 from eva_lightning.state import EVAState
+from eva_lightning.streaming_options import StreamingOptions
 
 
 @dataclass(frozen=True)
@@ -58,42 +59,34 @@ class AdapterOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        EVAInitCallback(**self._for_callback())  # which checks its values
+        self._callback(Where())  # which checks its values; a state is read when it is used
         check_number("lora_plus_ratio", self.lora_plus_ratio, above=0)
 
-    def callback(self, where: Where | None = None, use_dora: bool = False) -> EVAInitCallback:
+    def callback(self, where: Where, use_dora: bool = False) -> EVAInitCallback:
         """EVA's callback with these options.
 
         Raises:
             MissingInputError, InputError: The file of the given state is missing or damaged.
         """
-        where = where or Where()
-        return EVAInitCallback(
-            **self._for_callback(),
-            head=where.head,
-            exclude=where.exclude,
-            mask_fn=where.mask_fn,
-            use_dora=use_dora,
-            state=self.state,
-        )
+        return self._callback(where, use_dora, self.state)
 
-    def _for_callback(self) -> dict[str, Any]:
-        optional: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
-        return {
-            "rho": self.rho,
-            "rescale_alpha": self.rescale_alpha,
-            "r": self.rank,
-            "alpha": self.alpha,
-            "bias": self.bias,
-            "lora_dropout": self.dropout,
-            "tau": self.tau,
-            "delta": self.delta,
-            "metric": self.metric,
-            "init": self.init,
-            "seed": self.seed,
-            "adapter_only_checkpoints": True,
-            **optional,
-        }
+    def _callback(self, where: Where, use_dora: bool = False, state: Any = None) -> EVAInitCallback:
+        batches: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
+        return EVAInitCallback(
+            rho=self.rho,
+            r=self.rank,
+            alpha=self.alpha,
+            exclude=where.exclude,
+            lora={"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
+            head=where.head,
+            streaming=StreamingOptions(tau=self.tau, delta=self.delta, seed=self.seed, **batches),
+            metric=self.metric,
+            init=self.init,
+            rescale_alpha=self.rescale_alpha,
+            state=state,
+            adapter_only_checkpoints=True,
+            mask_fn=where.mask_fn,
+        )
 
 
 @dataclass(frozen=True)

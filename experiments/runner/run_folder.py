@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,13 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """One process works in the folder at a time; others wait here."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
+        lock = FileLock(self.path / ".lock")
+        with suppress(NotImplementedError):  # a file system that knows no locks
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def logging(self, terminal: bool = True) -> AbstractContextManager[None]:
         """Send log records to ``log.txt`` and, if `terminal`, ours to the terminal; exceptions that pass are logged."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -259,12 +260,16 @@ def _described(hint: Any) -> str:
     return _KINDS.get(hint, str(hint))
 
 
+#: How jsonargparse gives the value at fault: of one type, or of several.
+_GIVEN = re.compile(r"(?:Got value|Given value): (.*?)(?: - Expected|$)")
+
+
 def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     """jsonargparse's words as ours."""
     text = str(error)
     for name, hint in hints.items():
-        if text.startswith(f'Parser key "{name}":') and "Got value: " in text:
-            given = text.partition("Got value: ")[2].partition(" - Expected")[0]
+        if text.startswith(f'Parser key "{name}":') and (found := _GIVEN.search(text)):
+            given = found.group(1)
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
     if text.startswith("Option '") and text.endswith("is not accepted"):
         return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
