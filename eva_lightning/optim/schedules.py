@@ -9,12 +9,12 @@ Schedule = Callable[[int, int, int], float]
 """``schedule(step, warmup_steps, total_steps)``: the factor on the learning rate of step 0, 1, ..., total_steps - 1."""
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear from ``1 / warmup_steps`` to 1, then a half cosine towards 0 (EVA paper, section D.2)."""
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, lowest: float = 0.0) -> float:
+    """Linear from ``1 / warmup_steps`` to 1, then a half cosine towards `lowest` (EVA paper, section D.2)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def warmup_cosine_authors(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -1,6 +1,6 @@
 """The Decision Transformer: trajectories as sequences of returns, states, actions and rewards, actions predicted.
 
-Pure torch: nothing here knows of Lightning, of adapters or of an environment.
+Pure torch, without Lightning, adapters or environments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice, check_number
 
 #: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
 MODALITIES = ("return", "state", "action", "reward")
@@ -60,9 +60,8 @@ class Normalisation(nn.Module):
             raise InputError(
                 f"state_mean and state_std must be of one length, got {len(state_mean)} and {len(state_std)}"
             )
-        for name, value in (("return_scale", return_scale), ("reward_scale", reward_scale)):
-            if not value > 0:
-                raise InputError(f"{name} must be above 0, got {value}")
+        check_number("return_scale", return_scale, above=0)
+        check_number("reward_scale", reward_scale, above=0)
         std = torch.tensor(list(state_std), dtype=torch.float32).clamp(min=MINIMUM_STD)
         self.register_buffer("state_mean", torch.tensor(list(state_mean), dtype=torch.float32), persistent=False)
         self.register_buffer("state_std", std, persistent=False)
@@ -122,9 +121,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, T, width)`` to tokens ``(B, T, width)``, each seeing itself and those before it."""
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(x)  # each (B, heads, T, head_dim)
         dropout = self.dropout if self.training else 0.0
-        return self._rest(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, heads, T, head_dim)
+        return self._rest(x, attended)
 
     def extend(self, x: Tensor, cache: KeyValueCache, layer: int, last_only: bool = False) -> Tensor:
         """:meth:`forward` of the tokens that follow those in `cache`, which takes in their keys and values.
@@ -136,33 +136,31 @@ class Block(nn.Module):
             last_only: Give the last token alone, ``(B, 1, width)``: all that is needed behind the last layer.
         """
         n, length = x.shape[1], cache.length
-        q, k, v = self._heads(x)  # (B, heads, n, head_dim)
-        if length:
-            end = length + n
+        q, k, v = self._heads(x)  # each (B, heads, n, head_dim)
+        end = length + n
+        if cache.keys:
             cache.keys[layer][:, :, length:end] = k
             cache.values[layer][:, :, length:end] = v
-            k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
-        elif cache.keys:
-            cache.keys[layer][:, :, :n] = k
-            cache.values[layer][:, :, :n] = v
+        if length:
+            k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # (B, heads, length + n, head_dim)
         if last_only:
-            return self._rest(x[:, -1:], F.scaled_dot_product_attention(q[:, :, -1:], k, v))
+            return self._rest(x[:, -1:], F.scaled_dot_product_attention(q[:, :, -1:], k, v))  # (B, 1, width)
         if not length:
-            return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        seen = torch.ones(n, length + n, dtype=torch.bool, device=x.device).tril(length)
-        return self._rest(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+            return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))  # (B, n, width)
+        seen = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(length)  # (n, length + n)
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))  # (B, n, width)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, t, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads)
+        qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads)  # (B, T, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, head_dim)
         return q, k, v
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
-        attended = attended.transpose(1, 2).reshape(x.shape)
-        x = x + F.dropout(self.proj(attended), self.dropout, self.training)
-        hidden = F.gelu(self.fc1(self.norm2(x)), approximate="tanh")
-        return x + F.dropout(self.fc2(hidden), self.dropout, self.training)
+        attended = attended.transpose(1, 2).reshape(x.shape)  # (B, heads, T, head_dim) -> (B, T, width)
+        x = x + F.dropout(self.proj(attended), self.dropout, self.training)  # (B, T, width)
+        hidden = F.gelu(self.fc1(self.norm2(x)), approximate="tanh")  # (B, T, 4 width)
+        return x + F.dropout(self.fc2(hidden), self.dropout, self.training)  # (B, T, width)
 
 
 class DecisionTransformer(nn.Module):
@@ -218,23 +216,16 @@ class DecisionTransformer(nn.Module):
         max_timesteps: int = 500,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("state_dim", state_dim),
-            ("action_dim", action_dim),
-            ("width", width),
-            ("layers", layers),
-            ("heads", heads),
-            ("context", context),
-            ("max_timesteps", max_timesteps),
-        ):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        sizes = {
+            "state_dim": state_dim, "action_dim": action_dim, "width": width, "layers": layers, "heads": heads,
+            "context": context, "max_timesteps": max_timesteps,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            check_number(name, size, at_least=1, whole=True)
         if width % heads:
             raise InputError(f"heads must divide width {width}, got {heads}")
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {dropout}")
-        if positions not in POSITIONS:
-            raise InputError(unknown("positions", positions, POSITIONS))
+        check_number("dropout", dropout, at_least=0, below=1)
+        check_choice("positions", positions, POSITIONS)
         self.state_dim, self.action_dim = state_dim, action_dim
         self.width, self.heads, self.context, self.dropout = width, heads, context, dropout
         self.positions = positions
@@ -287,19 +278,20 @@ class DecisionTransformer(nn.Module):
         x = self.place(x.flatten(1, 2), timesteps)  # (B, 4K, width)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            x = block(x)
-        predicted: Tensor = self.predict_action(self.norm(x[:, STATE_TOKEN::TOKENS_PER_STEP]))
+            x = block(x)  # (B, 4K, width)
+        x = self.norm(x[:, STATE_TOKEN::TOKENS_PER_STEP])  # (B, K, width), the states' tokens
+        predicted: Tensor = self.predict_action(x)  # (B, K, action_dim)
         return predicted if mask is None else predicted * mask.unsqueeze(-1)
 
     def embed_steps(self, states: Tensor, actions: Tensor, rewards: Tensor, returns_to_go: Tensor) -> Tensor:
         """Tokens ``(B, K, 4, width)`` of ``K`` steps, not yet placed."""
         tokens = (
-            self.embed_return(returns_to_go.unsqueeze(-1)),
-            self.embed_state(states),
-            self.embed_action(actions),
-            self.embed_reward(rewards.unsqueeze(-1)),
+            self.embed_return(returns_to_go.unsqueeze(-1)),  # (B, K) -> (B, K, width)
+            self.embed_state(states),  # (B, K, state_dim) -> (B, K, width)
+            self.embed_action(actions),  # (B, K, action_dim) -> (B, K, width)
+            self.embed_reward(rewards.unsqueeze(-1)),  # (B, K) -> (B, K, width)
         )
-        embedded: Tensor = self.embed_norm(torch.stack(tokens, dim=2))
+        embedded: Tensor = self.embed_norm(torch.stack(tokens, dim=2))  # (B, K, 4, width)
         return embedded
 
     def place(self, tokens: Tensor, timesteps: Tensor | None = None, start: int = 0) -> Tensor:
@@ -312,11 +304,11 @@ class DecisionTransformer(nn.Module):
         if end > TOKENS_PER_STEP * self.context:
             raise InputError(f"a window must have at most {self.context} steps, got {-(-end // TOKENS_PER_STEP)}")
         if self.positions == "global":
-            return tokens + self.embed_position.weight[start:end]
+            return tokens + self.embed_position.weight[start:end]  # (B, T, width) + (T, width)
         if timesteps is None:
             raise InputError("a model with positions='timestep' needs the timesteps of the window")
-        steps = timesteps.repeat_interleave(TOKENS_PER_STEP, dim=1)[:, start % TOKENS_PER_STEP :]
-        placed: Tensor = tokens + self.embed_position(steps[:, : tokens.shape[1]])
+        steps = timesteps.repeat_interleave(TOKENS_PER_STEP, dim=1)[:, start % TOKENS_PER_STEP :]  # (B, at least T)
+        placed: Tensor = tokens + self.embed_position(steps[:, : tokens.shape[1]])  # (B, T, width)
         return placed
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
@@ -342,7 +334,7 @@ class DecisionTransformer(nn.Module):
             assert isinstance(block, Block)
             x = block.extend(x, past, layer, last_only=layer == len(self.blocks) - 1)
         past.length += tokens.shape[1]
-        predicted: Tensor = self.predict_action(self.norm(x[:, -1]))
+        predicted: Tensor = self.predict_action(self.norm(x[:, -1]))  # (B, width) -> (B, action_dim)
         return predicted
 
     def training_flops(self, batch_size: int, steps: int | None = None) -> float:

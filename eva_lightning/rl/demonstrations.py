@@ -1,8 +1,8 @@
 """Demonstrations on disk: one compressed ``.npz`` file per task and ``index.json``, which says what is in them.
 
-A file appears under a name that the index does not use yet, then the index is replaced, then the old file goes: who
-reads at any moment, or after a crash at any moment, finds an index and the very files it describes. The same
-demonstrations give the same bytes.
+A new file gets a name that the index does not use yet; then the index is replaced; then the old file is deleted. A
+reader at any moment, or after a crash at any moment, finds an index and the files it describes. The same demonstrations
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.files import replacing, write_json
+from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
 
 INDEX = "index.json"
 _FORMAT = 1
@@ -101,7 +99,7 @@ def join(parts: list[TaskDemonstrations]) -> TaskDemonstrations:
 
 @dataclass(frozen=True)
 class DemonstrationMeta:
-    """How demonstrations came about: what two collections must share to be of one kind.
+    """How demonstrations were made: what two collections must share to be put together.
 
     Attributes:
         noise: Standard deviation of the Gaussian noise on the expert's actions.
@@ -235,7 +233,7 @@ def decode(task: str, content: bytes) -> TaskDemonstrations:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return TaskDemonstrations(task, **{name: arrays[name] for name in _ARRAYS})
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"not a file of demonstrations of {task}: {error}") from error
 
 
@@ -255,7 +253,7 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
     Args:
         folder: Folder of demonstrations, created if needed.
         demonstrations: At least one episode.
-        meta: How they came about.
+        meta: How they were made.
 
     Raises:
         InputError: There is no episode, or the folder's index is damaged.
@@ -284,24 +282,10 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
         max_return=float(returns.max()),
         versions=dict(meta.versions),
     )
-    write_atomically(folder / name, content)
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(content)
     tasks[task] = entry
-    index: dict[str, Any] = {"format": _FORMAT, "tasks": {name: asdict(tasks[name]) for name in sorted(tasks)}}
-    write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    write_json(folder / INDEX, {"format": _FORMAT, "tasks": {name: asdict(tasks[name]) for name in sorted(tasks)}})
     if before is not None and before.file != name:
         (folder / before.file).unlink(missing_ok=True)
     return entry
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds what it held before, or all of it, even if the machine stops meanwhile."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -10,25 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import metaworld
+import mujoco
 import numpy as np
 import numpy.typing as npt
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.types import Task
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.tasks import resolve_task
-
-if TYPE_CHECKING:
-    from metaworld.types import Task
-
-#: Steps of an episode, as in the paper.
-HORIZON = 200
-#: Steps after which metaworld itself refuses to go on.
-MAX_HORIZON = 500
-STATE_DIM = 39
-ACTION_DIM = 4
+from eva_lightning.rl.tasks import ACTION_DIM, HORIZON, MAX_SEED, check_horizon, resolve_task
 
 _CAMERA = "corner2"
 
@@ -75,14 +68,12 @@ class MetaWorldEnvironment:
     ) -> None:
         self.task = resolve_task(task)
         check_horizon(horizon)
-        if split not in ("train", "eval"):
-            raise InputError(f"split must be train or eval, got {split!r}")
-        if not 0 <= seed < 2**31:
-            raise InputError(f"seed must be at least 0 and below 2^31, got {seed}")
-        if render_size is not None and render_size < 1:
-            raise InputError(f"render_size must be at least 1, got {render_size}")
-        if render_size is not None and rendering_backend() is None:
-            raise InputError(no_video_reason())
+        check_choice("split", split, ("train", "eval"))
+        check_number("seed", seed, at_least=0, below=MAX_SEED, whole=True)
+        if render_size is not None:
+            check_number("render_size", render_size, at_least=1, whole=True)
+            if rendering_backend() is None:
+                raise InputError(no_video_reason())
         self.horizon = horizon
         self._goals = _goals(self.task, 2 * seed + (split == "eval"))
         self.n_goals = len(self._goals)
@@ -148,20 +139,8 @@ class MetaWorldEnvironment:
     def __enter__(self) -> MetaWorldEnvironment:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def check_horizon(horizon: int) -> None:
-    """Refuse a number of steps that an episode cannot have.
-
-    Raises:
-        InputError: `horizon` is below 1 or above 500.
-    """
-    if not 1 <= horizon <= MAX_HORIZON:
-        raise InputError(f"horizon must be from 1 to {MAX_HORIZON} (metaworld's limit), got {horizon}")
 
 
 def forget_goals() -> None:
@@ -170,38 +149,26 @@ def forget_goals() -> None:
 
 
 def _make(task: str, render_size: int | None) -> Any:
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
     kind = ALL_V3_ENVIRONMENTS[task]
     if render_size is None:
         return kind(reward_function_version="v2")
-    return kind(
-        reward_function_version="v2",
-        render_mode="rgb_array",
-        camera_name=_CAMERA,
-        width=render_size,
-        height=render_size,
-    )
+    camera = {"render_mode": "rgb_array", "camera_name": _CAMERA, "width": render_size, "height": render_size}
+    return kind(reward_function_version="v2", **camera)
 
 
 @functools.lru_cache(maxsize=128)
 def _goals(task: str, seed: int) -> tuple[Task, ...]:
     """The goals of ``MT1(task, seed=seed)``.
 
-    MT1 moves the arm to its place before it draws each goal, which is 1.3 of its 1.6 seconds. No draw depends on that:
-    here the arm stays where it is. All 50 tasks were compared once, the tests compare some.
+    MT1 moves the arm to its place before it draws each goal, which takes 1.3 of its 1.6 seconds. No draw depends on
+    that: here the arm stays where it is. All 50 tasks were compared once; the tests compare some.
     """
-    import metaworld
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
     with _arm_at_rest(ALL_V3_ENVIRONMENTS[task]):
         return tuple(metaworld.MT1(task, seed=seed).train_tasks)
 
 
 @contextlib.contextmanager
 def _arm_at_rest(kind: Any) -> Iterator[None]:
-    import mujoco
-
     def stay(self: Any, steps: int = 50) -> None:
         mujoco.mj_forward(self.model, self.data)
         self.init_tcp = self.tcp_center

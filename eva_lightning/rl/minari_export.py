@@ -15,13 +15,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import gymnasium
+import minari
 import numpy as np
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.storage import get_dataset_path
 from rich.console import Console
 from rich.progress import track
 
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
-from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
 
 _VARIABLE = "MINARI_DATASETS_PATH"
 
@@ -50,8 +53,6 @@ def export_minari(
         MissingInputError: A task was not collected.
         InputError: A file of demonstrations is damaged, or a task is unknown.
     """
-    from minari.storage import get_dataset_path
-
     entries = [(resolve_task(task), index[resolve_task(task)]) for task in tasks]
     root = Path(get_dataset_path() if path is None else path).resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -69,10 +70,6 @@ def export_minari(
 
 
 def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> None:
-    import gymnasium
-    import minari
-    from minari.data_collector.episode_buffer import EpisodeBuffer
-
     buffers = []
     for number in range(len(demonstrations)):
         ends = np.zeros(demonstrations.horizon, dtype=np.bool_)

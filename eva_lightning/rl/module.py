@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torchmetrics import MeanMetric
 
-from eva_lightning.errors import InputError, MissingInputError, unknown
+from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
+from eva_lightning.files import replacing
+from eva_lightning.optim.parameter_groups import parameter_groups
+from eva_lightning.optim.schedules import warmup_cosine
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 
 Batch = Mapping[str, Tensor]
@@ -20,14 +23,6 @@ Batch = Mapping[str, Tensor]
 #: Hyper-parameters that say what the weights are for; a checkpoint cannot be used with others.
 ARCHITECTURE = ("state_dim", "action_dim", "width", "layers", "heads", "positions", "max_timesteps")
 NORMALISATION = ("state_mean", "state_std", "return_scale", "reward_scale")
-
-
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int, lowest: float) -> float:
-    """Factor on the learning rate: linear from ``1 / warmup_steps`` to 1, then a half cosine down to `lowest`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class DecisionTransformerModule(L.LightningModule):
@@ -94,12 +89,12 @@ class DecisionTransformerModule(L.LightningModule):
             raise InputError(
                 f"state_mean and state_std must have {state_dim} values, got {len(state_mean)} and {len(state_std)}"
             )
-        if not 0 <= min_lr <= lr:
-            raise InputError(f"min_lr must be between 0 and lr {lr}, got {min_lr}")
-        if weight_decay < 0 or warmup_steps < 0:
-            raise InputError(f"weight_decay and warmup_steps must be at least 0, got {weight_decay}, {warmup_steps}")
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise InputError(f"gradient_clip must be above 0 or None, got {gradient_clip}")
+        check_number("lr", lr, above=0)
+        check_number("min_lr", min_lr, at_least=0, at_most=lr)
+        check_number("weight_decay", weight_decay, at_least=0)
+        check_number("warmup_steps", warmup_steps, at_least=0, whole=True)
+        if gradient_clip is not None:
+            check_number("gradient_clip", gradient_clip, above=0)
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.min_lr = lr, weight_decay, min_lr
         self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
@@ -108,7 +103,7 @@ class DecisionTransformerModule(L.LightningModule):
         self.model = DecisionTransformer(
             state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps
         )
-        self._validation: dict[int, Tensor] = {}
+        self._validation: dict[int, MeanMetric] = {}
 
     @property
     def context(self) -> int:
@@ -130,6 +125,10 @@ class DecisionTransformerModule(L.LightningModule):
         """Which tokens count, ``(B, 4K)`` bool: EVA's ``mask_fn``, leaving padding out of the decomposition."""
         return token_mask(batch["mask"])
 
+    def reset_parameters(self) -> None:
+        """Draw new weights; the normalisation stays."""
+        self.model.load_state_dict(type(self)(**self.hparams).model.state_dict())
+
     def forward(self, batch: Batch) -> Tensor:
         """Predicted actions ``(B, K, action_dim)`` of a batch in raw units."""
         predicted: Tensor = self.model(
@@ -149,10 +148,10 @@ class DecisionTransformerModule(L.LightningModule):
 
     def _squared_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of each window: sum of squared errors and number of values, ``(B,)`` each."""
-        mask = batch["mask"]
+        mask = batch["mask"]  # (B, K)
         # in fp32 also where the network computes in bf16: its 8 bits are too few for small differences
-        error = self(batch).float() - batch.get("target_actions", batch["actions"]).float()
-        squared = (error.square() * mask.unsqueeze(-1)).sum(dim=(1, 2))
+        error = self(batch).float() - batch.get("target_actions", batch["actions"]).float()  # (B, K, action_dim)
+        squared = (error.square() * mask.unsqueeze(-1)).sum(dim=(1, 2))  # (B,)
         return squared, mask.sum(dim=1) * error.shape[-1]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -162,42 +161,38 @@ class DecisionTransformerModule(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums over."""
+        """Start the means over."""
         self._validation = {}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up squared errors per task."""
+        """Add to the mean of each task."""
         squared, count = self._squared_errors(batch)
         tasks = batch.get("task")
         if tasks is None:
             tasks = torch.full_like(count, dataloader_idx)
         for index in tasks.unique().tolist():
-            sums = torch.stack((squared[tasks == index].sum().double(), count[tasks == index].sum().double()))
-            self._validation[index] = self._validation.get(index, 0) + sums
+            if index not in self._validation:
+                self._validation[index] = MeanMetric().set_dtype(torch.float64).to(self.device)
+            chosen, values = squared[tasks == index].double(), count[tasks == index].double()
+            self._validation[index].update(chosen / values.clamp(min=1), values)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss of each task and their mean."""
-        losses = {}
         names = getattr(getattr(self.trainer, "datamodule", None), "tasks", ())
-        for index, sums in sorted(self._validation.items()):
-            squared, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        losses = {}
+        for index, mean in sorted(self._validation.items()):
             name = names[index] if index < len(names) else str(index)
-            losses[f"val_loss/{name}"] = (squared / count).float()
+            losses[f"val_loss/{name}"] = mean.compute().float()
         if losses:
-            mean = torch.stack(list(losses.values())).mean()
             self.log_dict(losses)
-            self.log("val_loss", mean, prog_bar=True)
+            self.log("val_loss", torch.stack(list(losses.values())).mean(), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters and a learning rate set per step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(self.warmup_steps, total // 10)
-        by_factor: dict[float, list[torch.nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                factor = 1.0 if self.lr_multipliers is None else self.lr_multipliers(name)
-                by_factor.setdefault(factor, []).append(parameter)
-        groups = [{"params": parameters, "lr": self.lr * factor} for factor, parameters in by_factor.items()]
+        multipliers = () if self.lr_multipliers is None else (self.lr_multipliers,)
+        groups = parameter_groups(self.named_parameters(), self.lr, self.weight_decay, multipliers=multipliers)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         lowest = self.min_lr / self.lr
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, lowest))
@@ -230,23 +225,7 @@ class DecisionTransformerModule(L.LightningModule):
         """
         found = read_checkpoint(checkpoint)
         hparams, weights = dict(found["hyper_parameters"]), dict(found["state_dict"])
-        for name, value in overrides.items():
-            if name not in hparams:
-                raise InputError(unknown("hyper-parameter", name, hparams))
-            if name in ARCHITECTURE and value != hparams[name]:
-                raise InputError(
-                    f"{checkpoint} is of another architecture: {name} must be {hparams[name]}, got {value}"
-                )
-            if name in NORMALISATION and not _close(value, hparams[name]):
-                raise InputError(
-                    f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "
-                    f"expected {_short(hparams[name])}, got {_short(value)}"
-                )
-        context = overrides.get("context", hparams["context"])
-        if context > hparams["context"]:
-            raise InputError(
-                f"context must be at most the {hparams['context']} steps of {checkpoint}'s training, got {context}"
-            )
+        _check_overrides(checkpoint, hparams, overrides)
         module = cls(**{**hparams, **overrides})
         positions = "model.embed_position.weight"
         if positions in weights:
@@ -263,6 +242,23 @@ class DecisionTransformerModule(L.LightningModule):
             )
         module.load_state_dict(weights)
         return module
+
+
+def _check_overrides(checkpoint: str | Path, hparams: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    for name, value in overrides.items():
+        if name not in hparams:
+            raise InputError(unknown("hyper-parameter", name, hparams))
+        if name in ARCHITECTURE and value != hparams[name]:
+            raise InputError(f"{checkpoint} is of another architecture: {name} must be {hparams[name]}, got {value}")
+        if name in NORMALISATION and not _close(value, hparams[name]):
+            raise InputError(
+                f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "
+                f"expected {_short(hparams[name])}, got {_short(value)}"
+            )
+        if name == "context" and value > hparams[name]:
+            raise InputError(
+                f"context must be at most the {hparams[name]} steps of {checkpoint}'s training, got {value}"
+            )
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -305,18 +301,15 @@ def save_weights(
     Returns:
         The file.
     """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "state_dict": {name: value.detach().cpu().to(dtype) for name, value in module.state_dict().items()},
         "hyper_parameters": dict(module.hparams),
         "about": dict(about or {}),
         "pytorch-lightning_version": L.__version__,
     }
-    temporary = file.with_name(file.name + ".part")
-    torch.save(content, temporary)
-    temporary.replace(file)
-    return file
+    with replacing(file) as temporary:
+        torch.save(content, temporary)
+    return Path(file)
 
 
 def _close(first: Any, second: Any) -> bool:

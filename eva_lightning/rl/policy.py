@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.rl.decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
 from eva_lightning.rl.module import DecisionTransformerModule
 
@@ -62,12 +62,9 @@ class DecisionTransformerPolicy:
         context: int | None = None,
     ) -> None:
         context = module.context if context is None else context
-        if n_environments < 1:
-            raise InputError(f"n_environments must be at least 1, got {n_environments}")
-        if mode not in get_args(Mode):
-            raise InputError(unknown("mode", mode, get_args(Mode)))
-        if not 1 <= context <= module.context:
-            raise InputError(f"context must be between 1 and the {module.context} steps of training, got {context}")
+        check_number("n_environments", n_environments, at_least=1, whole=True)
+        check_choice("mode", mode, get_args(Mode))
+        check_number("context", context, at_least=1, at_most=module.context, whole=True)  # the steps of training
         target = np.asarray(target_return, dtype=np.float64)
         if target.shape not in ((), (n_environments,)) or not np.isfinite(target).all():
             raise InputError(f"target_return must be one finite number or {n_environments}, got {target_return}")

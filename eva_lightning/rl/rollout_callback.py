@@ -7,19 +7,18 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
-from eva_lightning.errors import InputError
-from eva_lightning.rl.environments import HORIZON, check_horizon
+from eva_lightning.errors import InputError, check_number
 from eva_lightning.rl.policy import Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.rollouts import RolloutResult, evaluate
+from eva_lightning.rl.tasks import HORIZON, check_horizon, resolve_task
 from eva_lightning.rl.video import write_video
-
-if TYPE_CHECKING:
-    from eva_lightning.rl.rollouts import RolloutResult
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -73,13 +72,9 @@ class RolloutCallback(L.Callback):
         if not self.tasks:
             raise InputError("tasks must name at least one task, got none")
         check_horizon(horizon)
-        for name, value, lowest in (
-            ("episodes", episodes, 1),
-            ("every_n_steps", every_n_steps, 1),
-            ("video", video, 0),
-        ):
-            if value < lowest:
-                raise InputError(f"{name} must be at least {lowest}, got {value}")
+        check_number("episodes", episodes, at_least=1, whole=True)
+        check_number("every_n_steps", every_n_steps, at_least=1, whole=True)
+        check_number("video", int(video), at_least=0, whole=True)
         self.target_returns = {resolve_task(task): float(value) for task, value in target_returns.items()}
         missing = [task for task in self.tasks if task not in self.target_returns]
         if missing:
@@ -117,8 +112,6 @@ class RolloutCallback(L.Callback):
         return self._last_step < 0 or step // self.every_n_steps > self._last_step // self.every_n_steps
 
     def _roll_out(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        from eva_lightning.rl.rollouts import evaluate
-
         film = self._films(trainer)
         values: dict[str, float] = {}
         for task in self.tasks:
@@ -158,8 +151,6 @@ def log_video(trainer: L.Trainer, key: str, episodes: Sequence[Any]) -> None:
 
 
 def _takes_videos(logger: Any) -> str | None:
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-
     if isinstance(logger, WandbLogger):
         return "wandb"
     return "tensorboard" if isinstance(logger, TensorBoardLogger) else None
@@ -173,8 +164,6 @@ def _log_to_wandb(logger: Any, key: str, file: Path, step: int) -> None:
 
 
 def _log_to_tensorboard(logger: Any, key: str, file: Path, step: int) -> None:
-    from PIL import Image
-
     try:
         messages = importlib.import_module("tensorboard.compat.proto.summary_pb2")
     except ImportError:

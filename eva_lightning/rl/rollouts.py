@@ -6,28 +6,30 @@ ends, so success at the last step is kept too; it is lower.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from rich.progress import Progress
 
-from eva_lightning.errors import InputError
-from eva_lightning.rl.environments import HORIZON, MetaWorldEnvironment, check_horizon
+from eva_lightning.errors import InputError, check_number
+from eva_lightning.processes import process_pool
+from eva_lightning.rl.environments import MetaWorldEnvironment
+from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy, Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.tasks import HORIZON, check_horizon, resolve_task
 from eva_lightning.side_effects import isolated_rng, observing
 
-if TYPE_CHECKING:
-    from eva_lightning.rl.module import DecisionTransformerModule
-
 Frames = npt.NDArray[np.uint8]
-"""One episode's pictures, ``(T, H, W, 3)``."""
+"""Frames of one episode, ``(T, H, W, 3)``."""
+
+Advance = Callable[[int], None]
+"""Told how many simulator steps were taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class RolloutResult:
         returns: ``(N,)`` float64, undiscounted sum of rewards.
         steps: Simulator steps taken in all.
         seconds: Wall-clock time, without building the environments.
-        frames: Pictures of the first episodes, if any were wanted: one before each step, and the last.
+        frames: Of the first episodes, if any were wanted: one frame before each step, and the last.
     """
 
     task: str
@@ -61,12 +63,6 @@ class RolloutResult:
         return float(self.successes.mean())
 
     @property
-    def success_stderr(self) -> float:
-        """Standard error of `success_rate`, ``sqrt(p (1 - p) / N)``; 0 says no more than that all N were alike."""
-        rate = self.success_rate
-        return float(np.sqrt(rate * (1 - rate) / len(self)))
-
-    @property
     def final_success_rate(self) -> float:
         """Share of the episodes solved at the last step."""
         return float(self.final_successes.mean())
@@ -76,10 +72,33 @@ class RolloutResult:
         """Mean return."""
         return float(self.returns.mean())
 
-    @property
-    def return_stderr(self) -> float:
-        """Standard error of `mean_return`; NaN for a single episode."""
-        return float(self.returns.std(ddof=1) / np.sqrt(len(self))) if len(self) > 1 else float("nan")
+    @classmethod
+    def join(cls, parts: Sequence[RolloutResult], seconds: float) -> RolloutResult:
+        """The episodes of all `parts`, which are of one task, in order."""
+        return cls(
+            parts[0].task,
+            np.concatenate([part.successes for part in parts]),
+            np.concatenate([part.final_successes for part in parts]),
+            np.concatenate([part.returns for part in parts]),
+            sum(part.steps for part in parts),
+            seconds,
+            [frames for part in parts for frames in part.frames],
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What :func:`evaluate` is asked for; see there."""
+
+    task: str
+    target_return: float
+    seed: int
+    mode: Mode
+    context: int | None
+    environments: int
+    horizon: int
+    video_episodes: int
+    video_size: int
 
 
 def evaluate(
@@ -98,7 +117,7 @@ def evaluate(
     video_size: int = 240,
     progress: bool = False,
 ) -> RolloutResult:
-    """Roll out `module` on evaluation goals and say how it went.
+    """Roll out `module` on evaluation goals.
 
     Episode i has evaluation goal i of `seed` (modulo 50) and the policy has no randomness: the same arguments give the
     same episodes, with any number of environments and workers up to rounding in the batched network. Nothing of the
@@ -115,141 +134,99 @@ def evaluate(
         horizon: Steps per episode, at most 500.
         workers: Processes, each with environments and a copy of the module on the CPU; 0 for this process. Pays with
             more cores than the network uses.
-        video_episodes: Record so many of the first episodes, where this machine can draw.
+        video_episodes: Record so many of the first episodes, where this machine can render.
         video_size: Height and width of their frames, in pixels.
         progress: Show a progress bar.
 
     Raises:
-        InputError: An argument is out of range, or video is wanted and this machine cannot draw.
+        InputError: An argument is out of range, or video is wanted and this machine cannot render.
     """
     task = resolve_task(task)
     check_horizon(horizon)
-    for name, value, lowest in (
-        ("episodes", episodes, 1),
-        ("environments", environments, 1),
-        ("workers", workers, 0),
-        ("video_episodes", video_episodes, 0),
-    ):
-        if value < lowest:
-            raise InputError(f"{name} must be at least {lowest}, got {value}")
+    for name, value, least in (("episodes", episodes, 1), ("environments", environments, 1), ("workers", workers, 0)):
+        check_number(name, value, at_least=least, whole=True)
+    check_number("video_episodes", video_episodes, at_least=0, whole=True)
     if video_episodes and rendering_backend() is None:
         raise InputError(no_video_reason())
-    video = min(video_episodes, episodes)
-    order = list(range(episodes))
-    options: dict[str, Any] = {
-        "target_return": target_return, "seed": seed, "mode": mode, "context": context, "environments": environments,
-        "horizon": horizon, "video_episodes": video, "video_size": video_size,
-    }  # fmt: skip
+    plan = _Plan(task, target_return, seed, mode, context, environments, horizon, video_episodes, video_size)
     with _progress_bar(progress, task, episodes * horizon) as advance:
         if workers == 0 or episodes == 1:
-            parts = [_roll_out(module, task, order, advance=advance, **options)]
-        else:
-            shares = [share.tolist() for share in np.array_split(order, min(workers, episodes))]
-            parts = _in_processes(module, task, shares, options, advance)
-    return RolloutResult(
-        task,
-        np.concatenate([part.successes for part in parts]),
-        np.concatenate([part.final_successes for part in parts]),
-        np.concatenate([part.returns for part in parts]),
-        sum(part.steps for part in parts),
-        max(part.seconds for part in parts),
-        [frames for part in parts for frames in part.frames],
-    )
+            return _roll_out(module, plan, range(episodes), advance)
+        shares = [share.tolist() for share in np.array_split(range(episodes), min(workers, episodes))]
+        parts = _in_processes(module, plan, shares, advance)
+    return RolloutResult.join(parts, max(part.seconds for part in parts))
 
 
 def _roll_out(
-    module: DecisionTransformerModule,
-    task: str,
-    order: Sequence[int],
-    *,
-    target_return: float,
-    seed: int,
-    mode: Mode,
-    context: int | None,
-    environments: int,
-    horizon: int,
-    video_episodes: int,
-    video_size: int,
-    advance: Callable[[int], None],
+    module: DecisionTransformerModule, plan: _Plan, episodes: Sequence[int], advance: Advance
 ) -> RolloutResult:
-    """The episodes `order`, in this process."""
-    count = min(environments, len(order))
-    successes, final = np.zeros(len(order), bool), np.zeros(len(order), bool)
-    returns = np.zeros(len(order))
-    frames: list[Frames] = []
-    filmed = sum(episode < video_episodes for episode in order)
+    """Some of the episodes, by number, in this process."""
+    count = min(plan.environments, len(episodes))
+    filmed = sum(episode < plan.video_episodes for episode in episodes)
     with ExitStack() as stack:
         # a module that trains comes with its modes, and metaworld draws from NumPy's global generator
         stack.enter_context(isolated_rng())
         stack.enter_context(observing(module))
         # checks target and context before anything is built
-        policy = DecisionTransformerPolicy(module, count, target_return, mode, context)
+        policy = DecisionTransformerPolicy(module, count, plan.target_return, plan.mode, plan.context)
         envs = []
         for index in range(count):
-            size = video_size if index < filmed else None
-            env = MetaWorldEnvironment(task, seed=seed, split="eval", horizon=horizon, render_size=size)
+            size = plan.video_size if index < filmed else None
+            env = MetaWorldEnvironment(plan.task, seed=plan.seed, split="eval", horizon=plan.horizon, render_size=size)
             envs.append(stack.enter_context(env))
         started = time.perf_counter()
-        for first in range(0, len(order), count):
-            chunk = list(range(first, min(first + count, len(order))))
+        parts = []
+        for first in range(0, len(episodes), count):
+            chunk = episodes[first : first + count]
             if len(chunk) < policy.n_environments:
-                policy = DecisionTransformerPolicy(module, len(chunk), target_return, mode, context)
-            policy.reset()
-            observations = np.stack([env.reset(order[i]) for env, i in zip(envs, chunk, strict=False)])
-            rewards: npt.NDArray[np.float64] | None = None
-            films: list[list[Frames]] = [[envs[k].render()] for k, i in enumerate(chunk) if i < filmed]
-            for _ in range(horizon):
-                actions = policy.act(observations, rewards)
-                rewards = np.empty(len(chunk))
-                for k, i in enumerate(chunk):
-                    observations[k], rewards[k], solved, _ = envs[k].step(actions[k])
-                    successes[i] |= solved
-                    final[i] = solved
-                    if k < len(films):
-                        films[k].append(envs[k].render())
-                returns[chunk] += rewards
-                advance(len(chunk))
-            frames += [np.stack(film) for film in films]
-        seconds = time.perf_counter() - started
-    return RolloutResult(task, successes, final, returns, len(order) * horizon, seconds, frames)
+                policy = DecisionTransformerPolicy(module, len(chunk), plan.target_return, plan.mode, plan.context)
+            parts.append(_lock_step(policy, envs[: len(chunk)], chunk, plan, advance))
+        return RolloutResult.join(parts, time.perf_counter() - started)
+
+
+def _lock_step(
+    policy: DecisionTransformerPolicy,
+    envs: Sequence[MetaWorldEnvironment],
+    episodes: Sequence[int],
+    plan: _Plan,
+    advance: Advance,
+) -> RolloutResult:
+    """One episode in each environment."""
+    n = len(envs)
+    successes, final = np.zeros(n, bool), np.zeros(n, bool)
+    returns = np.zeros(n)
+    policy.reset()
+    observations = np.stack([env.reset(episode) for env, episode in zip(envs, episodes, strict=True)])  # (n, 39)
+    rewards: npt.NDArray[np.float64] | None = None
+    films = [[env.render()] for env, number in zip(envs, episodes, strict=True) if number < plan.video_episodes]
+    for _ in range(plan.horizon):
+        actions = policy.act(observations, rewards)  # (n, 4)
+        rewards = np.empty(n)
+        for k, env in enumerate(envs):
+            observations[k], rewards[k], final[k], _ = env.step(actions[k])
+            if k < len(films):  # the first episodes are filmed
+                films[k].append(env.render())
+        successes |= final
+        returns += rewards
+        advance(n)
+    frames = [np.stack(film) for film in films]
+    return RolloutResult(plan.task, successes, final, returns, n * plan.horizon, 0.0, frames)
 
 
 def _in_processes(
-    module: DecisionTransformerModule,
-    task: str,
-    shares: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    advance: Callable[[int], None],
+    module: DecisionTransformerModule, plan: _Plan, shares: Sequence[Sequence[int]], advance: Advance
 ) -> list[RolloutResult]:
-    """One process per share; all are ended, whatever happens here."""
-    import copy
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
+    """One process per share, with a copy of the module on the CPU."""
     twin = copy.deepcopy(_without_trainer(module)).cpu()
-    # fork would copy the simulator's and CUDA's threads half-dead
-    pool = ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn"), _one_thread)
-    try:
-        futures = {pool.submit(_share, twin, task, share, options): i for i, share in enumerate(shares)}
-        for future in as_completed(futures):
+    with process_pool(len(shares)) as pool:
+        futures = [pool.submit(_share, twin, plan, share) for share in shares]
+        for future in futures:
             advance(future.result().steps)
         return [future.result() for future in futures]
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _share(
-    module: DecisionTransformerModule, task: str, order: Sequence[int], options: dict[str, Any]
-) -> RolloutResult:
-    return _roll_out(module, task, order, advance=lambda _: None, **options)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _share(module: DecisionTransformerModule, plan: _Plan, episodes: Sequence[int]) -> RolloutResult:
+    return _roll_out(module, plan, episodes, lambda steps: None)
 
 
 def _without_trainer(module: DecisionTransformerModule) -> DecisionTransformerModule:
@@ -263,27 +240,9 @@ def _without_trainer(module: DecisionTransformerModule) -> DecisionTransformerMo
     return twin
 
 
-class _progress_bar:
-    """A rich progress bar over simulator steps, or nothing; gives a function that moves it on."""
-
-    def __init__(self, wanted: bool, task: str, total: int) -> None:
-        self._wanted, self._task, self._total = wanted, task, total
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bar: Any = None
-        if not self._wanted:
-            return lambda steps: None
-        from rich.progress import Progress
-
-        self._bar = Progress(transient=True)
-        self._bar.start()
-        row = self._bar.add_task(f"roll-outs of {self._task}", total=self._total)
-
-        def advance(steps: int) -> None:
-            self._bar.advance(row, steps)
-
-        return advance
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+@contextmanager
+def _progress_bar(shown: bool, task: str, steps: int) -> Iterator[Advance]:
+    """A progress bar over simulator steps, or none; gives a function that moves it on."""
+    with Progress(transient=True, disable=not shown) as bar:
+        row = bar.add_task(f"rollouts of {task}", total=steps)
+        yield lambda steps: bar.advance(row, steps)

@@ -1,13 +1,26 @@
-"""The 50 tasks of Meta-World by name: 40 to pre-train on (MT40), 10 to fine-tune on (CW10).
+"""The 50 tasks of Meta-World by name, 40 to pre-train on (MT40) and 10 to fine-tune on (CW10), and what all share.
 
 The split is that of Wołczyk et al., "Continual World", 2021, as section E.1 of the EVA paper uses it. The paper prints
 stick-pull twice; its tables have handle-press-side. Names are those of metaworld 3 (``-v3``); the paper's end in
-``-v2``.
+``-v2``. Neither NumPy nor the simulator is imported here.
 """
 
 from __future__ import annotations
 
-from eva_lightning.errors import InputError, unknown
+from collections.abc import Iterable
+
+from eva_lightning.errors import InputError, check_number, unknown
+
+#: Steps of an episode, as in the paper.
+HORIZON = 200
+#: Steps after which metaworld itself refuses to go on.
+MAX_HORIZON = 500
+#: Seeds of goals are below this.
+MAX_SEED = 2**31
+#: An observation: 18 numbers of now, the same 18 of the previous frame, the goal's position.
+STATE_DIM = 39
+#: Movement in x, y and z, and closing of the gripper.
+ACTION_DIM = 4
 
 #: Fine-tuning tasks, in the paper's order.
 CW10: tuple[str, ...] = (
@@ -87,19 +100,28 @@ def resolve_task(name: str) -> str:
     raise InputError(unknown("Meta-World task", name, TASKS, list_all=False))
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """The tasks `text` means: ``mt40``, ``cw10``, or names with commas between them.
+def parse_tasks(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The tasks that `names` mean: names of tasks, ``mt40`` and ``cw10``, as a sequence or as one text with commas.
 
     Raises:
         InputError: A name is unknown, given twice, or missing.
     """
-    if text.strip().lower() in _SETS:
-        return _SETS[text.strip().lower()]
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise InputError(f"tasks must be mt40, cw10 or task names with commas between them, got {text!r}")
-    tasks = tuple(resolve_task(name) for name in names)
+    words = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    if not words or not all(words):
+        raise InputError(f"tasks must be mt40, cw10 or task names, got {names!r}")
+    tasks: list[str] = []
+    for word in words:
+        tasks += _SETS[word.lower()] if word.lower() in _SETS else [resolve_task(word)]
     for task in tasks:
         if tasks.count(task) > 1:
-            raise InputError(f"task {task} is given {tasks.count(task)} times in {text!r}: name it once")
-    return tasks
+            raise InputError(f"task {task} is given {tasks.count(task)} times in {names!r}: name it once")
+    return tuple(tasks)
+
+
+def check_horizon(horizon: int) -> None:
+    """Refuse a number of steps that an episode cannot have.
+
+    Raises:
+        InputError: `horizon` is below 1 or above metaworld's limit of 500.
+    """
+    check_number("horizon", horizon, at_least=1, at_most=MAX_HORIZON, whole=True)

@@ -1,11 +1,7 @@
-"""Windows of demonstrations as a LightningDataModule: memory-mapped steps, one vectorised read per batch."""
+"""Windows of demonstrations as a LightningDataModule: random ones to train on, held-out ones to validate."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,227 +10,13 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eva_lightning.errors import InputError, unknown
-from eva_lightning.rl.demonstrations import TaskDemonstrations, load_task, read_index
-from eva_lightning.rl.environments import ACTION_DIM, STATE_DIM
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.rl.tasks import STATE_DIM, resolve_task
+from eva_lightning.rl.trajectory_store import Batch, Ints, TrajectoryStore
 
-Ints = npt.NDArray[np.int64]
-Batch = dict[str, Tensor]
-
-DTYPES = ("float32", "float16")
 TARGETS = ("executed", "expert")
-
-#: A state is what is seen now, the same of the step before, and the goal.
-_FRAME = 18
-_FORMAT = 1
-_ARRAYS = ("states", "actions", "scalars", "episodes")
-
-
-class TrajectoryStore:
-    """The steps of several tasks' demonstrations, one after the other, in memory-mapped files.
-
-    Read as little or as often as wanted: the operating system keeps what is used in memory, once for all processes.
-
-    Args:
-        path: Folder made by :meth:`build`.
-
-    Attributes:
-        tasks: Names of the tasks.
-        starts, lengths: ``(n_episodes,)`` first row and number of steps of each episode.
-        task_of: ``(n_episodes,)`` index into `tasks`.
-        returns: ``(n_episodes,)`` float64, undiscounted.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        about = json.loads((self.path / "store.json").read_text(encoding="utf-8"))
-        self.tasks: tuple[str, ...] = tuple(about["tasks"])
-        self.drop_previous_frame: bool = about["drop_previous_frame"]
-        self._open()
-        self.starts, self.lengths, self.task_of = np.load(self.path / "episodes.npy")
-        # the return-to-go of an episode's first step
-        self.returns = self._scalars[self.starts, 1].astype(np.float64)
-
-    def _open(self) -> None:
-        self._states, self._actions, self._scalars = (
-            np.load(self.path / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS[:3]
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a memory map would be sent to loader processes with its content
-        return {name: value for name, value in vars(self).items() if name not in ("_states", "_actions", "_scalars")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @classmethod
-    def build(
-        cls,
-        folder: str | Path,
-        tasks: Sequence[str],
-        cache_dir: str | Path | None = None,
-        dtype: str = "float32",
-        drop_previous_frame: bool = False,
-    ) -> TrajectoryStore:
-        """The store of `tasks` of a folder of demonstrations; made at the first call and when the files change.
-
-        Args:
-            folder: Folder of demonstrations.
-            tasks: Names of tasks.
-            cache_dir: Where stores are kept; ``folder/cache`` for None.
-            dtype: ``"float16"`` halves states and actions (positions to half a millimetre); rewards stay float32.
-            drop_previous_frame: Leave out dimensions 18 to 35 of the state, which repeat dimensions 0 to 17 of the
-                step before, and put them back when reading: the same bits from 54% of the size.
-
-        Raises:
-            MissingInputError, InputError: See :func:`~eva_lightning.rl.demonstrations.load_task`; or a name is unknown.
-        """
-        if dtype not in DTYPES:
-            raise InputError(unknown("dtype", dtype, DTYPES))
-        tasks = [resolve_task(task) for task in tasks]
-        index = read_index(folder)
-        about = {
-            "format": _FORMAT,
-            "tasks": tasks,
-            "checksums": [index[task].sha256 for task in tasks],
-            "dtype": dtype,
-            "drop_previous_frame": drop_previous_frame,
-        }
-        text = json.dumps(about, indent=2) + "\n"
-        cache = Path(folder) / "cache" if cache_dir is None else Path(cache_dir)
-        path = cache / f"trajectories-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if not (path / "store.json").is_file():
-            temporary = cache / f"{path.name}.{os.getpid()}.part"
-            try:
-                _write(temporary, [(task, folder) for task in tasks], np.dtype(dtype), drop_previous_frame)
-                (temporary / "store.json").write_text(text, encoding="utf-8")
-                if not path.exists():  # another process may have been faster
-                    temporary.rename(path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return cls(path)
-
-    def states(self, episode: int) -> npt.NDArray[np.floating]:
-        """States ``(T, 39)`` of an episode: a view of the file, unless the previous frame was left out."""
-        return self._read_states(np.arange(self.starts[episode], self.starts[episode] + self.lengths[episode]))
-
-    def window(self, episode: int, first: int, steps: int) -> dict[str, npt.NDArray[Any]]:
-        """Steps of an episode as views of the files, nothing copied: ``actions`` and ``target_actions`` ``(n, 4)``,
-        ``rewards`` and ``returns_to_go`` ``(n,)`` and, unless the previous frame was left out, ``states`` ``(n, 39)``.
-
-        Args:
-            episode: Number of the episode.
-            first: First step.
-            steps: Number of steps; fewer come at the end of the episode.
-        """
-        begin = int(self.starts[episode]) + first
-        rows = slice(begin, min(begin + steps, int(self.starts[episode] + self.lengths[episode])))
-        views = {
-            "actions": self._actions[rows, :ACTION_DIM],
-            "target_actions": self._actions[rows, ACTION_DIM:],
-            "rewards": self._scalars[rows, 0],
-            "returns_to_go": self._scalars[rows, 1],
-        }
-        return views if self.drop_previous_frame else {"states": self._states[rows], **views}
-
-    def gather(self, episodes: Ints, first: Ints, lengths: Ints, context: int, target: str = "executed") -> Batch:
-        """Windows as one batch, float32, left-aligned: padding, all zeros, comes after the real steps.
-
-        Args:
-            episodes: ``(B,)`` episode of each window.
-            first: ``(B,)`` first step of each window within its episode.
-            lengths: ``(B,)`` real steps of each window.
-            context: Steps of a window, K.
-            target: ``"expert"`` adds the expert's clean actions.
-
-        Returns:
-            ``states`` ``(B, K, 39)``, ``actions`` ``(B, K, 4)``, ``rewards``, ``returns_to_go`` ``(B, K)`` float32,
-            ``timesteps`` ``(B, K)`` int64, ``mask`` ``(B, K)`` bool and, for ``"expert"``, ``target_actions``.
-        """
-        steps = np.arange(context)
-        mask = steps < lengths[:, None]  # (B, K)
-        rows = (self.starts[episodes] + first)[:, None] + steps
-        states = self._read_states(rows)
-        actions = self._actions.take(rows, axis=0, mode="clip")
-        scalars = self._scalars.take(rows, axis=0, mode="clip")
-        timesteps = first[:, None] + steps
-        if not mask.all():
-            for array in (states, actions, scalars, timesteps):
-                array[~mask] = 0
-        batch = {
-            "states": states,
-            "actions": actions[..., :ACTION_DIM],
-            "rewards": scalars[..., 0],
-            "returns_to_go": scalars[..., 1],
-            "timesteps": timesteps,
-            "mask": mask,
-        }
-        if target == "expert":
-            batch["target_actions"] = actions[..., ACTION_DIM:]
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-    def _read_states(self, rows: Ints) -> npt.NDArray[np.floating]:
-        if not self.drop_previous_frame:
-            states: npt.NDArray[np.floating] = self._states.take(rows, axis=0, mode="clip")
-            return states
-        stored = self._states.take(rows, axis=0, mode="clip")
-        before = self._states[..., :_FRAME].take(rows - 1, axis=0, mode="clip")
-        return np.concatenate((stored[..., :_FRAME], before, stored[..., _FRAME:]), axis=-1)
-
-
-def _write(path: Path, sources: list[tuple[str, str | Path]], dtype: np.dtype[Any], drop: bool) -> None:
-    """Write the arrays of a store, task by task, so that memory holds one task at a time."""
-    path.mkdir(parents=True)
-    # without its previous frame, a state needs the row before it: one more row ahead of each episode
-    lead = int(drop)
-    width = STATE_DIM - _FRAME if drop else STATE_DIM
-    index = {task: read_index(folder)[task] for task, folder in sources}
-    n_rows = sum(entry.episodes * (entry.horizon + lead) for entry in index.values())
-    shapes = {"states": (n_rows, width), "actions": (n_rows, 2 * ACTION_DIM), "scalars": (n_rows, 2)}
-    kinds = {"states": dtype, "actions": dtype, "scalars": np.dtype(np.float32)}
-    files = {
-        name: np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=kinds[name], shape=shape)
-        for name, shape in shapes.items()
-    }
-    episodes, row = [], 0
-    for number, (task, folder) in enumerate(sources):
-        data = load_task(folder, task)
-        n, t = len(data), data.horizon
-        rows = slice(row, row + n * (t + lead))
-        to_go = data.rewards[:, ::-1].cumsum(axis=1, dtype=np.float64)[:, ::-1]
-        values = {
-            "states": _frames(data) if drop else data.observations[:, :t],
-            "actions": np.concatenate((data.actions, data.expert_actions), axis=-1),
-            "scalars": np.stack((data.rewards, to_go), axis=-1),
-        }
-        for name, array in values.items():
-            padded = np.pad(array, ((0, 0), (lead, 0), (0, 0))) if array.shape[1] == t and lead else array
-            files[name][rows] = padded.reshape(-1, array.shape[-1])
-        starts = row + lead + (t + lead) * np.arange(n)
-        episodes.append(np.stack((starts, np.full(n, t), np.full(n, number))))
-        row = rows.stop
-    for file in files.values():
-        file.flush()
-    np.save(path / "episodes.npy", np.concatenate(episodes, axis=1).astype(np.int64))
-
-
-def _frames(data: TaskDemonstrations) -> npt.NDArray[np.float32]:
-    """``(N, T + 1, 21)``: current frame and goal of each state, after a row with the first state's previous frame."""
-    states = data.observations[:, : data.horizon]
-    if not np.array_equal(states[:, 1:, _FRAME : 2 * _FRAME], states[:, :-1, :_FRAME]):
-        raise InputError(f"{data.task}: states do not repeat the frame before, so it cannot be left out")
-    kept = np.concatenate((states[..., :_FRAME], states[..., 2 * _FRAME :]), axis=-1)
-    first = np.pad(states[:, :1, _FRAME : 2 * _FRAME], ((0, 0), (0, 0), (0, kept.shape[-1] - _FRAME)))
-    return np.concatenate((first, kept), axis=1)
 
 
 class WindowDataset(Dataset[Batch]):
@@ -305,15 +87,15 @@ def _random(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.uint64]:
 
 
 class BatchKeys(Sampler[tuple[int, int, int]]):
-    """Keys of an epoch's batches, in order; a resumed epoch goes on where it stopped.
+    """Keys of an epoch's batches, in order; a resumed epoch continues where it stopped.
 
     Args:
         n_samples: Samples of an epoch.
         batch_size: Samples per batch; the last may have fewer unless `drop_last`.
         drop_last: Leave out a last, smaller batch.
         rank, world_size: This process takes every `world_size`-th batch.
-        done: Asked at the start of an epoch: how many batches this process has had, over all epochs. It goes on from
-            there; without, it gives the whole epoch that was set.
+        done: Asked at the start of an epoch: how many batches this process has had, over all epochs. It continues
+            from there; without, it gives the whole epoch that was set.
     """
 
     def __init__(
@@ -349,10 +131,10 @@ class BatchKeys(Sampler[tuple[int, int, int]]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Tells Lightning that it can go on in the middle of an epoch: its keys know where (:class:`BatchKeys`)."""
+    """Tells Lightning that it can resume in the middle of an epoch: its keys know where (:class:`BatchKeys`)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trainer's progress says it all."""
+        """Nothing: the trainer's progress is enough."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -405,19 +187,15 @@ class TrajectoryDataModule(L.LightningDataModule):
         target: str = "executed",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("context", context, 1),
-            ("batch_size", batch_size, 1),
-            ("episodes", episodes, 1),
-            ("val_episodes", val_episodes, 0),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("workers", workers, 0),
-            ("samples_per_epoch", samples_per_epoch, batch_size),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
-        if target not in TARGETS:
-            raise InputError(unknown("target", target, TARGETS))
+        for name, value in (("context", context), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            check_number(name, value, at_least=1, whole=True)
+        for name, value in (("val_episodes", val_episodes), ("workers", workers)):
+            check_number(name, value, at_least=0, whole=True)
+        if episodes is not None:
+            check_number("episodes", episodes, at_least=1, whole=True)
+        if samples_per_epoch is not None:
+            check_number("samples_per_epoch", samples_per_epoch, at_least=batch_size, whole=True)
+        check_choice("target", target, TARGETS)
         if not tasks:
             raise InputError("tasks must name at least one task, got none")
         self.folder = Path(folder)

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import imageio.v2
+import imageio.v3 as iio
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_number
+from eva_lightning.files import replacing
 
 Frames = npt.NDArray[np.uint8]
 
@@ -51,22 +55,16 @@ def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRI
         InputError: The name ends otherwise, `stride` is below 1, or there is no picture.
     """
     path = check_format(path)
-    if stride < 1:
-        raise InputError(f"stride must be at least 1, got {stride}")
+    check_number("stride", stride, at_least=1, whole=True)
     if not episodes or not all(len(episode) for episode in episodes):
         raise InputError("a video needs at least one picture of each episode, got none")
     frames = np.concatenate([thinned(episode, stride) for episode in episodes])
     rate = STEPS_PER_SECOND / stride
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix.lower()}")
-    try:
+    with replacing(path) as temporary:
         if path.suffix.lower() == ".gif":
-            _write_gif(frames, temporary, rate)
+            iio.imwrite(temporary, frames, extension=".gif", plugin="pillow", duration=1000 / rate, loop=0)
         else:
             _write_mp4(frames, temporary, rate)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -101,8 +99,6 @@ def side_by_side(before: Frames, after: Frames, labels: tuple[str, str] = ("befo
 
 
 def _labels(width: int, texts: dict[int, str]) -> Frames:
-    from PIL import Image, ImageDraw
-
     image = Image.new("RGB", (width, _BAND), "white")
     draw = ImageDraw.Draw(image)
     for place, text in texts.items():
@@ -110,20 +106,12 @@ def _labels(width: int, texts: dict[int, str]) -> Frames:
     return np.asarray(image, dtype=np.uint8)
 
 
-def _write_gif(frames: Frames, path: Path, rate: float) -> None:
-    import imageio.v3 as iio
-
-    iio.imwrite(path, frames, extension=".gif", plugin="pillow", duration=1000 / rate, loop=0)
-
-
 def _write_mp4(frames: Frames, path: Path, rate: float) -> None:
-    import imageio.v2 as iio
-
     # players want even sizes
     height, width = (size + size % 2 for size in frames.shape[1:3])
     padding = ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
     options = {"codec": "libx264", "macro_block_size": 2, "ffmpeg_log_level": "error"}
-    writer: Any = iio.get_writer(path, format="FFMPEG", fps=rate, **options)  # type: ignore[arg-type]
+    writer: Any = imageio.v2.get_writer(path, format="FFMPEG", fps=rate, **options)  # type: ignore[arg-type]
     with writer:
         for frame in np.pad(frames, padding, mode="edge"):
             writer.append_data(frame)

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eva_lightning.rl import collection
-from eva_lightning.rl.collection import Chunk, Conditions, ExpertRunner, collect
+from eva_lightning.rl import partial_store
+from eva_lightning.rl.collection import ChunkQueue, ExpertRunner, collect
 from eva_lightning.rl.demonstrations import DemonstrationIndex, load_task, read_index
 from eva_lightning.rl.environments import MetaWorldEnvironment
+from eva_lightning.rl.partial_store import Chunk, Conditions, PartialStore
 from tests.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collection, "CHUNK", 2)
+    monkeypatch.setattr(partial_store, "CHUNK", 2)
 
 
 def quick(
@@ -71,7 +72,7 @@ def test_the_same_bits_from_one_process_and_from_two(tmp_path: Path) -> None:
     assert checksums(one) == checksums(two)
     shared = quick(tmp_path / "shared", tasks=tasks[:1], workers=2)
     assert shared["reach-v3"].sha256 == one["reach-v3"].sha256
-    assert not list(tmp_path.rglob("*.part"))
+    assert not temporaries(tmp_path)
     assert not list(tmp_path.rglob(".partial"))
 
 
@@ -107,7 +108,7 @@ def test_an_interruption_costs_one_chunk(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_killed_between_file_and_index_or_before_tidying_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quick(tmp_path / "whole")
-    write = collection.write_task
+    write = partial_store.write_task
 
     def killed_before(*args: Any) -> Any:
         raise KeyboardInterrupt
@@ -117,10 +118,10 @@ def test_killed_between_file_and_index_or_before_tidying_up(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     for name, killed in (("before", killed_before), ("after", killed_after)):
-        monkeypatch.setattr(collection, "write_task", killed)
+        monkeypatch.setattr(partial_store, "write_task", killed)
         with pytest.raises(KeyboardInterrupt):
             quick(tmp_path / name)
-        monkeypatch.setattr(collection, "write_task", write)
+        monkeypatch.setattr(partial_store, "write_task", write)
         assert list((tmp_path / name).rglob(".partial"))
         assert checksums(quick(tmp_path / name)) == checksums(whole)
         assert not list((tmp_path / name).rglob(".partial"))
@@ -150,7 +151,11 @@ def test_killed_half_way_nothing_is_corrupt_and_nothing_keeps_running(tmp_path: 
         assert resumed[task].episodes >= whole[task].episodes == 14
         assert np.array_equal(found.observations[:14], expected.observations)
         assert np.array_equal(found.actions[:14], expected.actions)
-    assert not list(tmp_path.rglob("*.part"))
+    assert not temporaries(tmp_path)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return [*folder.rglob(".*.npz"), *folder.rglob(".index.json-*")]
 
 
 def _wait_for(condition: Any, seconds: float = 60) -> None:
@@ -175,7 +180,7 @@ def _alive(pid: int) -> bool:
 def test_the_end_of_a_process_is_said_and_keeps_what_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = collection._PartialStore.add
+    add = PartialStore.add
 
     def add_and_end(self: Any, chunk: Chunk, demonstrations: Any) -> None:
         add(self, chunk, demonstrations)
@@ -183,10 +188,8 @@ def test_the_end_of_a_process_is_said_and_keeps_what_was_finished(
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(collection._PartialStore, "add", add_and_end)
-    with pytest.raises(
-        RuntimeError, match=r"a process ended unexpectedly \(exit status -9\) while collecting reach-v3"
-    ):
+    monkeypatch.setattr(PartialStore, "add", add_and_end)
+    with pytest.raises(RuntimeError, match="a process ended unexpectedly while collecting reach-v3"):
         quick(tmp_path, episodes=8, workers=2)
     assert not multiprocessing.active_children()
     assert len(list(tmp_path.rglob("reach-v3.*.npz"))) >= 1
@@ -204,7 +207,7 @@ def test_another_kind_of_demonstrations_is_refused(tmp_path: Path, name: str, va
 
 
 def test_unfinished_episodes_of_another_kind_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collection._PartialStore, "finish", lambda self, task: None)
+    monkeypatch.setattr(PartialStore, "finish", lambda self, task: None)
     with pytest.raises(FileNotFoundError):
         quick(tmp_path / "mixed", noise=0.3)
     monkeypatch.undo()
@@ -239,12 +242,12 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"episodes": 0}, "episodes must be at least 1, got 0"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"horizon": 501}, "horizon must be from 1 to 500 .*, got 501"),
-        ({"noise": -0.1}, "noise must be at least 0 and finite, got -0.1"),
-        ({"noise": float("nan")}, "noise must be at least 0 and finite, got nan"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"episodes": 0}, "episodes must be a whole number of at least 1, got 0"),
+        ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
+        ({"horizon": 501}, "horizon must be a whole number of at least 1 and of at most 500, got 501"),
+        ({"noise": -0.1}, "noise must be a number of at least 0, got -0.1"),
+        ({"noise": float("nan")}, "noise must be a number of at least 0, got nan"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"tasks": ("push-v2",)}, "did you mean push-v3"),
     ],
 )
@@ -256,7 +259,7 @@ def test_refuses(tmp_path: Path, options: dict[str, Any], message: str) -> None:
 
 def test_work_is_shared_by_task_first() -> None:
     pending = {task: [Chunk(task, i, i + 1) for i in range(3)] for task in ("a", "b")}
-    queue = collection._Queue(pending)
+    queue = ChunkQueue(pending)
     assert len(queue) == 6
     assert queue.next(None) == Chunk("a", 0, 1)
     assert queue.next(None) == Chunk("b", 0, 1)

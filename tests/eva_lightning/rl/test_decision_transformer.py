@@ -113,8 +113,8 @@ def test_windows_longer_than_the_context_are_refused() -> None:
     ("changes", "message"),
     [
         ({"heads": 5}, "heads must divide width 32, got 5"),
-        ({"layers": 0}, "layers must be at least 1, got 0"),
-        ({"dropout": 1.0}, "dropout must be in"),
+        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"dropout": 1.0}, "dropout must be a number of at least 0 and below 1"),
         ({"positions": "globl"}, "did you mean global"),
     ],
 )

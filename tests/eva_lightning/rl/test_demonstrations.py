@@ -71,7 +71,7 @@ def test_replacing_leaves_one_file(tmp_path: Path) -> None:
         assert len(list(tmp_path.glob("*.npz"))) == 1
 
 
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(6))
 def test_what_was_there_survives_a_stop_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -89,14 +89,14 @@ def test_what_was_there_survives_a_stop_at_any_moment(
 
     monkeypatch.setattr(Path, "replace", stop_at_moment(replace))
     monkeypatch.setattr(Path, "unlink", stop_at_moment(unlink))
-    if moment < 3:
+    if moment < 5:
         with pytest.raises(KeyboardInterrupt):
             write_task(tmp_path, make(seed=1), META)
     else:
         write_task(tmp_path, make(seed=1), META)
     monkeypatch.undo()
     found = load_task(tmp_path, "push")
-    assert equal(found, make()) if moment < 2 else equal(found, make(seed=1))
+    assert equal(found, make()) if moment < 3 else equal(found, make(seed=1))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eva_lightning.rl.environments import ACTION_DIM, MAX_HORIZON, STATE_DIM, MetaWorldEnvironment
-from eva_lightning.rl.tasks import TASKS
+from eva_lightning.rl.environments import MetaWorldEnvironment
+from eva_lightning.rl.tasks import ACTION_DIM, MAX_HORIZON, STATE_DIM, TASKS
 
 
 def _roll(environment: MetaWorldEnvironment, goal: int, seed: int, steps: int) -> npt.NDArray[np.float64]:
@@ -104,11 +104,11 @@ def _compare_with_mt1(task: str) -> None:
     ("arguments", "message"),
     [
         ({"task": "push-v2"}, "did you mean push-v3"),
-        ({"horizon": MAX_HORIZON + 1}, "horizon must be from 1 to 500 .*, got 501"),
-        ({"horizon": 0}, "horizon must be from 1 to 500 .*, got 0"),
-        ({"split": "test"}, "split must be train or eval, got 'test'"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"render_size": 0}, "render_size must be at least 1, got 0"),
+        ({"horizon": MAX_HORIZON + 1}, "horizon must be a whole number of at least 1 and of at most 500, got 501"),
+        ({"horizon": 0}, "horizon must be a whole number of at least 1 and of at most 500, got 0"),
+        ({"split": "test"}, "unknown split 'test': choose from train, eval"),
+        ({"seed": -1}, "seed must be a whole number of at least 0 and below"),
+        ({"render_size": 0}, "render_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str) -> None:

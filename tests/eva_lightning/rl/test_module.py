@@ -7,7 +7,8 @@ import lightning as L
 import pytest
 import torch
 
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights, warmup_cosine
+from eva_lightning.optim.schedules import warmup_cosine
+from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from tests.eva_lightning.rl.synthetic import write_synthetic
 
@@ -217,10 +218,10 @@ def test_what_is_no_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_lr": 1.0}, "min_lr must be between 0 and lr"),
-        ({"gradient_clip": 0.0}, "gradient_clip must be above 0 or None, got 0.0"),
+        ({"min_lr": 1.0}, "min_lr must be a number of at least 0 and of at most"),
+        ({"gradient_clip": 0.0}, "gradient_clip must be a number above 0, got 0.0"),
         ({"state_mean": [0.0]}, "must have 39 values, got 1 and 39"),
-        ({"reward_scale": 0.0}, "reward_scale must be above 0, got 0.0"),
+        ({"reward_scale": 0.0}, "reward_scale must be a number above 0, got 0.0"),
     ],
 )
 def test_bad_hyper_parameters_are_named(changes: dict[str, Any], message: str) -> None:

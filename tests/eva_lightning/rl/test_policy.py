@@ -97,9 +97,9 @@ def test_rewards_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_environments": 0}, "n_environments must be at least 1, got 0"),
+        ({"n_environments": 0}, "n_environments must be a whole number of at least 1, got 0"),
         ({"mode": "exakt"}, "did you mean exact"),
-        ({"context": 9}, "between 1 and the 8 steps of training, got 9"),
+        ({"context": 9}, "context must be a whole number of at least 1 and of at most 8, got 9"),
         ({"target_return": [1.0, 2.0]}, "one finite number or 3"),
         ({"target_return": float("nan")}, "one finite number or 3"),
     ],

@@ -110,8 +110,8 @@ def test_without_drawing_it_warns_once_and_goes_on(
     [
         ((["push-v2"], 1, 1, TARGETS), "did you mean push-v3"),
         (([], 1, 1, TARGETS), "at least one task, got none"),
-        ((["push"], 0, 1, TARGETS), "episodes must be at least 1, got 0"),
-        ((["push"], 1, 0, TARGETS), "every_n_steps must be at least 1, got 0"),
+        ((["push"], 0, 1, TARGETS), "episodes must be a whole number of at least 1, got 0"),
+        ((["push"], 1, 0, TARGETS), "every_n_steps must be a whole number of at least 1, got 0"),
         ((["hammer"], 1, 1, TARGETS), "no return for hammer-v3, only for"),
     ],
 )

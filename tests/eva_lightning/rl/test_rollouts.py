@@ -115,21 +115,21 @@ def test_everything_is_closed_when_interrupted(error: type[BaseException], monke
     assert module.training
 
 
-def test_standard_errors() -> None:
+def test_rates_and_returns() -> None:
     flags = np.array([True, False, True, True])
     result = RolloutResult("push-v3", flags, ~flags, np.array([1.0, 2.0, 3.0, 6.0]), 4, 1.0)
     assert (result.success_rate, result.final_success_rate, result.mean_return) == (0.75, 0.25, 3.0)
-    assert result.success_stderr == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
-    assert result.return_stderr == pytest.approx((14 / 3) ** 0.5 / 2)
+    joined = RolloutResult.join([result, result], seconds=2.0)
+    assert (len(joined), joined.steps, joined.seconds, joined.success_rate) == (8, 8, 2.0, 0.75)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"episodes": 0}, "episodes must be at least 1, got 0"),
-        ({"environments": 0}, "environments must be at least 1, got 0"),
-        ({"horizon": 501}, "horizon must be from 1 to 500"),
-        ({"context": 5}, "context must be between 1 and the 4 steps of training, got 5"),
+        ({"episodes": 0}, "episodes must be a whole number of at least 1, got 0"),
+        ({"environments": 0}, "environments must be a whole number of at least 1, got 0"),
+        ({"horizon": 501}, "horizon must be a whole number of at least 1 and of at most 500, got 501"),
+        ({"context": 5}, "context must be a whole number of at least 1 and of at most 4, got 5"),
         ({"mode": "exakt"}, "unknown mode 'exakt': did you mean exact"),
         ({"task": "push-v2"}, "did you mean push-v3"),
         ({"video_episodes": 1}, "no video: MuJoCo can draw with neither"),

@@ -146,7 +146,7 @@ def test_the_cache_is_used_until_the_demonstrations_change(tmp_path: Path, monke
     write_synthetic(tmp_path, TASKS)
     first = TrajectoryStore.build(tmp_path, TASKS, tmp_path / "elsewhere")
     with monkeypatch.context() as patched:
-        patched.setattr("eva_lightning.rl.trajectories.load_task", None)
+        patched.setattr("eva_lightning.rl.trajectory_store.load_task", None)
         assert TrajectoryStore.build(tmp_path, TASKS, tmp_path / "elsewhere").path == first.path
     write_synthetic(tmp_path, TASKS[:1], seed=1)
     second = TrajectoryStore.build(tmp_path, TASKS, tmp_path / "elsewhere")
@@ -159,7 +159,7 @@ def test_an_interrupted_build_leaves_nothing(folder: Path, tmp_path: Path, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eva_lightning.rl.trajectories.load_task", interrupt)
+    monkeypatch.setattr("eva_lightning.rl.trajectory_store.load_task", interrupt)
     with pytest.raises(KeyboardInterrupt):
         TrajectoryStore.build(folder, TASKS, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -235,7 +235,7 @@ def test_a_checkpoint_within_an_epoch_resumes_with_the_next_batch(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": 0}, ValueError, "context must be a whole number of at least 1, got 0"),
         ({"dtype": "float8"}, ValueError, "unknown dtype 'float8': did you mean float"),
         ({"target": "experts"}, ValueError, "did you mean expert"),
         ({"tasks": ["push-v2"]}, ValueError, "push-v3"),

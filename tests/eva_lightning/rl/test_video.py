@@ -52,7 +52,7 @@ def test_side_by_side_waits_for_the_longer_one() -> None:
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.gif or \.mp4, got 'a\.avi'"):
         write_video([episode(2)], "a.avi")
-    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="stride must be a whole number of at least 1, got 0"):
         write_video([episode(2)], tmp_path / "a.gif", stride=0)
     with pytest.raises(ValueError, match="at least one picture of each episode, got none"):
         write_video([], tmp_path / "a.gif")

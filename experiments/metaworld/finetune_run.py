@@ -1,0 +1,275 @@
+"""One fine-tuning from beginning to end: load, prepare the method, train, roll out, save.
+
+The finetune command, the comparison and the demo all do their runs by :func:`build`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from eva_lightning.adapters import merge_and_unload, save_pretrained
+from eva_lightning.adapters.registry import has_adapters
+from eva_lightning.callback import EVAInitCallback
+from eva_lightning.methods import MethodKey
+from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.rollouts import evaluate
+from eva_lightning.rl.trajectories import TrajectoryDataModule
+from experiments.metaworld.finetune import Settings
+from experiments.metaworld.table import EXPERIMENT
+from experiments.metaworld.training import About, fit, make_trainer, perform_or_report
+from experiments.metaworld.validation import ValidationLosses
+from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.statistics import PLUS_MINUS, Interval
+
+#: A target return above this times the data's mean was measured to break tasks such as push.
+HIGHEST_TARGET = 1.2
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def run_all(settings: Settings) -> list[dict[str, Any]]:
+    """The metrics of all tasks and seeds; finished ones are reported, interrupted ones resumed."""
+    results = []
+    for run in settings.runs():
+        folder = RunFolder(Path(run.output) / run.run_name, run)
+        results.append(perform_or_report(folder, lambda run=run: build(run), headline, run.overwrite))  # type: ignore[misc]
+    if settings.seeds > 1:
+        print(summary(results))
+    return results
+
+
+def build(settings: Settings) -> Work:
+    """Load and prepare everything of a single run, refusing what is wrong; nothing is written but the data's cache.
+
+    Returns:
+        The work to do in the run's folder, a function that returns the metrics.
+
+    Raises:
+        MissingInputError: The checkpoint or the demonstrations are missing.
+        InputError: A setting, the checkpoint or the data is wrong.
+    """
+    started = time.perf_counter()
+    (task,) = settings.task
+    L.seed_everything(settings.seed, workers=True, verbose=False)
+    module = _load(settings)
+    data = TrajectoryDataModule(
+        settings.data,
+        [task],
+        context=module.context,
+        batch_size=settings.batch_size,
+        episodes=settings.train_episodes,
+        val_episodes=settings.val_episodes,
+        seed=settings.seed,
+        cache_dir=settings.cache,
+        target=settings.target,
+    )
+    callbacks = prepare(settings, module)
+
+    def work(folder: RunFolder) -> dict[str, Any]:
+        target = data.max_return[task] if settings.target_return is None else settings.target_return
+        warn_of_target(task, target, data.mean_return[task])
+        run = _Run(settings, task, module, data, callbacks, target)
+        metrics = {**run.described(), **run.train(folder), **run.roll_out()}
+        if settings.save:
+            run.save(folder)
+        metrics["seconds"] = time.perf_counter() - started
+        _LOGGER.info("%s -> %s", headline(metrics), folder.path)
+        return metrics
+
+    return work
+
+
+def _load(settings: Settings) -> DecisionTransformerModule:
+    overrides = {
+        "lr": settings.lr, "min_lr": min(1e-6, settings.lr), "weight_decay": settings.weight_decay,
+        "warmup_steps": settings.warmup_steps, "dropout": settings.dropout, "context": settings.context,
+    }  # fmt: skip
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return DecisionTransformerModule.from_pretrained(settings.init, **given)
+
+
+def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Callback]:
+    """Do to the module what the method does before training, and return the callbacks to train with.
+
+    Embeddings never have adapters, whatever the head does.
+    """
+    layers = dict(module.named_modules())
+    exclude = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
+    if settings.head == "freeze":
+        exclude.append(module.head_name)
+    head = module.head_name if settings.head == "train" else None
+    bias: Any = settings.bias
+    options = AdapterOptions(rank=settings.rank, alpha=settings.alpha, bias=bias, rho=settings.rho, seed=settings.seed)
+    return apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
+
+
+def warn_of_target(task: str, target: float, mean: float) -> None:
+    """Log a warning where a target return is far above what the data has on average."""
+    if target > HIGHEST_TARGET * mean > 0:
+        _LOGGER.warning(
+            "%s: the target return %.0f is %.2f times the mean return %.0f of its data; above %g times, some tasks "
+            "(push) were measured to fail. --target-return sets another",
+            task, target, target / mean, mean, HIGHEST_TARGET,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    settings: Settings
+    task: str
+    module: DecisionTransformerModule
+    data: TrajectoryDataModule
+    callbacks: Sequence[L.Callback]
+    target: float
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What checkpoints say of where they come from."""
+        settings = self.settings
+        return {
+            "tasks": [self.task], "method": settings.method, "init": settings.init, "seed": settings.seed,
+            "max_return": {self.task: self.target}, "mean_return": self.data.mean_return,
+        }  # fmt: skip
+
+    def described(self) -> dict[str, Any]:
+        """The part of the metrics that is known before the training."""
+        settings = self.settings
+        return {
+            "experiment": EXPERIMENT,
+            "task": self.task,
+            "method": settings.method,
+            "rank": settings.rank if settings.key.adapts else None,
+            "rho": settings.key.rho,
+            "seed": settings.seed,
+            "init": settings.init,
+            "lr": settings.lr,
+            "max_steps": settings.max_steps,
+            "batch_size": settings.batch_size,
+            "train_episodes": settings.train_episodes or len(self.data.store) - settings.val_episodes,
+            "total_parameters": sum(p.numel() for n, p in self.module.named_parameters() if "lora_" not in n),
+            "data_mean_return": self.data.mean_return[self.task],
+            "torch": torch.__version__,
+        }
+
+    def train(self, folder: RunFolder) -> dict[str, Any]:
+        """Train; what the metrics say about it."""
+        settings = self.settings
+        losses = ValidationLosses(settings.val_steps)
+        trainer = make_trainer(
+            folder,
+            max_steps=settings.max_steps,
+            checkpoint_every=settings.checkpoint_every,
+            progress=settings.progress,
+            callbacks=[*self.callbacks, losses, About(self.about)],
+            accelerator=settings.accelerator,
+            devices=1,
+            limit_val_batches=0,
+            logger=False,
+        )
+        started = time.perf_counter()
+        fit(trainer, self.module, self.data, folder)
+        metrics: dict[str, Any] = {
+            "train_seconds": time.perf_counter() - started,
+            "val_loss": losses.rows,
+            "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+        }
+        state = self.eva.state if self.eva is not None else None
+        if state is not None:
+            metrics |= {"init_seconds": state.seconds, "init_batches": state.n_batches, "ranks": dict(state.ranks)}
+        return metrics
+
+    def roll_out(self) -> dict[str, Any]:
+        """Roll out the trained network; what the metrics say about it, with None for no rollouts.
+
+        It is rolled out merged: the same function in less than half the time.
+        """
+        settings = self.settings
+        common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
+        if settings.eval_episodes == 0:
+            return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
+        mode: Any = settings.mode
+        result = evaluate(
+            merged(self.module).to(self.module.device),
+            self.task,
+            target_return=self.target,
+            episodes=settings.eval_episodes,
+            seed=settings.eval_seed,
+            mode=mode,
+            horizon=settings.horizon,
+            workers=settings.rollout_workers,
+            progress=settings.progress and sys.stdout.isatty(),
+        )
+        return {
+            **common,
+            "success_rate": result.success_rate,
+            "final_success_rate": result.final_success_rate,
+            "mean_return": result.mean_return,
+            "successes": result.successes.tolist(),
+            "returns": result.returns.tolist(),
+            "rollout_seconds": result.seconds,
+            "rollout_steps": result.steps,
+        }
+
+    def save(self, folder: RunFolder) -> None:
+        """The adapters for stock PEFT, EVA's state, and the whole network with adapters merged, in one file."""
+        if has_adapters(self.module.model):
+            save_pretrained(copy.deepcopy(self.module.model).cpu(), folder.path / "adapter")
+        save_weights(merged(self.module), folder.path / "weights.ckpt", about=self.about)
+        if self.eva is not None and self.eva.state is not None:
+            self.eva.state.without_components().save(folder.path / "eva_state")
+
+    @property
+    def eva(self) -> EVAInitCallback | None:
+        """EVA's callback, of its methods."""
+        return next((callback for callback in self.callbacks if isinstance(callback, EVAInitCallback)), None)
+
+
+def merged(module: DecisionTransformerModule) -> DecisionTransformerModule:
+    """A module like `module` on the CPU, with the adapters added to the weights: the same function, faster."""
+    network = copy.deepcopy(module.model).cpu()
+    if has_adapters(network):
+        network = merge_and_unload(network)  # type: ignore[assignment]
+    whole = DecisionTransformerModule(**module.hparams)
+    whole.model.load_state_dict(network.state_dict())
+    return whole
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """One line on one run."""
+    label = MethodKey(metrics["method"], metrics["rho"]).label
+    text = f"{metrics['task']}, {label}, seed {metrics['seed']}: "
+    text += f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f} after {metrics['max_steps']} steps"
+    if metrics["success_rate"] is None:
+        return text
+    return (
+        f"{text}, success {metrics['success_rate']:.2f} (at any step; at the last step "
+        f"{metrics['final_success_rate']:.2f}), return {Interval.of(metrics['returns']).text(0)} "
+        f"over {metrics['episodes']} episodes"
+    )
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """One line per task: means and intervals over seeds."""
+    lines = []
+    for task in dict.fromkeys(result["task"] for result in results):
+        runs = [result for result in results if result["task"] == task]
+        label = MethodKey(runs[0]["method"], runs[0]["rho"]).label
+        losses = Interval.of([run["val_loss"][-1]["val_loss"] for run in runs])
+        text = f"{task}, {label}, {len(runs)} seeds: validation loss {losses.text(4)}"
+        if runs[0]["success_rate"] is not None:
+            text += f", success {Interval.of([run['success_rate'] for run in runs]).text(2)}"
+            text += f", return {Interval.of([run['mean_return'] for run in runs]).text(0)}"
+        lines.append(text)
+    return "\n".join([*lines, f"{PLUS_MINUS}"])
