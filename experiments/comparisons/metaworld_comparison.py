@@ -128,7 +128,7 @@ def step_seconds(settings: Settings, method: str) -> float:
         settings.data, run.task, module.context, run.batch_size, run.train_episodes, run.val_episodes,
         cache_dir=run.cache,
     )  # fmt: skip
-    module, _ = finetune_run.prepare(run, module)
+    finetune_run.prepare(run, module)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
     batch = next(iter(data.train_dataloader()))
 

@@ -20,13 +20,13 @@ from eva_lightning.files import replacing, write_text
 from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.comparisons.settings import FIRST_TUNING_SEED, MethodSettings
 from experiments.runner.comparison import Results
-from experiments.runner.statistics import PLUS_MINUS, Interval
+from experiments.runner.statistics import BRACKETS, PLUS_MINUS, Interval
+from experiments.runner.tables import as_markdown
 
 
 def table(corner: str, head: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A Markdown table: label -> cells."""
-    frame = DataFrame.from_dict(rows, orient="index", columns=list(head)).rename_axis(corner)
-    return frame.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(frame.columns)])
+    return as_markdown(DataFrame.from_dict(rows, orient="index", columns=list(head)).rename_axis(corner))
 
 
 def means_table(evidence: Evidence, quantities: Sequence[Quantity], corner: str = "") -> str:
@@ -178,6 +178,7 @@ def write_report(
         "failures": [(job, error.strip().splitlines()[-1]) for job, error in results.failures],
         "machine": f"{os.cpu_count()} cores ({platform.machine()})",
         "plus_minus": PLUS_MINUS,
+        "brackets": BRACKETS,
     }
     text = environment.get_template(f"{template}.md.jinja").render(shared | dict(context))
     report = folder / "report.md"

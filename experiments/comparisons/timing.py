@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from experiments.runner.worker import set_threads
+import torch
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
     """One thread of torch, as in a run."""
-    threads = set_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        set_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def median_seconds(call: Callable[[], object], times: int = 8, warm_up: int = 2) -> float:

@@ -126,9 +126,7 @@ def test_the_grid_grows_until_the_best_learning_rate_is_inside(
     monkeypatch.setattr(transfer_comparison, "build", losing(loss))
     more = ("--methods=lora,eva:1,fft", "--extend=2", "--tune-seeds=2", "--grid=1e-3,3e-3,1e-2")
     results = run(command(root, output, *more))
-    scores = {
-        key: sorted(point.get("lr") for point in choice.candidates) for key, choice in results.choices.items()
-    }
+    scores = {key: sorted(point.get("lr") for point in choice.candidates) for key, choice in results.choices.items()}
     assert scores == {
         "lora": [3e-4, 1e-3, 3e-3, 1e-2],
         "eva:1": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
