@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pandas import DataFrame, Series
 
-from experiments.comparisons.settings import MethodSettings
+from experiments.comparisons.settings import MethodSettings, adapts
 from experiments.runner.statistics import Interval, over_tasks, paired
 
 #: What every method is compared with, run by run.
@@ -16,6 +16,8 @@ REFERENCE = "lora"
 #: Method -> what it is compared with one by one.
 BASELINES = {"eva": (REFERENCE,), "eva-dora": (REFERENCE, "dora")}
 
+_FIRST = ("task", "method", "rank", "rho", "seed", "lr")
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -23,20 +25,26 @@ class Quantity:
 
     Attributes:
         column: Its column in the table of runs.
-        title: How tables name it.
+        title: What it is called.
+        unit: Its unit, if any.
         digits: Digits behind the point.
         scale: What values are multiplied by: 100 for percent.
         higher_is_better: Otherwise lower is.
-        relative: Differences are 100 × the difference of logarithms, about percent: tasks of different scale count
-            alike.
+        relative: Differences are 100 × the difference of logarithms: tasks of different scale count alike.
     """
 
     column: str
     title: str
+    unit: str = ""
     digits: int = 3
     scale: float = 1.0
     higher_is_better: bool = False
     relative: bool = False
+
+    @property
+    def heading(self) -> str:
+        """What tables and figures call it."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def value(self, run: Series) -> float:
         """The value of a run."""
@@ -90,6 +98,11 @@ class Evidence:
         """The methods that can be compared with the reference."""
         return [key for key in self.labels if key != REFERENCE] if REFERENCE in self.labels else []
 
+    @property
+    def adapters(self) -> list[str]:
+        """Those of them that have adapters; training everything differs too much to be drawn in the same figure."""
+        return list(filter(adapts, self.against_reference))
+
     def mean(self, method: str, quantity: Quantity) -> Interval | None:
         """Interval of a method's mean; None where no seed has all tasks."""
         return over_tasks(self.runs, quantity.value).get(method)
@@ -113,4 +126,5 @@ def _flat(runs: DataFrame, column: str, by: str) -> DataFrame:
         ranks = [sum(each.values()) if isinstance(each, dict) else None for each in runs["ranks"]]
         runs = runs.assign(total_rank=ranks)
     nested = [name for name in runs if runs[name].map(lambda value: isinstance(value, list | dict)).any()]
-    return runs.drop(columns=nested).join(DataFrame(rows, index=runs.index))
+    flat = runs.drop(columns=[*nested, "path"], errors="ignore").join(DataFrame(rows, index=runs.index))
+    return flat[sorted(flat, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))]

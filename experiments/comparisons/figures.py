@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,13 +15,13 @@ from experiments.runner.statistics import Interval
 
 COLOURS = ("#9aa5ab", "#1c1c1c", "#c9a227", "#7db4e0", "#1f5f9c", "#2a9d6f", "#8e63b0")
 REFERENCE_COLOUR = "#d1603d"
+LOG_TICKS = [step * 10**decade for decade in range(-4, 2) for step in (1, 1.5, 2, 3, 5, 7)]
 
 
 def colours_of(methods: Sequence[str]) -> dict[str, str]:
     """A colour for each method, the reference's always the same."""
-    others = [key for key in methods if key != REFERENCE]
-    found = {key: COLOURS[place % len(COLOURS)] for place, key in enumerate(others)}
-    return found | {REFERENCE: REFERENCE_COLOUR}
+    others = cycle(COLOURS)
+    return {key: REFERENCE_COLOUR if key == REFERENCE else next(others) for key in methods}
 
 
 def curves_figure(
@@ -44,9 +46,13 @@ def curves_figure(
             _curve(panel, {x * shift: interval for x, interval in known.items()}, log_y, label=label,
                    color=colours[key], linewidth=2.2 if key == REFERENCE else 1.3)  # fmt: skip
         panel.set_xscale("log")
-        panel.set_yscale("log" if log_y else "linear")
+        if log_y:
+            panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            ticks = [tick for tick in LOG_TICKS if low <= tick <= high]
+            panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xticks(list(quantities), list(map(str, quantities)))
-        panel.xaxis.minorticks_off()
+        panel.minorticks_off()
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.set_title(title, fontsize="medium", loc="left")
         panel.legend(frameon=False, fontsize="x-small", ncols=2 if len(evidence.labels) > 6 else 1)
@@ -80,11 +86,11 @@ def differences_figure(evidence: Evidence, quantities: Sequence[Quantity], metho
                 elinewidth=1.3, capsize=2,
             )  # fmt: skip
         panel.axvline(0.0, color=REFERENCE_COLOUR, linewidth=1.0, zorder=0)
-        panel.set_title(quantity.title.replace(", ", ",\n"), fontsize="small")
+        panel.set_title(textwrap.fill(quantity.heading, 18), fontsize="small")
         panel.tick_params(labelsize="x-small")
         panel.grid(axis="x", alpha=0.25, linewidth=0.5)
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.margins(y=0.03)
+        panel.set_ylim(0.5 - len(methods), 0.5)
     labels = [evidence.labels[key] for key in methods]
     panels[0].set_yticks([-place for place in range(len(methods))], labels, fontsize="small")
     figure.supxlabel(f"minus {evidence.labels[REFERENCE]}, mean and 95% interval over seeds", fontsize="small")

@@ -10,10 +10,12 @@ Every run is a folder below OUTPUT: safe to interrupt; rerun to resume.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.methods import MethodKey, method_names
+from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.comparisons.settings import MethodSettings
 from experiments.metaworld import finetune
@@ -56,7 +58,8 @@ class Settings(MethodSettings):
         super().__post_init__()
         unnamed = [key for key in self.labels if key not in self.given_rates]
         if unnamed and not self.tune:
-            raise InputError(f"rates must name every method when tune is false; {unnamed[0]} is missing")
+            message = f"rates must name every method when tune is false; {unnamed[0]} is missing"
+            raise InputError(message, setting="rates")
         self.run(self.task_names[0], next(iter(self.labels)), "final", 1e-3, 0)  # checks the other settings
 
     def key_and_label(self, text: str) -> tuple[str, str]:
@@ -77,30 +80,15 @@ class Settings(MethodSettings):
 
     def run(self, task: str, method: str, phase: Phase, lr: float, seed: int) -> finetune.Settings:
         """Settings of one run."""
-        key, tuning = MethodKey.parse(method), phase == "tune"
-        return finetune.Settings(
-            task=(task,),
-            init=self.init,
-            method=key.method,
-            rank=self.rank,
-            rho=key.rho or 2.0,
-            seeds=1,
-            first_seed=seed,
-            data=self.data,
-            train_episodes=self.train_episodes,
-            val_episodes=self.val_episodes,
-            max_steps=self.tune_steps if tuning else self.max_steps,
-            batch_size=self.batch_size,
-            lr=lr,
-            val_at=() if tuning else self.val_at,
-            eval_episodes=0 if tuning else self.eval_episodes,
-            horizon=self.horizon,
-            accelerator="cpu",
-            cache=self.cache,
-            checkpoint_every=0,
-            save=False,
-            progress=False,
-        )
+        key = MethodKey.parse(method)
+        own: dict[str, Any] = {
+            "task": (task,), "method": key.method, "rho": key.rho or DEFAULT_RHO, "lr": lr, "seeds": 1,
+            "first_seed": seed, "accelerator": "cpu", "checkpoint_every": 0, "save": False, "progress": False,
+        }  # fmt: skip
+        if phase == "tune":
+            own |= {"max_steps": self.tune_steps, "val_at": (), "eval_episodes": 0}
+        shared = [item.name for item in fields(finetune.Settings) if hasattr(self, item.name)]
+        return finetune.Settings(**{name: getattr(self, name) for name in shared} | own)
 
 
 def parse(args: Sequence[str] | None = None) -> Settings:

@@ -13,7 +13,6 @@ import torch
 from eva_lightning.errors import InputError
 from eva_lightning.methods import MethodKey
 from eva_lightning.rl.demonstrations import read_index
-from eva_lightning.rl.environments import check_horizon
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
@@ -55,7 +54,6 @@ class MetaWorld(Comparison):
     def check(self) -> None:
         """Look for the checkpoint and the demonstrations."""
         settings = self.settings
-        check_horizon(settings.horizon)
         read_checkpoint(settings.init)
         index = read_index(settings.data)
         for task in settings.task_names:

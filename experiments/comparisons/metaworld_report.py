@@ -28,7 +28,7 @@ from experiments.comparisons.report import (
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import Interval, iqm
 
-SUCCESS = Quantity("success_rate", "success", 2, higher_is_better=True)
+SUCCESS = Quantity("success_rate", "success", digits=2, higher_is_better=True)
 
 SIZES = {
     "trained parameters": ("trainable_parameters", 0),
@@ -43,15 +43,17 @@ def write(settings: Settings, results: Results) -> Path:
     """Write all files; returns the report."""
     evidence = Evidence.of(settings, results.runs, "val_loss", "updates")
     by_task = {task: evidence.on(task) for task in settings.task_names}
-    losses = {step: Quantity(f"val_loss_{step}", str(step), 4) for step in settings.val_steps}
-    changes = [Quantity(each.column, f"loss after {step}, %", 1, relative=True) for step, each in losses.items()]
+    losses = {step: Quantity(f"val_loss_{step}", str(step), digits=4) for step in settings.val_steps}
+    changes = [
+        Quantity(each.column, f"loss after {step} steps", "%", 1, relative=True) for step, each in losses.items()
+    ]
     quantities = [*changes, *([SUCCESS] if settings.eval_episodes else [])]
     others = evidence.against_reference
     figures = {"losses": curves_figure(by_task, losses, "steps", "validation loss", log_y=True)}
     if settings.eval_episodes:
         figures["success"] = success_figure(evidence, by_task)
-    if others:
-        figures["differences"] = differences_figure(evidence, quantities, [key for key in others if key != "scratch"])
+    if evidence.adapters:
+        figures["differences"] = differences_figure(evidence, quantities, evidence.adapters)
     lines = difference_sentences(evidence, quantities)
     for quantity in quantities:
         lines += significance_sentence(evidence, quantity, others)

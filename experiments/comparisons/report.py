@@ -35,7 +35,7 @@ def means_table(evidence: Evidence, quantities: Sequence[Quantity], corner: str 
         label: [cell(evidence.mean(key, each), each.digits) for each in quantities]
         for key, label in evidence.labels.items()
     }
-    return table(corner, [each.title for each in quantities], rows)
+    return table(corner, [each.heading for each in quantities], rows)
 
 
 def differences_table(
@@ -46,7 +46,7 @@ def differences_table(
         label: [cell(evidence.difference(first, second, each), each.digits, sign=True) for each in quantities]
         for label, (evidence, first, second) in rows.items()
     }
-    return table(corner, [each.title for each in quantities], cells)
+    return table(corner, [each.heading for each in quantities], cells)
 
 
 def against_reference(evidence: Evidence, quantities: Sequence[Quantity], methods: Sequence[str]) -> str:
@@ -79,8 +79,11 @@ def difference_sentences(evidence: Evidence, quantities: Sequence[Quantity]) -> 
     lines = []
     for first, second in evidence.pairs:
         found = [(each, evidence.difference(first, second, each)) for each in quantities]
-        words = [f"{each.title} {interval.text(each.digits, sign=True)}{_verdict(interval)}"
-                 for each, interval in found if interval is not None]  # fmt: skip
+        words = [
+            f"{each.title} {interval.text(each.digits, sign=True)}{each.unit}{_verdict(interval)}"
+            for each, interval in found
+            if interval is not None
+        ]
         if words:
             lines.append(f"- {evidence.labels[first]} minus {evidence.labels[second]}: {'; '.join(words)}.")
     return lines
@@ -103,7 +106,7 @@ def significance_sentence(evidence: Evidence, quantity: Quantity, methods: Seque
     for name, sign in (("better", better), ("worse", -better)):
         members = [(key, each) for key, each in known.items() if each.excludes_zero and each.mean * sign > 0]
         listed = [
-            f"{evidence.labels[key]} ({each.mean:+.{quantity.digits}f}{'*' * remains(each, len(known))})"
+            f"{evidence.labels[key]} ({each.mean:+.{quantity.digits}f}{quantity.unit}{'*' * remains(each, len(known))})"
             for key, each in sorted(members, key=lambda member: -abs(member[1].mean))
         ]
         words.append(f"{name} than {evidence.labels[REFERENCE]}: {', '.join(listed) or 'none'}")
@@ -173,6 +176,7 @@ def write_report(
     environment.filters["thousands"] = "{:,}".format
     shared = {
         "settings": settings,
+        "figures": list(figures),
         "finished": len(results.runs),
         "minutes": f"{results.seconds / 60:.0f}",
         "failures": [(job, error.strip().splitlines()[-1]) for job, error in results.failures],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eva_lightning.errors import InputError, check_number
+from eva_lightning.methods import METHODS
 from experiments.runner.cells import Cell
 from experiments.runner.jobs import Job, Phase, Point
 from experiments.runner.options import RunnerOptions
@@ -69,6 +70,12 @@ class MethodSettings(RunnerOptions):
     def given_rates(self) -> dict[str, float]:
         """Learning rates by method, of those that are given."""
         return {self.key_and_label(text)[0]: lr for text, lr in (self.rates or {}).items()}
+
+
+def adapts(key: str) -> bool:
+    """Whether a method has adapters, and so a rank."""
+    name = key.partition(":")[0]
+    return name in METHODS and METHODS[name].adapts
 
 
 def method_cells(settings: MethodSettings, jobs: Callable[[str, Phase, float, int], Sequence[Job]]) -> list[Cell]:

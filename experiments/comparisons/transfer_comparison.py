@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_report
-from experiments.comparisons.settings import method_cells
+from experiments.comparisons.settings import adapts, method_cells
 from experiments.comparisons.timing import median_seconds, single_thread
 from experiments.comparisons.transfer import Recipe, Settings
 from experiments.comparisons.transfer_data import TASK, Halves, decoded
 from experiments.comparisons.transfer_model import CROPPED_FROM, IMAGE_SIZE, MODEL, Pretraining, pretrain
-from experiments.comparisons.transfer_run import Run, adapts, build, halves, prepare
+from experiments.comparisons.transfer_run import Run, build, halves, prepare
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results
 from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase
@@ -79,8 +79,8 @@ class Transfer(Comparison):
         settings = self.settings
         shared: dict[str, Any] = {item.name: getattr(settings, item.name) for item in fields(Recipe)}
         shared["eval_epochs"] = settings.evaluated_epochs if phase == "final" else (settings.epochs,)
-        place = {"weights": str(settings.weights), "cache": str(settings.cache)}
-        run = Run(**shared, **place, method=method, phase=phase, lr=lr, seed=seed)
+        shared |= {"weights": str(settings.weights), "cache": str(settings.cache)}
+        run = Run(**shared, method=method, phase=phase, lr=lr, seed=seed)
         rank = settings.rank if adapts(method) else None
         tags = {"task": TASK, "method": method, "rank": rank, "seed": seed, "lr": lr}
         text = f"{settings.labels[method]}, lr {lr:g}, seed {seed}"
@@ -98,7 +98,9 @@ class Transfer(Comparison):
     def seconds(self) -> Callable[[Job], float]:
         """By steps and evaluations of a method of each kind, timed now."""
         speed = functools.cache(functools.partial(measure_speed, self.settings))
-        images = {phase: [len(split) for split in self.parts.of(phase)] for phase in PHASE_FOLDERS}
+        images: dict[str, list[int]] = {
+            phase: [len(split) for split in self.parts.of(phase)] for phase in PHASE_FOLDERS
+        }
 
         def seconds(job: Job) -> float:
             run: Run = job.settings

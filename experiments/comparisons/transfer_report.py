@@ -60,16 +60,14 @@ def write(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], res
     evidence = Evidence.of(settings, results.runs, "evaluations", "epoch")
     losses = {epoch: Quantity(f"loss_{epoch}", f"test loss, epoch {epoch}") for epoch in settings.evaluated_epochs}
     accuracy, class_accuracy = (
-        Quantity(f"{name}_{settings.epochs}", title, 1, scale=100, higher_is_better=True)
-        for name, title in (("accuracy", "accuracy, %"), ("class_accuracy", "mean class accuracy, %"))
+        Quantity(f"{name}_{settings.epochs}", title, "%", 1, scale=100, higher_is_better=True)
+        for name, title in (("accuracy", "accuracy"), ("class_accuracy", "mean class accuracy"))
     )
     quantities = [*losses.values(), accuracy, class_accuracy]
     others = [key for key in evidence.against_reference if key not in NOT_PRETRAINED]
     figures = {"curves": curves_figure(_panels(evidence), losses, "epoch", "test loss (nats)")}
-    if others:
-        # full fine-tuning and linear probing differ so much that nothing else could be seen beside them
-        shown = [key for key in others if key not in WORTH] or others
-        figures["differences"] = differences_figure(evidence, quantities, shown)
+    if evidence.adapters:
+        figures["differences"] = differences_figure(evidence, quantities, evidence.adapters)
     context = {
         "wanted": len(settings.labels) * settings.seeds,
         "parts": parts,

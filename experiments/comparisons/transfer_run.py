@@ -103,11 +103,6 @@ def build(job: Job) -> Work:
     return work
 
 
-def adapts(method: str) -> bool:
-    """Whether a method has adapters, and so a rank."""
-    return method not in NOT_PRETRAINED and MethodKey.parse(method).adapts
-
-
 def prepare(module: ImageClassifier, run: Run) -> list[L.Callback]:
     """Make `module` ready for a method; returns the callbacks to train with."""
     if run.method == "scratch":

@@ -80,7 +80,7 @@ def test_it_resumes_after_a_power_cut(
         loss = runs.loc[(row["method"], int(row["seed"])), "val_loss"][-1]["val_loss"]
         assert float(row["val_loss_4"]) == pytest.approx(loss)
     report = (tmp_path / "report.md").read_text()
-    assert "- EVA minus LoRA: loss after 2, %" in report
+    assert "- EVA minus LoRA: loss after 2 steps" in report
     assert "## EVA minus LoRA, run by run" in report
     assert all((tmp_path / f"{name}.png").is_file() for name in ("losses", "success", "differences"))
     # finished, the report is written again and nothing is run; the table command reads the runs too

@@ -47,14 +47,14 @@ def test_what_is_called_significant_is_so_by_the_paired_t_test() -> None:
     found = evidence({("a", m, s): x for m, sample in samples.items() for s, x in enumerate(sample)})
     p = {method: ttest_rel(samples[method], samples["lora"]).pvalue for method in ("dora", "eva")}
     assert p["dora"] < 0.05 / 2 < 0.05 < p["eva"]
-    (sentence,) = significance_sentence(found, Quantity("x", "test loss", 2), ["dora", "eva"])
+    (sentence,) = significance_sentence(found, Quantity("x", "test loss", digits=2), ["dora", "eva"])
     gain = (samples["dora"] - samples["lora"]).mean()
     assert sentence == (
         f"- Test loss: better than LoRA: DoRA ({gain:+.2f}*); worse than LoRA: none; no significant difference: 1 of 2."
     )
-    (better,) = significance_sentence(found, Quantity("x", "accuracy", 2, higher_is_better=True), ["dora"])
+    (better,) = significance_sentence(found, Quantity("x", "accuracy", digits=2, higher_is_better=True), ["dora"])
     assert f"better than LoRA: none; worse than LoRA: DoRA ({gain:+.2f}*)" in better
-    (line,) = difference_sentences(found, [Quantity("x", "test loss", 2)])
+    (line,) = difference_sentences(found, [Quantity("x", "test loss", digits=2)])
     assert line.startswith("- EVA minus LoRA: test loss ")
     assert line.endswith(" (not significant).")
 
