@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.rl.tasks import POSITIONS
 
 #: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
 MODALITIES = ("return", "state", "action", "reward")
 TOKENS_PER_STEP = len(MODALITIES)
 STATE_TOKEN = MODALITIES.index("state")
-
-POSITIONS = ("global", "timestep")
 
 #: A dimension of the state that varies less than this is divided by this: goals and gripper fingers of a task may be
 #: nearly constant, and dividing by their standard deviation would blow up noise.

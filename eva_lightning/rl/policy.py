@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from torch import Tensor
 from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.rl.decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
 from eva_lightning.rl.module import DecisionTransformerModule
+from eva_lightning.rl.tasks import MODES
 
 Mode = Literal["exact", "streaming"]
 
@@ -63,7 +64,7 @@ class DecisionTransformerPolicy:
     ) -> None:
         context = module.context if context is None else context
         check_number("n_environments", n_environments, at_least=1, whole=True)
-        check_choice("mode", mode, get_args(Mode))
+        check_choice("mode", mode, MODES)
         check_number("context", context, at_least=1, at_most=module.context, whole=True)  # the steps of training
         target = np.asarray(target_return, dtype=np.float64)
         if target.shape not in ((), (n_environments,)) or not np.isfinite(target).all():

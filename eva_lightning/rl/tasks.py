@@ -22,6 +22,11 @@ STATE_DIM = 39
 #: Movement in x, y and z, and closing of the gripper.
 ACTION_DIM = 4
 
+#: What can be asked of data, network and policy, by name: see trajectories, decision_transformer and policy.
+TARGETS = ("executed", "expert")
+POSITIONS = ("global", "timestep")
+MODES = ("exact", "streaming")
+
 #: Fine-tuning tasks, in the paper's order.
 CW10: tuple[str, ...] = (
     "hammer-v3",

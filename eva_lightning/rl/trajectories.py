@@ -13,10 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_lightning.errors import InputError, check_choice, check_number
-from eva_lightning.rl.tasks import STATE_DIM, resolve_task
+from eva_lightning.rl.tasks import STATE_DIM, TARGETS, resolve_task
 from eva_lightning.rl.trajectory_store import Batch, Ints, TrajectoryStore
-
-TARGETS = ("executed", "expert")
 
 
 class WindowDataset(Dataset[Batch]):

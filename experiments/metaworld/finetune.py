@@ -9,20 +9,22 @@ in ``finetune_run``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods import METHODS, MethodKey, method_names
-from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, parse_tasks
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, check_settings, option, parse_settings
+from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, check_settings, option
+
+#: What marks a ``metrics.json`` as one of a fine-tuning.
+EXPERIMENT = "metaworld-finetune"
 
 PLACE, RESULT, SELECTION = Role.PLACE, Role.RESULT, Role.SELECTION
 PER_RUN = Role.RESULT | Role.PER_RUN
+HEADS = ("train", "freeze", "adapt")
 
 
 def checkpoint_identity(path: str) -> str:
@@ -42,65 +44,39 @@ class Settings:
     )  # fmt: skip
     method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
     rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)
-    rho: float = option(
-        2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", PER_RUN, at_least=1
-    )
+    rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
     alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank", RESULT, above=0)
-    bias: str = option(
-        "none", "biases to train with adapters: all, lora_only or none", RESULT, choices=("all", "lora_only", "none")
-    )
-    head: str = option(
-        "train", "action head: train (in full), freeze, or adapt (like other layers)", RESULT,
-        choices=("train", "freeze", "adapt"),
-    )  # fmt: skip
+    bias: str = option("none", "biases to train with adapters", RESULT, choices=("all", "lora_only", "none"))
+    head: str = option("train", "action head: in full, frozen, or like other layers", RESULT, choices=HEADS)
     seeds: int = option(3, "number of seeds, one run each", SELECTION, at_least=1)
     first_seed: int = option(0, "the first of them", PER_RUN, at_least=0)
     data: str = option("data/metaworld", "folder of demonstrations, made by the collect command", PLACE)
-    train_episodes: int | None = option(
-        20, "demonstrations to train on; none: all but the held-out ones", RESULT, at_least=1
-    )
-    val_episodes: int = option(4, "held-out demonstrations for the validation loss, the last ones", RESULT, at_least=1)
-    target: str = option(
-        "executed", "actions to predict: executed (with noise) or expert (clean)", RESULT,
-        choices=("executed", "expert"),
-    )  # fmt: skip
+    train_episodes: int | None = option(20, "demonstrations to train on; none: all others", RESULT, at_least=1)
+    val_episodes: int = option(4, "held-out demonstrations, the last ones", RESULT, at_least=1)
+    target: str = option("executed", "actions to predict; the expert's have no noise", RESULT, choices=TARGETS)
     max_steps: int = option(500, "training steps (the paper: 100,000)", RESULT, at_least=1)
     batch_size: int = option(32, "windows per step (the paper: 128)", RESULT, at_least=1)
-    lr: float = option(
-        1e-3, "peak learning rate; the best one differs between methods, tune it for each", PER_RUN, above=0
-    )
+    lr: float = option(1e-3, "peak learning rate; tune it for each method", PER_RUN, above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", RESULT, at_least=0)
     warmup_steps: int = option(4000, "steps of linear warm-up; at most a tenth of all", RESULT, at_least=0)
-    dropout: float | None = option(
-        None, "dropout of the network; that of pre-training if not given", RESULT, at_least=0, below=1
-    )
-    context: int | None = option(None, "steps of a window; those of pre-training if not given", RESULT, at_least=1)
+    dropout: float | None = option(None, "dropout; none: that of pre-training", RESULT, at_least=0, below=1)
+    context: int | None = option(None, "steps of a window; none: those of pre-training", RESULT, at_least=1)
     val_at: tuple[int, ...] = option(
         (10, 25, 50, 150, 500), "steps after which the validation loss is measured", RESULT, at_least=0
     )
-    target_return: float | None = option(None, "return to ask for; the largest of the task's data if not given", RESULT)
+    target_return: float | None = option(None, "return to ask for; none: the largest of the data", RESULT)
     eval_episodes: int = option(50, "episodes rolled out at the end; 0 for none", RESULT, at_least=0)
-    eval_seed: int = option(
-        0, "seed of the evaluation goals, the same for every seed of training", RESULT, at_least=0, below=MAX_SEED
-    )
-    mode: str = option(
-        "exact", "inference: exact window, or streaming (faster)", RESULT, choices=("exact", "streaming")
-    )
+    eval_seed: int = option(0, "seed of the evaluation goals, in every run", RESULT, at_least=0, below=MAX_SEED)
+    mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     rollout_workers: int = option(0, "processes for rollouts; 0 for none besides this one", PLACE, at_least=0)
-    checkpoint_every: int = option(
-        100, "steps between checkpoints, from which an interrupted run resumes; 0 for none", PLACE, at_least=0
-    )
+    checkpoint_every: int = option(100, "steps between checkpoints; 0 for none", PLACE, at_least=0)
     save: bool = option(True, "keep the adapter, the merged network and EVA's state", PLACE)
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)
     output: str = option("runs/metaworld", "folder that holds the runs", PLACE)
-    name: str | None = option(
-        None, "what run folders are called, before -SEED; made of the settings if not given", PLACE
-    )
-    overwrite: bool = option(
-        False, "delete runs of these names first; without it, they are resumed or reprinted", PLACE
-    )
+    name: str | None = option(None, "of the run folders, before -SEED; made of the settings if not given", PLACE)
+    overwrite: bool = option(False, "delete runs of these names first, instead of resuming", PLACE)
     progress: bool = option(True, "show progress bars", PLACE)
 
     def __post_init__(self) -> None:
@@ -145,25 +121,10 @@ class Settings:
         return f"{self.task[0]}-{self.method}{adapter}-lr{self.lr:g}-steps{self.max_steps}-seed{self.seed}"
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Fine-tune a pre-trained Decision Transformer on one task, and measure success."
-    return parse_settings(Settings, "python -m experiments.metaworld finetune", description, args)
-
-
-def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the command line `args` (``sys.argv`` for None); returns what each run's ``metrics.json`` holds.
-
-    Raises:
-        MissingInputError: The checkpoint or the demonstrations are missing.
-        InputError: A setting, the checkpoint or the data is wrong, or a folder holds a run of other settings.
-    """
-    settings = parse(args)
-    from experiments.metaworld.finetune_run import run_all
-
-    return run_all(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal, giving the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.metaworld finetune",
+    "Fine-tune a pre-trained Decision Transformer on one task, and measure success.",
+    "experiments.metaworld.finetune_run:run_all",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -26,15 +26,12 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
-from experiments.metaworld.finetune import Settings
-from experiments.metaworld.table import EXPERIMENT
+from experiments.metaworld.finetune import EXPERIMENT, Settings
+from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
 from experiments.metaworld.training import About, fit, make_trainer, perform_or_report
 from experiments.metaworld.validation import ValidationLosses
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.statistics import PLUS_MINUS, Interval
-
-#: A target return above this times the data's mean was measured to break tasks such as push.
-HIGHEST_TARGET = 1.2
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -113,16 +110,6 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
     bias: Any = settings.bias
     options = AdapterOptions(rank=settings.rank, alpha=settings.alpha, bias=bias, rho=settings.rho, seed=settings.seed)
     return apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
-
-
-def warn_of_target(task: str, target: float, mean: float) -> None:
-    """Log a warning where a target return is far above what the data has on average."""
-    if target > HIGHEST_TARGET * mean > 0:
-        _LOGGER.warning(
-            "%s: the target return %.0f is %.2f times the mean return %.0f of its data; above %g times, some tasks "
-            "(push) were measured to fail. --target-return sets another",
-            task, target, target / mean, mean, HIGHEST_TARGET,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -253,10 +240,10 @@ def headline(metrics: Mapping[str, Any]) -> str:
     text += f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f} after {metrics['max_steps']} steps"
     if metrics["success_rate"] is None:
         return text
+    success = success_range(metrics["successes"]).text(2)
     return (
-        f"{text}, success {metrics['success_rate']:.2f} (at any step; at the last step "
-        f"{metrics['final_success_rate']:.2f}), return {Interval.of(metrics['returns']).text(0)} "
-        f"over {metrics['episodes']} episodes"
+        f"{text}, success {success} (at any step; at the last step {metrics['final_success_rate']:.2f}; "
+        f"{EPISODE_BRACKETS}), return {Interval.of(metrics['returns']).text(0)} over {metrics['episodes']} episodes"
     )
 
 
@@ -272,4 +259,4 @@ def summary(results: Sequence[Mapping[str, Any]]) -> str:
             text += f", success {Interval.of([run['success_rate'] for run in runs]).text(2)}"
             text += f", return {Interval.of([run['mean_return'] for run in runs]).text(0)}"
         lines.append(text)
-    return "\n".join([*lines, f"{PLUS_MINUS}"])
+    return "\n".join([*lines, PLUS_MINUS])

@@ -7,16 +7,14 @@ to resume. The run itself is in ``pretrain_run``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eva_lightning.errors import InputError
-from eva_lightning.rl.tasks import CW10, MT40, parse_tasks
-from experiments.runner.cli import in_terminal
+from eva_lightning.rl.tasks import CW10, MT40, POSITIONS, TARGETS, parse_tasks
+from experiments.runner.command import SettingsCommand
 from experiments.runner.loggers import LOGGER_HELP, parse_loggers
-from experiments.runner.settings import Role, check_settings, option, parse_settings
+from experiments.runner.settings import Role, check_settings, option
 
 PLACE, RESULT = Role.PLACE, Role.RESULT
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -28,29 +26,17 @@ class Settings:
 
     tasks: tuple[str, ...] = option(("mt40",), "tasks such as push-v3, mt40 or cw10", RESULT)
     data: str = option("data/metaworld", "folder of demonstrations, made by the collect command", PLACE)
-    episodes: int | None = option(
-        None, "training episodes per task; all but the held-out ones if not given", RESULT, at_least=1
-    )
+    episodes: int | None = option(None, "training episodes per task; none: all others", RESULT, at_least=1)
     val_episodes: int = option(4, "held-out episodes per task, the last ones", RESULT, at_least=0)
-    target: str = option(
-        "executed", "actions to predict: executed (with noise) or expert (clean)", RESULT,
-        choices=("executed", "expert"),
-    )  # fmt: skip
-    dtype: str = option(
-        "float32", "states and actions in the cache: float32 or float16", RESULT, choices=("float32", "float16")
-    )
+    target: str = option("executed", "actions to predict; the expert's have no noise", RESULT, choices=TARGETS)
+    dtype: str = option("float32", "states and actions in the cache", RESULT, choices=("float32", "float16"))
     drop_previous_frame: bool = option(False, "leave the repeated frame out of the cache", RESULT)
     width: int = option(512, "features of a token", RESULT, at_least=1)
     layers: int = option(4, "number of blocks", RESULT, at_least=1)
     heads: int = option(8, "attention heads", RESULT, at_least=1)
     context: int = option(50, "steps of a window; a step is four tokens", RESULT, at_least=1)
-    dropout: float = option(
-        0.2, "dropout on embeddings, attention weights and residual branches", RESULT, at_least=0, below=1
-    )
-    positions: str = option(
-        "global", "global (place of the token in the window) or timestep (step of the episode)", RESULT,
-        choices=("global", "timestep"),
-    )  # fmt: skip
+    dropout: float = option(0.2, "on embeddings, attention weights, residuals", RESULT, at_least=0, below=1)
+    positions: str = option("global", "by place in the window or step of the episode", RESULT, choices=POSITIONS)
     max_steps: int = option(1_000_000, "training steps", RESULT, at_least=1)
     batch_size: int = option(128, "windows per step", RESULT, at_least=1)
     lr: float = option(1e-4, "peak learning rate", RESULT, above=0)
@@ -62,26 +48,20 @@ class Settings:
     rollout_every: int = option(0, "steps between rollouts in the simulator; 0 for none", RESULT, at_least=0)
     rollout_episodes: int = option(10, "episodes per task and rollout", RESULT, at_least=1)
     rollout_tasks: tuple[str, ...] | None = option(None, "tasks to roll out; all trained ones if not given", RESULT)
-    rollout_video: int = option(
-        0, "episodes per task and rollout to film; the logger takes the videos", PLACE, at_least=0
-    )
-    checkpoint_every: int = option(
-        1000, "steps between checkpoints, from which an interrupted run resumes", PLACE, at_least=1
-    )
+    rollout_video: int = option(0, "episodes per task to film; the logger takes them", PLACE, at_least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints", PLACE, at_least=1)
     seed: int = option(0, "seed of weights, dropout and windows", RESULT, at_least=0)
-    precision: str = option(
-        "auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision", RESULT, choices=PRECISIONS
-    )
+    precision: str = option("auto", "auto: bf16-mixed on a GPU, else 32-true", RESULT, choices=PRECISIONS)
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     devices: int = option(1, "number of devices", PLACE, at_least=1)
     workers: int = option(0, "loader processes; 0 is fastest here", PLACE, at_least=0)
     compile: bool = option(False, "compile the network; takes a minute at the start", PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)
-    export: str | None = option(None, "also write weights and hyper-parameters alone to this file, in float16", PLACE)
+    export: str | None = option(None, "also write weights alone to this file, in float16", PLACE)
     logger: str = option("none", LOGGER_HELP, PLACE)
     output: str = option("runs", "folder that holds the runs", PLACE)
     name: str | None = option(None, "name of the run's folder; made of tasks, sizes and seed if not given", PLACE)
-    overwrite: bool = option(False, "delete a run of this name first; without it, runs are resumed or reprinted", PLACE)
+    overwrite: bool = option(False, "delete a run of this name first, instead of resuming", PLACE)
     progress: bool = option(True, "show a progress bar", PLACE)
 
     def __post_init__(self) -> None:
@@ -107,27 +87,10 @@ class Settings:
         return f"pretrain-{tasks}-w{self.width}-l{self.layers}-k{self.context}-lr{self.lr:g}-seed{self.seed}"
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Pre-train a Decision Transformer on demonstrations."
-    return parse_settings(Settings, "python -m experiments.metaworld pretrain", description, args)
-
-
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line `args` (``sys.argv`` for None) and return what ``metrics.json`` holds.
-
-    A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
-
-    Raises:
-        MissingInputError: Demonstrations are missing.
-        InputError: A setting or the data is wrong, or the folder holds a run of other settings.
-    """
-    settings = parse(args)
-    from experiments.metaworld.pretrain_run import run
-
-    return run(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal, giving the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.metaworld pretrain",
+    "Pre-train a Decision Transformer on demonstrations.",
+    "experiments.metaworld.pretrain_run:run",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,10 @@ def test_minari(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     [
         (["--tasks", "push-v2"], "error: task 'push-v2' is of another version of Meta-World: did you mean push-v3?"),
         (["--tasks", "pussh"], "error: unknown Meta-World task 'pussh': did you mean push-v3"),
-        (["--horizon", "501"], "error: horizon must be from 1 to 500 (metaworld's limit), got 501"),
-        (["--noise", "-1"], "error: noise must be at least 0 and finite, got -1.0"),
-        (["--episodes", "0"], "error: episodes must be at least 1, got 0"),
-        (["--workers", "0"], "error: workers must be at least 1, got 0"),
+        (["--horizon", "501"], "error: --horizon must be a whole number of at least 1 and of at most 500, got 501"),
+        (["--noise", "-1"], "error: --noise must be a number of at least 0, got -1.0"),
+        (["--episodes", "0"], "error: --episodes must be a whole number of at least 1, got 0"),
+        (["--workers", "0"], "error: --workers must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -74,8 +75,8 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted: finished episodes are kept, the same command continues\n"),
-        (RuntimeError("a process ended"), 1, "error: a process ended\n"),
+        (KeyboardInterrupt(), 130, "interrupted: finished episodes are kept; rerun to resume\n"),
+        (BrokenProcessPool("a process ended"), 1, "error: a process ended\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
     ],
 )
@@ -95,6 +96,12 @@ def test_what_goes_wrong_on_the_way_is_one_sentence(
     assert capsys.readouterr().err == message
 
 
+def test_a_programming_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExpertRunner, "run", lambda self, chunk: [] + 1)  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        collect.command_line(run(tmp_path, "--tasks", "push"))
+
+
 def test_the_commands_are_listed_and_mistyped_ones_corrected(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -109,9 +116,12 @@ def test_help_needs_neither_torch_nor_the_simulator() -> None:
     code = (
         "import sys\n"
         "from experiments.metaworld.__main__ import main\n"
+        "for name in ('pretrain', 'finetune', 'evaluate', 'table'):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
         "try: main(['collect', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'mujoco', 'metaworld', 'lightning', 'peft'} & set(sys.modules)\n"
+        "heavy = {'torch', 'mujoco', 'metaworld', 'lightning', 'peft', 'pandas', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

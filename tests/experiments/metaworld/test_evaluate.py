@@ -11,7 +11,8 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl import rendering, rollouts
 from eva_lightning.rl.demonstrations import read_index
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from experiments.metaworld import evaluate
+from experiments.metaworld import evaluate, evaluate_run
+from experiments.metaworld.evaluate_run import load_module, target_return
 from tests.eva_lightning.rl.synthetic import write_synthetic
 
 QUICK = ["--episodes=2", "--horizon=4", "--progress=false"]
@@ -30,6 +31,7 @@ def test_rolls_out_the_tasks_of_the_checkpoint(checkpoint: Path, capsys: pytest.
     assert [r.task for r in results] == ["push-v3", "reach-v3"]
     printed = capsys.readouterr().out
     assert "solved at any step" in printed
+    assert "0.00 [0.00, 0.66]" in printed  # Wilson's interval of 0 out of 2
     assert "1800" in printed
     (push,) = evaluate.main([f"--ckpt={checkpoint}", "--task=push", *QUICK])
     assert np.array_equal(push.returns, results[0].returns)
@@ -46,7 +48,7 @@ def test_films_to_gif(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_drawing_it_goes_on_without_video(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendering, "rendering_backend", lambda: None)
+    monkeypatch.setattr(evaluate_run, "rendering_backend", lambda: None)
     monkeypatch.setattr(rollouts, "rendering_backend", lambda: None)
     (result,) = evaluate.main([f"--ckpt={checkpoint}", "--task=push", f"--video={tmp_path / 'a.gif'}", *QUICK])
     assert len(result) == 2
@@ -71,22 +73,22 @@ def test_adapters_alone_need_the_weights_they_were_trained_on(checkpoint: Path, 
     trainer.save_checkpoint(adapters)
     assert not any("base_layer.weight" in key for key in torch.load(adapters)["state_dict"])
     with pytest.raises(ValueError, match="holds adapters alone: name the checkpoint they were trained on with --init"):
-        evaluate.load_module(adapters)
-    loaded, _ = evaluate.load_module(adapters, checkpoint)
+        load_module(adapters)
+    loaded, _ = load_module(adapters, checkpoint)
     for name, value in module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     other = save_weights(DecisionTransformerModule(width=16, layers=1, heads=2, context=4), tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="trained on other base weights"):
-        evaluate.load_module(adapters, other)
+        load_module(adapters, other)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--ckpt=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
-        (["--task=hammer", "--data=nowhere"], "notes no target return for hammer-v3, and no demonstrations in nowhere"),
-        (["--task=push", "--context=5"], "context must be between 1 and the 4 steps of training, got 5"),
-        (["--task=push", "--horizon=501"], "horizon must be from 1 to 500"),
+        (["--task=hammer", "--data=nowhere"], "has no target return for hammer-v3, and no demonstrations in nowhere"),
+        (["--task=push", "--context=5"], "context must be a whole number of at least 1 and of at most 4, got 5"),
+        (["--task=push", "--horizon=501"], "--horizon must be a whole number of at least 1 and of at most 500"),
         (["--task=push", "--video=a.avi"], "a video file must end in .gif or .mp4, got 'a.avi'"),
         (["--task=pusch"], "did you mean push-v3"),
     ],
@@ -104,7 +106,7 @@ def test_bad_input_is_one_sentence(
 def test_a_high_target_is_warned_of(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: Any = evaluate.parse([f"--ckpt={checkpoint}", "--target-return=2000"])
     about = {"mean_return": {"push-v3": 1000.0}}
-    assert evaluate.target_return(settings, "push-v3", about) == 2000
+    assert target_return(settings, "push-v3", about) == 2000
     assert "the target return 2000 is 2.00 times the mean return 1000" in caplog.text
 
 
@@ -114,8 +116,8 @@ def test_a_high_target_is_measured_by_the_demonstrations_where_the_checkpoint_ha
     write_synthetic(tmp_path / "data", ["push-v3"], episodes=2)
     mean = read_index(tmp_path / "data")["push-v3"].mean_return
     words = [f"--ckpt={checkpoint}", f"--data={tmp_path / 'data'}", f"--target-return={3 * mean}"]
-    assert evaluate.target_return(evaluate.parse(words), "push-v3", {}) == pytest.approx(3 * mean)
+    assert target_return(evaluate.parse(words), "push-v3", {}) == pytest.approx(3 * mean)
     assert "is 3.00 times the mean return" in caplog.text
     caplog.clear()
-    assert evaluate.target_return(evaluate.parse([*words[:1], "--data=nowhere", *words[2:]]), "push-v3", {}) > 0
+    assert target_return(evaluate.parse([*words[:1], "--data=nowhere", *words[2:]]), "push-v3", {}) > 0
     assert not caplog.text

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from eva_lightning.methods import METHODS, method_names
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
-from experiments.metaworld import evaluate, finetune, table
+from experiments.metaworld import evaluate, finetune, finetune_run, table
+from experiments.metaworld.finetune_run import build, prepare
+from experiments.runner.run_folder import RunFolder, perform
 
 TASK = "handle-press-side-v3"
 
@@ -64,8 +68,8 @@ def test_all_methods_but_scratch_start_from_the_same_loss(root: Path) -> None:
 def test_embeddings_have_no_adapters_and_the_head_as_asked(head: str, trains: int, adapted: int, root: Path) -> None:
     settings = finetune.parse(command(root, "lora", f"--head={head}"))
     base = DecisionTransformerModule.from_pretrained(root / "init.ckpt")
-    module, _ = finetune.prepare(settings, base, 0)
-    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    prepare(settings, base)
+    trained = [name for name, p in base.named_parameters() if p.requires_grad]
     assert not any("embed" in name for name in trained)
     of_head = [name for name in trained if "predict_action" in name]
     assert len(of_head) == trains
@@ -77,15 +81,15 @@ def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = command(root, "lora", "--name=again", "--checkpoint-every=3", seeds=2)
-    measure = finetune.measure
 
-    def power_cut(*args: Any) -> Any:
+    def power_cut(*args: Any, **options: Any) -> Any:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(finetune, "measure", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        finetune.main(line)
-    monkeypatch.setattr(finetune, "measure", measure)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_run, "evaluate", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            finetune.main(line)
+    assert "RuntimeError: power cut" in (root / "runs" / "again-0" / "log.txt").read_text()
     first = finetune.main(line)
     assert "resuming from" in capsys.readouterr().out
     assert [run["seed"] for run in first] == [0, 1]
@@ -93,10 +97,26 @@ def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
     assert finetune.main(line) == first
     printed = capsys.readouterr().out
     assert printed.count("is finished already") == 2
-    assert "2 seeds (mean ± standard error over seeds): validation loss" in printed
+    assert "2 seeds: validation loss" in printed
+    assert "± is half the width of the 95% interval" in printed
     with pytest.raises(ValueError, match=r"holds another run, with lr=0.001 \(now 0.01\)"):
         finetune.main([*line, "--lr=0.01"])
-    assert "| **ours** | **LoRA (r=2)** |" in table.main(["--runs", str(root / "runs" / "again-0")])
+    assert "| **ours** LoRA (r=2)" in table.main(["--runs", str(root / "runs" / "again-0")])
+
+
+def test_a_run_alone_is_that_of_the_command_and_leaves_what_is_asked_for(root: Path, tmp_path: Path) -> None:
+    (metrics,) = finetune.main(command(root, "eva", "--name=command"))
+    settings = replace(finetune.parse(command(root, "eva")), checkpoint_every=0, save=False)
+    folder = RunFolder(tmp_path / "alone", settings)
+    alone = perform(folder, partial(build, settings), terminal=False)
+    for name in ("val_loss", "ranks", "returns", "trainable_parameters"):
+        assert alone[name] == metrics[name], name
+    assert sorted(path.name for path in folder.path.iterdir() if path.suffix) == [
+        "config.yaml", "log.txt", "metrics.json",
+    ]  # fmt: skip
+    assert not (folder.path / "checkpoints").exists()
+    # its config.yaml is a command line, of this one run
+    assert finetune.parse([f"--config={folder.path / 'config.yaml'}"]) == settings
 
 
 def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,10 +133,10 @@ def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pyt
         ("--task=push-v3", "no demonstrations of push-v3 in"),
         ("--init=nowhere.ckpt", "there is no checkpoint nowhere.ckpt"),
         ("--context=5", "context must be at most the 4 steps of"),
-        ("--horizon=501", "horizon must be from 1 to 500"),
+        ("--horizon=501", "--horizon must be a whole number of at least 1 and of at most 500"),
         ("--train-episodes=9", "9"),
-        ("--rank=0", "rank must be at least 1, got 0"),
-        ("--val-at=2,x", "val_at must be numbers with commas between them, got '2,x'"),
+        ("--rank=0", "--rank must be a whole number of at least 1, got 0"),
+        ("--val-at=2,x", "--val-at must be a list, each item a whole number, got"),
         ("--head=heads", "unknown head 'heads'"),
     ],
 )

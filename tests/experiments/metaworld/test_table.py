@@ -10,11 +10,13 @@ import pytest
 from eva_lightning.methods import method_names
 from eva_lightning.rl.tasks import CW10
 from experiments.metaworld import table
+from experiments.metaworld.finetune import EXPERIMENT
+from experiments.metaworld.table_report import COLUMNS, as_report, best_ranks, our_rows, paper_rows, read_runs
 
 
 def write_run(folder: Path, **changes: Any) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        "experiment": table.EXPERIMENT,
+        "experiment": EXPERIMENT,
         "task": "push-v3",
         "method": "eva",
         "rank": 4,
@@ -37,39 +39,55 @@ def write_run(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_paper_tables_are_complete_and_consistent() -> None:
-    assert set(table.COLUMNS) == set(CW10)
-    assert set(table.LABELS) == set(method_names("rl"))
-    first, second = table.paper_rows(23), table.paper_rows(24)
+    assert set(COLUMNS) == set(CW10)
+    first, second = paper_rows(23), paper_rows(24)
+    assert {row.method for row in (*first, *second)} <= set(method_names("rl"))
     assert len(first) == 8
     assert [(r.method, r.rank) for r in second[:3]] == [("fft", None), ("lora", 2), ("lora", 4)]
     assert len(second) == 1 + 7 * 4
     for row in (*first, *second):
-        mean = row.mean_over(table.COLUMNS)
+        mean = row.mean_over(COLUMNS)
         assert mean is not None
         assert row.average is not None
         # printed averages are rounded, or cut, to two digits
         assert abs(mean - row.average) <= 0.0101, row
     by_method = {row.method: row for row in first}
     assert by_method["eva-dora"].average == 0.94
-    assert by_method["eva"].cells["stick-pull-v3"].success == 0.63
-    assert by_method["eva"].cells["stick-pull-v3"].stderr == 0.07
+    stick_pull = by_method["eva"].cells["stick-pull-v3"]
+    assert stick_pull.mean == 0.63
+    # printed is a standard error of 0.07 over three seeds; 4.3027 is the 97.5% point of Student's t with 2 degrees
+    assert stick_pull.half == pytest.approx(0.07 * 4.3027, rel=1e-4)
 
 
-def test_mean_and_standard_error_are_over_seeds(tmp_path: Path) -> None:
+def test_means_and_intervals_are_over_seeds(tmp_path: Path) -> None:
     for seed, success in enumerate((0.4, 0.5, 0.9)):
         write_run(tmp_path, seed=seed, success_rate=success)
-    (row,) = table.our_rows(table.read_runs(tmp_path))
+    (row,) = our_rows(read_runs(tmp_path))
     cell = row.cells["push-v3"]
-    assert cell.success == pytest.approx(0.6)
-    assert cell.stderr == pytest.approx(0.2645751 / 3**0.5)
-    assert (cell.seeds, cell.val_loss) == (3, pytest.approx(0.1))
+    assert cell.mean == pytest.approx(0.6)
+    assert cell.half == pytest.approx(4.3027 * 0.2645751 / 3**0.5, rel=1e-4)
+    assert (cell.n, row.val_loss) == (3, pytest.approx(0.1))
     assert row.average is None
+
+
+def test_interquartile_means_are_over_the_tasks_that_all_methods_have(tmp_path: Path) -> None:
+    for seed, success in enumerate((0.0, 0.5, 0.6, 1.0)):
+        write_run(tmp_path, seed=seed, success_rate=success)
+        write_run(tmp_path, seed=seed, method="lora", rho=None, success_rate=success / 2)
+    write_run(tmp_path, task="hammer-v3", success_rate=0.0)  # of one method alone
+    rows = {row.method: row for row in our_rows(read_runs(tmp_path))}
+    range_ = rows["eva"].iqm_over(["push-v3"])
+    assert range_ is not None
+    assert range_.mean == pytest.approx(0.55)
+    assert range_.low < 0.55 < range_.high
+    line = next(line for line in as_report(read_runs(tmp_path)).splitlines() if "**ours** LoRA (r=4)" in line)
+    assert "0.28 [" in line
 
 
 def test_best_rank_is_chosen_by_validation_loss(tmp_path: Path) -> None:
     write_run(tmp_path, rank=2, success_rate=1.0, val_loss=[{"updates": 50, "val_loss": 0.3}])
     write_run(tmp_path, rank=4, success_rate=0.1, val_loss=[{"updates": 50, "val_loss": 0.2}])
-    (row,) = table.best_ranks(table.our_rows(table.read_runs(tmp_path)))
+    (row,) = best_ranks(our_rows(read_runs(tmp_path)))
     assert row.rank == 4
 
 
@@ -86,19 +104,18 @@ def test_command_writes_markdown_csv_and_plot(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "out" / "table.md").read_text() == text
     assert "6 runs" in capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {15, 16}
-    paper = next(line for line in lines if "*paper*" in line and "| FFT" in line)
-    ours = next(line for line in lines if "**ours**" in line and "**FFT**" in line)
+    assert {line.count("|") for line in lines} == {15}
+    paper, ours = (next(line for line in lines if f"{mark} FFT" in line) for mark in ("*paper*", "**ours**"))
     assert lines.index(ours) == lines.index(paper) + 1
-    assert paper.rstrip("| ").endswith("0.92 | 1.00")
-    assert ours.rstrip("| ").endswith("**0.75**")
-    assert "**EVA ρ=2 (r=4)**" in text
+    assert [cell.strip() for cell in paper.split("|")][-4:-1] == ["0.92", "1.00", "–"]
+    assert [cell.strip() for cell in ours.split("|")][-3:-1] == ["0.75", "0.75 [0.75, 0.75]"]
+    assert "**ours** EVA (r=4)" in text
     assert "2 tasks run here by every method: push, window-close" in text
     with (tmp_path / "out" / "table.csv").open() as file:
         cells = list(csv.DictReader(file))
     assert {cell["source"] for cell in cells} == {"paper", "ours"}
     mine = [c for c in cells if c["source"] == "ours" and c["method"] == "eva" and c["table"] == "24"]
-    assert [(c["task"], c["success"], c["rho"], c["stderr"]) for c in mine] == [
+    assert [(c["task"], c["success"], c["rho"], c["half"]) for c in mine] == [
         ("push-v3", "0.5", "2.0", ""),
         ("window-close-v3", "0.5", "2.0", ""),
     ]
@@ -111,9 +128,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
     with pytest.raises(ValueError, match="are both eva on push-v3 with seed 0: keep runs"):
-        table.read_runs(tmp_path)
+        read_runs(tmp_path)
     broken = tmp_path / "c" / "metrics.json"
     broken.parent.mkdir()
     broken.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        table.read_runs(tmp_path / "c")
+        read_runs(tmp_path / "c")

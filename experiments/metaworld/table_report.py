@@ -1,0 +1,284 @@
+"""Tables 23 and 24 of the paper with lines of our own, as Markdown, CSV and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.files import replacing, writable_folder, write_text
+from eva_lightning.methods import METHODS, MethodKey
+from eva_lightning.rl.tasks import CW10
+from experiments.metaworld.finetune import EXPERIMENT
+from experiments.metaworld.table import Settings
+from experiments.runner.statistics import BRACKETS, PLUS_MINUS, Interval, Range, iqm, over_seeds, t_quantile
+from experiments.runner.tables import as_markdown
+
+#: Columns of both tables, in the paper's order.
+COLUMNS = tuple(sorted(CW10))
+
+_PAPER = Path(__file__).with_name("paper_tables.csv")
+_PAPER_SEEDS = 3
+_GROUP = ["method", "rank", "rho"]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        source: ``"paper"`` or ``"ours"``.
+        method: Name, as ``finetune --method`` takes it.
+        rank: LoRA rank; None without adapters, or where the best one was taken (Table 23).
+        rho: EVA's ρ; None for other methods, and where the paper does not say.
+        cells: Task -> share of solved episodes, in [0, 1], over seeds.
+        average: Mean over all ten tasks, as printed or computed; None where tasks are missing.
+        runs: Our runs; without any for the paper.
+    """
+
+    source: str
+    method: str
+    rank: int | None
+    rho: float | None
+    cells: Mapping[str, Interval]
+    average: float | None = None
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def label(self) -> str:
+        """The method, with ρ where it is not 2."""
+        return METHODS[self.method].label if self.rho is None else MethodKey(self.method, self.rho).label
+
+    def mean_over(self, tasks: Sequence[str]) -> float | None:
+        """Mean success over `tasks`; None where one is missing."""
+        values = [self.cells[task].mean for task in tasks if task in self.cells]
+        return sum(values) / len(values) if values and len(values) == len(tasks) else None
+
+    def iqm_over(self, tasks: Sequence[str]) -> Range | None:
+        """Interquartile mean over our runs on `tasks`; None for the paper, which prints means alone."""
+        if self.runs.empty:
+            return None
+        chosen = self.runs[self.runs["task"].isin(tasks)]
+        return iqm(chosen, "success_rate").get(self.method)
+
+    @property
+    def val_loss(self) -> float:
+        """Mean over tasks of the validation loss after the last step."""
+        return float(self.runs.groupby("task")["val_loss"].mean().mean())
+
+
+def paper_rows(table: int) -> list[Row]:
+    """The lines of Table 23 or 24; standard errors over three seeds, as printed, become intervals."""
+    printed = pd.read_csv(_PAPER, comment="#").query("table == @table")
+    rows = []
+    for (method, rank), lines in printed.groupby(["method", "rank"], sort=False, dropna=False):
+        values = lines.set_index("task")
+        halves = t_quantile(_PAPER_SEEDS - 1) * values["stderr"]
+        average = values["success"].pop("average")
+        tasks = values.index.drop("average")
+        cells = {task: Interval(float(values["success"][task]), float(halves[task]), _PAPER_SEEDS) for task in tasks}
+        rows.append(Row("paper", method, None if pd.isna(rank) else int(rank), None, cells, float(average)))
+    return rows
+
+
+def read_runs(folder: str | Path) -> pd.DataFrame:
+    """The metrics of every finished ``finetune`` run below `folder` that was rolled out, in order of their paths.
+
+    ``val_loss`` is the validation loss after the last step.
+
+    Raises:
+        MissingInputError: There is none.
+        InputError: A ``metrics.json`` is damaged, or two runs are of the same task, method, rank, ρ and seed.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in sorted(Path(folder).rglob("metrics.json")):
+        try:
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is damaged: {error}") from error
+        if not isinstance(metrics, dict) or metrics.get("experiment") != EXPERIMENT:
+            continue
+        if metrics.get("success_rate") is None:  # finetune --eval-episodes 0
+            continue
+        key = tuple(metrics[name] for name in (*_GROUP, "task", "seed"))
+        if key in found:
+            raise InputError(
+                f"{found[key]['path']} and {file.parent} are both {metrics['method']} on {metrics['task']} with seed "
+                f"{metrics['seed']}: keep runs of different settings in different folders"
+            )
+        found[key] = {**metrics, "val_loss": metrics["val_loss"][-1]["val_loss"], "path": file.parent}
+    if not found:
+        raise MissingInputError(
+            f"no finished runs below {folder}: make some with "
+            f"python -m experiments.metaworld finetune --output {folder}"
+        )
+    return pd.DataFrame(found.values())
+
+
+def our_rows(runs: pd.DataFrame) -> list[Row]:
+    """One line per method, rank and ρ among `runs`, in the order of the method registry."""
+    rows = []
+    for (method, rank, rho), group in runs.groupby(_GROUP, dropna=False):
+        by_task = over_seeds(group, "success_rate", by="task")
+        cells = {task: by_task[task] for task in COLUMNS if task in by_task}
+        row = Row(
+            "ours", method, None if pd.isna(rank) else int(rank), None if pd.isna(rho) else rho, cells, runs=group
+        )
+        rows.append(replace(row, average=row.mean_over(COLUMNS)))
+    order = list(METHODS)
+    return sorted(rows, key=lambda row: (order.index(row.method), row.rank or 0, row.rho or 0.0))
+
+
+def best_ranks(rows: Sequence[Row]) -> list[Row]:
+    """Of each method and ρ the rank of the lowest validation loss over its tasks: not chosen by success."""
+    best: dict[tuple[str, float | None], Row] = {}
+    for row in sorted(rows, key=lambda row: (-len(row.cells), row.val_loss)):
+        best.setdefault((row.method, row.rho), row)
+    return [row for row in rows if row in best.values()]
+
+
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    """The tasks that every one of `rows` has, in the paper's order; if they share none, those that any has."""
+    shared = [task for task in COLUMNS if all(task in row.cells for row in rows)]
+    return shared or [task for task in COLUMNS if any(task in row.cells for row in rows)]
+
+
+def as_report(runs: pd.DataFrame) -> str:
+    """Both tables in Markdown, the paper's lines and ours below each other, marked in the first column."""
+    ours = our_rows(runs)
+    tasks = tasks_of(ours)
+    parts = [
+        "# Fine-tuning on CW10: the paper's numbers beside ours",
+        _notes(runs, tasks),
+        "## Layout of Table 23: one line per method",
+        "Ours: the rank of the lowest validation loss after the last step.",
+        as_markdown(_frame(_interleaved(paper_rows(23), best_ranks(ours)), tasks)),
+        "## Layout of Table 24: by rank",
+        as_markdown(_frame(_interleaved(paper_rows(24), ours), tasks)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _notes(runs: pd.DataFrame, tasks: Sequence[str]) -> str:
+    count = f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+    measure = (
+        "Share of solved episodes (at any step of the episode) after fine-tuning on one CW10 task, mean over seeds. "
+        f"{PLUS_MINUS} The paper prints standard errors over three seeds, which are multiplied by "
+        f"{t_quantile(_PAPER_SEEDS - 1):.2f} here. {BRACKETS}"
+    )
+    sources = (
+        "Lines marked *paper* are printed in the paper: 12M or 16M parameters, 2M transitions and 100,000 steps per "
+        f"task, three seeds. Lines marked **ours** are measured here: {_conditions(runs)}. They are not comparable as "
+        "absolute numbers; what can be compared is the order of methods."
+    )
+    same = (
+        f"*Same tasks* is the mean, and *IQM* the interquartile mean, over the {count} run here by every method: "
+        f"{', '.join(map(_short, tasks))}."
+    )
+    return "\n\n".join([measure, sources, same])
+
+
+def _interleaved(paper: Sequence[Row], ours: Sequence[Row]) -> list[Row]:
+    """The paper's lines in their order, ours behind those of their method, and ours that it does not have last."""
+    methods = dict.fromkeys([*(row.method for row in paper), *(row.method for row in ours)])
+    return [row for method in methods for row in (*paper, *ours) if row.method == method]
+
+
+def _frame(rows: Sequence[Row], tasks: Sequence[str]) -> pd.DataFrame:
+    lines = {}
+    for row in rows:
+        rank = "" if row.rank is None else f" (r={row.rank})"
+        name = f"**ours** {row.label}{rank}" if row.source == "ours" else f"*paper* {row.label}{rank}"
+        lines[name] = {
+            **{_short(task): row.cells.get(task) for task in COLUMNS},
+            "Average": row.average,
+            "Same tasks": row.mean_over(tasks),
+            "IQM": row.iqm_over(tasks),
+        }
+    return pd.DataFrame.from_dict(lines, orient="index").astype(object)
+
+
+def as_cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Both tables with one cell per line; ``source`` is paper or ours, ``half`` half the width of the interval."""
+    ours = our_rows(runs)
+    means = runs.groupby([*_GROUP, "task"], dropna=False)[["mean_return", "val_loss"]].mean()
+    lines = []
+    for table, rows in ((23, [*paper_rows(23), *best_ranks(ours)]), (24, [*paper_rows(24), *ours])):
+        for row in rows:
+            line = {"table": table, "source": row.source, "method": row.method, "rank": row.rank, "rho": row.rho}
+            for task, value in row.cells.items():
+                cell = {"task": task, "success": value.mean, "half": value.half, "seeds": value.n}
+                if row.source == "ours":
+                    of_task = row.runs[row.runs["task"] == task]
+                    cell |= {name: of_task[name].mean() for name in means.columns}
+                lines.append({**line, **cell})
+            if row.average is not None:
+                lines.append({**line, "task": "average", "success": row.average})
+    return pd.DataFrame(lines).astype({"rank": "Int64", "seeds": "Int64"}).round(6)
+
+
+def as_figure(runs: pd.DataFrame) -> Figure:
+    """Success of each method over the tasks run here: the paper hollow, ours solid, a dot per task."""
+    ours = best_ranks(our_rows(runs))
+    tasks = tasks_of(ours)
+    paper = {row.method: row for row in paper_rows(23)}
+    figure = Figure(figsize=(2.5 + 0.95 * len(ours), 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    hollow: dict[str, Any] = {"fill": False, "hatch": "////", "edgecolor": "#5b6770"}
+    solid: dict[str, Any] = {"color": "#2f7fc1", "edgecolor": "#2f7fc1"}
+    dots: dict[str, Any] = {"color": "#1c1c1c", "markersize": 3, "alpha": 0.5}
+    for place, row in enumerate(ours):
+        for shift, line, style in ((-0.2, paper.get(row.method), hollow), (0.2, row, solid)):
+            mean = None if line is None else line.mean_over(tasks)
+            if line is None or mean is None:
+                continue
+            axes.bar(place + shift, mean, width=0.36, zorder=2, **style)
+            values = [line.cells[task].mean for task in tasks]
+            axes.plot([place + shift] * len(values), values, "o", zorder=3, **dots)
+    axes.bar(0, 0, label="paper (Table 23)", **hollow)
+    axes.bar(0, 0, label="ours", **solid)
+    axes.plot([], [], "o", label="one task", **dots)
+    axes.set_xticks(range(len(ours)), [row.label for row in ours], rotation=20, ha="right")
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("success (share of episodes)")
+    axes.set_title(f"CW10, mean over {len(tasks)} task{'s' * (len(tasks) > 1)}", fontsize="medium", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    return figure
+
+
+def write_report(settings: Settings) -> str:
+    """Write the three files; returns the Markdown, which is printed too."""
+    runs = read_runs(settings.runs)
+    folder = writable_folder(settings.runs if settings.out is None else settings.out)
+    text = as_report(runs)
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.csv", as_cells(runs).to_csv(index=False))
+    with replacing(folder / "table.png") as temporary:
+        as_figure(runs).savefig(temporary, dpi=120)
+    print(text)
+    print(f"{len(runs)} runs -> {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'table.png'}")
+    return text
+
+
+def _conditions(runs: pd.DataFrame) -> str:
+    def span(values: Iterable[Any]) -> str:
+        numbers = sorted(set(values))
+        return f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
+
+    seeds = runs.groupby([*_GROUP, "task"], dropna=False).size()
+    return (
+        f"{span(runs['total_parameters'])} parameters, {span(runs['train_episodes'])} demonstrations of "
+        f"{span(runs['horizon'])} steps and {span(runs['max_steps'])} steps per task, {span(seeds)} seeds, "
+        f"{span(runs['episodes'])} evaluation episodes each"
+    )
+
+
+def _short(task: str) -> str:
+    return task.removesuffix("-v3")
