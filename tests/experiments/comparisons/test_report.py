@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
+from eva_lightning.methods import MethodKey
+from experiments.comparisons import metaworld, metaworld_report
 from experiments.comparisons.evidence import Evidence, Quantity
 from experiments.comparisons.report import difference_sentences, remains, significance_sentence
+from experiments.runner.results import Results
 from experiments.runner.statistics import Interval
+from tests.paths import CONFIGS, ROOT
 
 LABELS = {"lora": "LoRA", "dora": "DoRA", "eva": "EVA"}
 
@@ -66,3 +72,25 @@ def test_the_star_is_bonferronis_correction() -> None:
     assert remains(Interval.of(values), comparisons)
     assert not remains(Interval.of(values), comparisons + 1)
     assert not remains(Interval.of([1.0]), 1)
+
+
+def test_the_report_of_the_published_runs_has_the_published_figures(tmp_path: Path) -> None:
+    # docs/metaworld.md was written from docs/metaworld/results.csv by the statistics of an earlier version
+    settings = metaworld.parse([f"--config={CONFIGS / 'metaworld' / 'compare.yaml'}", f"--output={tmp_path}"])
+    runs = pd.read_csv(ROOT / "docs" / "metaworld" / "results.csv")
+    runs["method"] = [MethodKey.parse(text).key for text in runs.pop("variant")]
+    losses = {step: runs.pop(f"val_loss_{step}") for step in (0, *settings.val_steps)}
+    runs["val_loss"] = [
+        [{"updates": step, "val_loss": column[row]} for step, column in losses.items()] for row in runs.index
+    ]
+    metaworld_report.write(settings, Results(runs, runs.iloc[:0], choices={}))
+    rows = {
+        tuple(word.strip() for word in line.strip("|").split("|"))[1:]
+        for line in (tmp_path / "report.md").read_text().splitlines()
+    }
+    published = (ROOT / "docs" / "metaworld.md").read_text().splitlines()
+    tables = [line for line in published if " ± " in line and line.startswith("| ")]
+    assert len(tables) == 4 * 7 + 7 + 3 * 5
+    for line in tables:
+        cells = tuple(word.strip() for word in line.strip("|").split("|"))[1:]
+        assert any(row[: len(cells)] == cells for row in rows), line
