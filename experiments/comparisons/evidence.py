@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from experiments.comparisons.settings import MethodSettings, adapts
 from experiments.runner.statistics import Interval, over_tasks, paired
@@ -46,9 +46,9 @@ class Quantity:
         """What tables and figures call it."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
-    def value(self, run: Series) -> float:
-        """The value of a run."""
-        return self.scale * float(run[self.column])
+    def of(self, runs: DataFrame) -> DataFrame:
+        """`runs` with their values in the column ``value``."""
+        return runs.assign(value=self.scale * runs[self.column])
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class Evidence:
         """Those of them that have adapters; training everything differs too much to be drawn in the same figure."""
         return list(filter(adapts, self.against_reference))
 
-    def mean(self, method: str, quantity: Quantity) -> Interval | None:
-        """Interval of a method's mean; None where no seed has all tasks."""
-        return over_tasks(self.runs, quantity.value).get(method)
+    def means(self, quantity: Quantity) -> dict[Hashable, Interval]:
+        """Interval of the mean of each method; without those of which no seed has all tasks."""
+        return over_tasks(quantity.of(self.runs), "value")
 
     def difference(self, first: str, second: str, quantity: Quantity) -> Interval | None:
         """Interval of `first` minus `second` within seed and task, where both have the same data in the same order.
 
         None where no seed has both.
         """
-        return paired(self.runs, first, second, quantity.value, relative=quantity.relative)
+        return paired(quantity.of(self.runs), first, second, "value", relative=quantity.relative)
 
 
 def _flat(runs: DataFrame, column: str, by: str) -> DataFrame:

@@ -38,9 +38,9 @@ def curves_figure(
     figure, axes = _panels(len(panels))
     for panel, (title, evidence) in zip(axes, panels.items(), strict=True):
         colours = colours_of(list(evidence.labels))
+        means = {x: evidence.means(quantity) for x, quantity in quantities.items()}
         for place, (key, label) in enumerate(evidence.labels.items()):
-            found = {x: evidence.mean(key, quantity) for x, quantity in quantities.items()}
-            known = {x: interval for x, interval in found.items() if interval is not None}
+            known = {x: found[key] for x, found in means.items() if key in found}
             # side by side, not on top of each other
             shift = 1.015 ** (place - len(evidence.labels) / 2)
             _curve(panel, {x * shift: interval for x, interval in known.items()}, log_y, label=label,

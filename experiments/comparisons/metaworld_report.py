@@ -75,17 +75,18 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figur
     """Bars of mean success by method with 95% intervals, one group per task and one for their mean."""
     groups = {**by_task, "mean": evidence} if len(by_task) > 1 else by_task
     missing = Interval(math.nan, None, 0)
+    means = {group: part.means(SUCCESS) for group, part in groups.items()}
     found = DataFrame(
         {
-            label: {group: part.mean(key, SUCCESS) or missing for group, part in groups.items()}
+            label: {group: part.get(key, missing) for group, part in means.items()}
             for key, label in evidence.labels.items()
         }
     )
-    means, halves = found.map(lambda each: each.mean), found.map(lambda each: each.half or 0.0)
+    heights, halves = found.map(lambda each: each.mean), found.map(lambda each: each.half or 0.0)
     figure = Figure(figsize=(1.6 + 2.1 * len(groups), 3.6), layout="constrained")
     axes = figure.add_subplot()
     colours = list(colours_of(list(evidence.labels)).values())
-    means.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
+    heights.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
     axes.set_ylabel("success (share of episodes)")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,11 +100,12 @@ def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
 
 
 def _success(evidence: Evidence, by_task: Mapping[str, Evidence]) -> str:
-    interquartile = iqm(evidence.runs, SUCCESS.value)
+    columns = [found.means(SUCCESS) for found in (*by_task.values(), evidence)]
+    middle = iqm(SUCCESS.of(evidence.runs), "value")
     rows = {
         label: [
-            *(cell(found.mean(key, SUCCESS), SUCCESS.digits) for found in (*by_task.values(), evidence)),
-            interquartile[key].text(SUCCESS.digits) if key in interquartile else "",
+            *(cell(means.get(key), SUCCESS.digits) for means in columns),
+            middle[key].text(SUCCESS.digits) if key in middle else "",
         ]
         for key, label in evidence.labels.items()
     }

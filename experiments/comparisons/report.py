@@ -31,9 +31,9 @@ def table(corner: str, head: Iterable[str], rows: Mapping[str, Sequence[str]]) -
 
 def means_table(evidence: Evidence, quantities: Sequence[Quantity], corner: str = "") -> str:
     """One line per method, one column per quantity."""
+    columns = [(evidence.means(each), each.digits) for each in quantities]
     rows = {
-        label: [cell(evidence.mean(key, each), each.digits) for each in quantities]
-        for key, label in evidence.labels.items()
+        label: [cell(means.get(key), digits) for means, digits in columns] for key, label in evidence.labels.items()
     }
     return table(corner, [each.heading for each in quantities], rows)
 

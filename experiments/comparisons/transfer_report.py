@@ -90,7 +90,8 @@ def _panels(evidence: Evidence) -> dict[str, Evidence]:
 
 
 def _in_short(evidence: Evidence, losses: Sequence[Quantity], accuracy: Quantity, others: Sequence[str]) -> str:
-    reached = [f"{text} {found.text(1)}" for key, text in WORTH.items() if (found := evidence.mean(key, accuracy))]
+    means = evidence.means(accuracy)
+    reached = [f"{text} {means[key].text(1)}" for key, text in WORTH.items() if key in means]
     lines = [f"- Test accuracy in %: {', '.join(reached)}."] if reached else []
     lines += difference_sentences(evidence, losses)
     for quantity in dict.fromkeys((losses[0], losses[-1], accuracy)):
