@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core import saving
 from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, inject
@@ -130,8 +131,6 @@ def instantiate_cli(cls: Any, kwargs: dict[str, Any]) -> Any:
 
 def _trust_ourselves() -> None:
     # Lightning >= 2.6 asks instantiators to be allowed by name before a checkpoint may call them
-    from lightning.pytorch.core import saving
-
     allowed = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
     names = {f"{__name__}.instantiate", f"{__name__}.instantiate_cli"}
     if isinstance(allowed, set):

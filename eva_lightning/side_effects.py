@@ -44,7 +44,7 @@ def snapshot_rng() -> Callable[[], None]:
 
 @contextmanager
 def observing(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a look at the model: flags per sub-module, buffers and metric states come back on exit.
+    """Run the model in eval mode; flags of sub-modules, buffers and metric states are restored on exit.
 
     Buffers are restored because a sub-module may keep its batch norm in train mode whatever ``eval()`` says.
     """

@@ -62,7 +62,7 @@ def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
     Raises:
         InputError: The model does not say in which order its layers come.
     """
-    from timm.models import group_parameters
+    from timm.models import group_parameters  # a second of import that only timm models need
 
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ class DecisionTransformerModule(L.LightningModule):
             tasks = torch.full_like(count, dataloader_idx)
         for index in tasks.unique().tolist():
             if index not in self._validation:
-                self._validation[index] = MeanMetric().set_dtype(torch.float64).to(self.device)
+                self._validation[index] = running_mean(self.device)
             chosen, values = squared[tasks == index].double(), count[tasks == index].double()
             self._validation[index].update(chosen / values.clamp(min=1), values)
 
@@ -242,6 +243,12 @@ class DecisionTransformerModule(L.LightningModule):
             )
         module.load_state_dict(weights)
         return module
+
+
+def running_mean(device: torch.device) -> MeanMetric:
+    """A weighted mean in double precision, which a NaN makes NaN: torchmetrics would leave it out by default."""
+    # in this order: moving a metric takes it back to single precision
+    return MeanMetric(nan_strategy=math.nan).to(device).set_dtype(torch.float64)
 
 
 def _check_overrides(checkpoint: str | Path, hparams: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:

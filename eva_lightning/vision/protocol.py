@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         InputError: No such protocol; names the nearest.
     """
-    if name not in PROTOCOLS:
-        raise InputError(unknown("protocol", name, PROTOCOLS))
+    check_choice("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from torchmetrics import MeanMetric
 
+from eva_lightning.rl.module import running_mean
 from eva_lightning.side_effects import isolated_rng, observing
 
 
@@ -56,7 +56,7 @@ class ValidationLosses(L.Callback):
 
 def validation_loss(trainer: L.Trainer, module: Any) -> float:
     """Mean of ``module.loss`` over the real steps of the data module's validation windows."""
-    mean = MeanMetric().set_dtype(torch.float64).to(module.device)
+    mean = running_mean(module.device)
     with isolated_rng(), observing(module), torch.no_grad(), trainer.precision_plugin.forward_context():
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             batch = trainer.strategy.batch_to_device(batch)

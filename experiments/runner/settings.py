@@ -224,6 +224,8 @@ def _yaml_of(text: str, hint: Any) -> str:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if _accepts(hint, dict):
         pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+        if _accepts(hint, str, inside=dict):
+            return json.dumps(pairs)
         return "{" + ", ".join(f"{json.dumps(key)}: {value or 'null'}" for key, value in pairs.items()) + "}"
     if not _accepts(hint, tuple) or ("," not in text and _accepts(hint, int)):
         return text
@@ -236,7 +238,7 @@ def _accepts(hint: Any, kind: type, inside: type | None = None) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_accepts(part, kind, inside) for part in get_args(hint))
     if inside is not None:
-        return get_origin(hint) is inside and kind in get_args(hint)
+        return get_origin(hint) is inside and kind in get_args(hint)[inside is dict :]
     if kind is float and get_origin(hint) is tuple:
         return float in get_args(hint)
     return hint is kind or get_origin(hint) is kind
@@ -279,6 +281,8 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
         return InputError(f"{flag(text.rpartition(' ')[2])} is required")
     if text.startswith("argument --") and "expected one argument" in text:
         return InputError(f"{text.split(': ')[0].removeprefix('argument ')} needs a value")
+    if text.startswith("Unexpected config: "):
+        return InputError(f"--config: a YAML mapping is needed, got {text.partition(': ')[2]}")
     if text.startswith('Parser key "config": '):
         return InputError(f"--config: {text.partition(': ')[2]}")
     return error

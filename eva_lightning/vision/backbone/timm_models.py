@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice, unknown
 from eva_lightning.side_effects import isolated_rng
 from eva_lightning.vision.backbone.backbone_cache import built_or_copied
 from eva_lightning.vision.backbone.position_embedding import (
@@ -41,8 +43,6 @@ def resolve_model(name: str) -> str:
     Raises:
         InputError: No such model, or no such set of weights (the part after the dot); names the nearest.
     """
-    import timm
-
     model = ALIASES.get(name, name)
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
@@ -87,8 +87,7 @@ def create_backbone(
         InputError: Unknown model, image size no multiple of the patch size, unreadable weight file, weights of another
             architecture (the message names keys), a model without a linear head, or without anything to split.
     """
-    if position_embedding not in CHOICES:
-        raise InputError(unknown("position embedding", position_embedding, CHOICES))
+    check_choice("position_embedding", position_embedding, CHOICES)
     source = weights or Weights(pretrained=False)
     key = (name, num_classes, image_size, source, position_embedding, split, repr(sorted((options or {}).items())))
     model = built_or_copied(
@@ -126,9 +125,6 @@ def _created(
     position_embedding: PositionEmbedding,
     options: Mapping[str, Any],
 ) -> nn.Module:
-    import timm
-    from timm.models import get_pretrained_cfg
-
     model_name = resolve_model(name)
     config = get_pretrained_cfg(model_name)
     arguments = dict(options)
@@ -170,8 +166,6 @@ def _with_weights(
     model_name: str, file: Path, state: dict[str, Tensor], classifiers: Any, arguments: dict[str, Any]
 ) -> nn.Module:
     """Load a user's file strictly: with a head of another size, timm would accept any file and load what fits."""
-    import timm
-
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers or ():
         for parameter in ("weight", "bias"):
             state.pop(f"{classifier}.{parameter}", None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eva_lightning.optim.schedules import warmup_cosine
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.module import DecisionTransformerModule, running_mean, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from tests.eva_lightning.rl.synthetic import write_synthetic
 
@@ -78,6 +78,16 @@ def test_training_learns_and_logs_each_tasks_loss(data: TrajectoryDataModule) ->
     with torch.no_grad():
         alone = [module.eval().loss({k: v[b["task"] == 1] for k, v in b.items()}) for b in batches]
     assert after["val_loss/drawer-open-v3"] == pytest.approx(float(alone[0]), rel=1e-5)
+
+
+def test_running_means_are_in_double_precision_and_keep_nan() -> None:
+    mean = running_mean(torch.device("cpu"))
+    mean.update(torch.tensor(0.1), torch.tensor(3))
+    mean.update(torch.tensor([0.7, 0.2]), torch.tensor([4, 1]))
+    values = [float(torch.tensor(value)) for value in (0.1, 0.7, 0.2)]
+    assert float(mean.compute()) == pytest.approx((3 * values[0] + 4 * values[1] + values[2]) / 8, rel=1e-15)
+    mean.update(torch.tensor([float("nan"), 0.2]), torch.tensor([4, 1]))
+    assert mean.compute().isnan()
 
 
 def test_a_small_batch_is_learnt_by_heart(data: TrajectoryDataModule) -> None:
