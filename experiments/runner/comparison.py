@@ -243,7 +243,8 @@ class _Loop:
 
 
 def _report(comparison: Comparison, results: Results) -> None:
-    if results.runs.empty:
+    # a comparison that only tunes has no final runs
+    if results.runs.empty and not (results.choices and results.is_complete):
         print("nothing to report yet: no final run is finished", flush=True)
     else:
         comparison.report(results)

@@ -7,8 +7,10 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -71,13 +73,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
+    return get_type_hints(kind)
+
+
 def check_settings(settings: Any) -> None:
     """Check the values of a settings dataclass against the choices and bounds of its options.
 
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = get_type_hints(type(settings))
+    hints = _hints(settings.__class__)
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
@@ -86,7 +94,11 @@ def check_settings(settings: Any) -> None:
             if metadata["choices"] is not None:
                 # of a list `methods` each item is a method
                 name = item.name.removesuffix("s") if isinstance(value, tuple) else item.name
-                check_choice(name, each, metadata["choices"])
+                try:
+                    check_choice(name, each, metadata["choices"])
+                except InputError as error:
+                    error.setting = item.name
+                    raise
             if metadata["bounds"]:
                 check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
 
@@ -158,8 +170,6 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    import sys
-
     hints = get_type_hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
