@@ -133,7 +133,8 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
 
     Returns:
         ``table``: one line per method, the learning rate chosen in bold; ``edges``: labels of methods whose choice is
-        the lowest or the highest that was tried; ``runs``, ``first_seed``.
+        the lowest or the highest that was tried; ``given``: methods whose learning rate was given; ``runs``,
+        ``first_seed``.
     """
     tuned = {key: choice for key, choice in results.choices.items() if choice.candidates}
     scores = {key: {point.get("lr"): score[0] for point, score in c.candidates.items()} for key, c in tuned.items()}
@@ -146,7 +147,9 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
         if chosen in (min(by_rate), max(by_rate)):
             edges.append(label)
     text = table("", [f"{lr:g}" for lr in tried], rows) if rows else ""
-    return {"table": text, "edges": edges, "runs": len(results.tuning), "first_seed": FIRST_TUNING_SEED}
+    rates = settings.given_rates
+    given = [f"{label}: {rates[key]:g}" for key, label in settings.labels.items() if key in rates]
+    return {"table": text, "edges": edges, "given": given, "runs": len(results.tuning), "first_seed": FIRST_TUNING_SEED}
 
 
 def write_report(
