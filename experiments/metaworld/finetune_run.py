@@ -110,7 +110,11 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
     head = module.head_name if settings.head == "train" else None
     bias: Any = settings.bias
     options = AdapterOptions(rank=settings.rank, alpha=settings.alpha, bias=bias, rho=settings.rho, seed=settings.seed)
-    return apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
+    callbacks = apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
+    for callback in callbacks:
+        if isinstance(callback, EVAInitCallback):
+            callback.verbose = settings.progress  # a comparison has hundreds of runs
+    return callbacks
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything is drawn by hashing names with a seed, so that a split is the same wi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Halves:
     """Disjoint sets of images of disjoint classes; labels count from 0 within each half.
 
     Attributes:
-        pretraining, held_out: Images of the first half: to train on, and to look at.
+        pretraining, held_out: Images of the first half: to train on, and to evaluate on.
         train, tuning, validation: 1,000 images of the second half, and the 800 and 200 that they are made of.
         test: The other images of the second half.
         classes: Classes of the first and of the second half.
@@ -54,6 +55,10 @@ class Halves:
     validation: Split
     test: Split
     classes: tuple[int, int]
+
+    def of(self, phase: str) -> tuple[Split, Split]:
+        """Images to fine-tune on and to evaluate on, in tuning (``"tune"``) or in the comparison (``"final"``)."""
+        return (self.tuning, self.validation) if phase == "tune" else (self.train, self.test)
 
 
 def read_images(root: str | Path) -> Split:
@@ -176,7 +181,7 @@ def decoded(split: Split, image_size: int, cache: Path, progress: bool = False) 
     """
     pixels = cached_images(split, image_size, cache, progress=progress)
     if pixels is None:
-        raise OSError(f"no room for the decoded images in {cache}: free some disk space")
+        raise OSError(errno.ENOSPC, "no room for the decoded images", str(cache))
     # a memory map re-reads the file for every batch where other programs have pushed it out of the page cache
     return SplitDataset(split, image_size, np.asarray(pixels).copy())
 
@@ -204,7 +209,7 @@ class TransferData(L.LightningDataModule):
             self.train,
             batch_size=self.batch_size,
             sampler=EpochShuffle(len(self.train), self.seed),
-            collate_fn=_as_fetched,
+            collate_fn=as_fetched,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -212,7 +217,7 @@ class TransferData(L.LightningDataModule):
         """Crop, flip and jitter while training, by numbers that depend on seed and step alone."""
         if self.crop_to is None or self.trainer is None or not self.trainer.training:
             return batch
-        # a resumed run goes on as if it had not been interrupted
+        # by step, so that a resumed run equals an uninterrupted one
         state = np.random.SeedSequence([self.seed, self.trainer.global_step]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) >> 1)
         return random_jitter(random_crops(batch[0], self.crop_to, generator), generator), batch[1]
@@ -263,6 +268,6 @@ def _drawn(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")
 
 
-def _as_fetched(batch: Any) -> Batch:
-    fetched: Batch = batch
-    return fetched
+def as_fetched(batch: Any) -> Any:
+    """The data set fetches whole batches: there is nothing to collate."""
+    return batch

@@ -1,0 +1,119 @@
+"""The report of the Meta-World comparison: ``results.csv``, ``report.md`` and its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from eva_lightning.files import file_digest
+from experiments.comparisons.evidence import Evidence, Quantity
+from experiments.comparisons.figures import colours_of, curves_figure, differences_figure
+from experiments.comparisons.metaworld import Settings
+from experiments.comparisons.report import (
+    against_reference,
+    cell,
+    difference_sentences,
+    differences_table,
+    means_table,
+    significance_sentence,
+    sizes_table,
+    table,
+    tuning,
+    write_report,
+)
+from experiments.runner.comparison import Results
+from experiments.runner.statistics import Interval, iqm
+
+SUCCESS = Quantity("success_rate", "success", digits=2, higher_is_better=True)
+
+SIZES = {
+    "trained parameters": ("trainable_parameters", 0),
+    "ranks in all": ("total_rank", 0),
+    "initialisation, s": ("init_seconds", 2),
+    "training, s": ("train_seconds", 1),
+    "rollouts, s": ("rollout_seconds", 1),
+}
+
+
+def write(settings: Settings, results: Results) -> Path:
+    """Write all files; returns the report."""
+    evidence = Evidence.of(settings, results.runs, "val_loss", "updates")
+    by_task = {task: evidence.on(task) for task in settings.task_names}
+    losses = {step: Quantity(f"val_loss_{step}", str(step), digits=4) for step in settings.val_steps}
+    changes = [
+        Quantity(each.column, f"loss after {step} steps", "%", 1, relative=True) for step, each in losses.items()
+    ]
+    quantities = [*changes, *([SUCCESS] if settings.eval_episodes else [])]
+    others = evidence.against_reference
+    figures = {"losses": curves_figure(by_task, losses, "steps", "validation loss", log_y=True)}
+    if settings.eval_episodes:
+        figures["success"] = success_figure(evidence, by_task)
+    if evidence.adapters:
+        figures["differences"] = differences_figure(evidence, quantities, evidence.adapters)
+    lines = difference_sentences(evidence, quantities)
+    for quantity in quantities:
+        lines += significance_sentence(evidence, quantity, others)
+    context = {
+        "wanted": len(settings.labels) * len(by_task) * settings.seeds,
+        "digest": file_digest(settings.init)[:12],
+        "in_short": "\n".join(lines),
+        "tuning": tuning(settings, results, lambda score: f"{math.exp(score):.4f}"),
+        "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
+        "success": _success(evidence, by_task) if settings.eval_episodes else "",
+        "pairs": dict(_pair(evidence, by_task, quantities, *pair) for pair in evidence.pairs),
+        "differences": against_reference(evidence, quantities, others),
+        "sizes": sizes_table(evidence, SIZES),
+    }
+    return write_report("metaworld", settings, results, evidence, figures, context)
+
+
+def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figure:
+    """Bars of mean success by method with 95% intervals, one group per task and one for their mean."""
+    groups = {**by_task, "mean": evidence} if len(by_task) > 1 else by_task
+    missing = Interval(math.nan, None, 0)
+    means = {group: part.means(SUCCESS) for group, part in groups.items()}
+    found = DataFrame(
+        {
+            label: {group: part.get(key, missing) for group, part in means.items()}
+            for key, label in evidence.labels.items()
+        }
+    )
+    heights, halves = found.map(lambda each: each.mean), found.map(lambda each: each.half or 0.0)
+    figure = Figure(figsize=(1.6 + 2.1 * len(groups), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    colours = list(colours_of(list(evidence.labels)).values())
+    heights.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
+    axes.set_ylabel("success (share of episodes)")
+    axes.grid(axis="y", alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    return figure
+
+
+def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
+    start = found.runs.loc[found.runs["method"] != "scratch", "val_loss_0"]
+    return {"before": f"{start.iloc[0]:.4f}" if len(start) else "unknown", "table": means_table(found, losses, "steps")}
+
+
+def _success(evidence: Evidence, by_task: Mapping[str, Evidence]) -> str:
+    columns = [found.means(SUCCESS) for found in (*by_task.values(), evidence)]
+    middle = iqm(SUCCESS.of(evidence.runs), "value")
+    rows = {
+        label: [
+            *(cell(means.get(key), SUCCESS.digits) for means in columns),
+            middle[key].text(SUCCESS.digits) if key in middle else "",
+        ]
+        for key, label in evidence.labels.items()
+    }
+    return table("", [*by_task, "mean", "IQM"], rows)
+
+
+def _pair(
+    evidence: Evidence, by_task: Mapping[str, Evidence], quantities: Sequence[Quantity], first: str, second: str
+) -> tuple[str, str]:
+    rows = {name: (found, first, second) for name, found in {**by_task, "all tasks": evidence}.items()}
+    return f"{evidence.labels[first]} minus {evidence.labels[second]}", differences_table(quantities, rows)

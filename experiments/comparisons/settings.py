@@ -1,0 +1,105 @@
+"""What every comparison of methods is asked: which methods, how many seeds, which learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from eva_lightning.errors import InputError, check_number
+from eva_lightning.methods import METHODS
+from experiments.runner.cells import Cell
+from experiments.runner.jobs import Job, Phase, Point
+from experiments.runner.options import RunnerOptions
+from experiments.runner.settings import Role, option
+
+#: Learning rates that a grid may grow to.
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+#: Seeds of tuning runs start here, so that the comparison uses none of them.
+FIRST_TUNING_SEED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(RunnerOptions):
+    """Settings of a comparison of methods, each at a learning rate tuned for it alone."""
+
+    methods: tuple[str, ...] = option((), "methods, with EVA's ρ behind a colon where it is not 2", Role.SELECTION)
+    seeds: int = option(5, "seeds per method, from 0", Role.SELECTION, at_least=1)
+    rank: int = option(4, "LoRA rank; EVA's mean rank per layer, so that all share one budget", Role.RESULT, at_least=1)
+    rates: dict[str, float] | None = option(
+        None, "learning rates, as lora=0.01,eva:1=0.01,...; the others are tuned", Role.SELECTION
+    )
+    grid: tuple[float, ...] = option((), "learning rates to try first when tuning", Role.SELECTION, above=0)
+    extend: int = option(
+        0, "most learning rates to add per method, beyond an edge of the grid that came out best", Role.SELECTION,
+        at_least=0,
+    )  # fmt: skip
+    tune_seeds: int = option(1, f"seeds of the tuning, from {FIRST_TUNING_SEED}", Role.SELECTION, at_least=1)
+    workers: int | None = option(2, "runs at the same time; 0: in this process", Role.PLACE, at_least=0)
+    threads: int | None = option(1, "CPU threads per run", Role.PLACE, at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keys = list(self.labels)
+        if not keys or len(keys) < len(self.methods):
+            raise InputError(f"methods must be named, and differ, got {', '.join(self.methods)!r}", setting="methods")
+        if not self.grid:
+            raise InputError("grid must hold at least one learning rate", setting="grid")
+        for key, lr in self.given_rates.items():
+            check_number(f"the learning rate of {key}", lr, above=0)
+
+    @property
+    def uses_gpus(self) -> bool:
+        """The networks are small: runs train on the CPU."""
+        return False
+
+    def key_and_label(self, text: str) -> tuple[str, str]:
+        """How a method is written in settings and in tables.
+
+        Raises:
+            InputError: There is no such method here; names the nearest.
+        """
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Key -> label of the methods, in the order of tables."""
+        return dict(map(self.key_and_label, self.methods))
+
+    @property
+    def given_rates(self) -> dict[str, float]:
+        """Learning rates by method, of those that are given."""
+        return {self.key_and_label(text)[0]: lr for text, lr in (self.rates or {}).items()}
+
+
+def adapts(key: str) -> bool:
+    """Whether a method has adapters, and so a rank."""
+    name = key.partition(":")[0]
+    return name in METHODS and METHODS[name].adapts
+
+
+def method_cells(settings: MethodSettings, jobs: Callable[[str, Phase, float, int], Sequence[Job]]) -> list[Cell]:
+    """One cell per method, whose learning rate is tuned for it alone.
+
+    Args:
+        settings: What is compared.
+        jobs: The runs of a method, phase, learning rate and seed.
+    """
+
+    def cell(key: str, rates: Mapping[str, float]) -> Cell:
+        def of(phase: Phase, first: int, seeds: int) -> Callable[[Point], list[Job]]:
+            return lambda point: [
+                job for seed in range(first, first + seeds) for job in jobs(key, phase, point.get("lr"), seed)
+            ]
+
+        return Cell(
+            name=key,
+            points=[Point.of(lr=lr) for lr in sorted(set(settings.grid))],
+            tune=of("tune", FIRST_TUNING_SEED, settings.tune_seeds),
+            final=of("final", 0, settings.seeds),
+            given=Point.of(lr=rates[key]) if key in rates else None,
+            extend=settings.extend,
+            ladder=LADDER,
+        )
+
+    return [cell(key, settings.given_rates) for key in settings.labels]
