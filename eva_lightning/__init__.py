@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.checkpoint import load_from_checkpoint
     from eva_lightning.state import EVAState
-    from eva_lightning.streaming import StreamingOptions, compute_eva_state
+    from eva_lightning.streaming import compute_eva_state
+    from eva_lightning.streaming_options import StreamingOptions
 
 try:
     __version__ = version("eva-lightning")
@@ -31,7 +32,7 @@ __all__ = [
 _HOMES = {
     "EVAInitCallback": "callback",
     "EVAState": "state",
-    "StreamingOptions": "streaming",
+    "StreamingOptions": "streaming_options",
     "attention_mask": "batch_forward",
     "compute_eva_state": "streaming",
     "load_from_checkpoint": "checkpoint",

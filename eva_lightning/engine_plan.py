@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from eva_lightning.files import format_bytes
 from eva_lightning.layer_inputs import LayerInputs
+from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.svd import StreamingSVD, choose_engines, make_engine, message_bytes, place_engines, total_bytes
 
 
@@ -30,34 +32,34 @@ class Allocation:
 
     @classmethod
     def plan(
-        cls,
-        layers: Mapping[str, LayerInputs],
-        k: int,
-        engine: str,
-        budget_bytes: int,
-        offload: bool = False,
-        thrifty: bool = True,
+        cls, layers: Mapping[str, LayerInputs], k: int, options: StreamingOptions, minor: bool = False
     ) -> Allocation:
-        """Engines for ``layers`` within the budget (:func:`eva_lightning.svd.choose_engines`).
+        """The engines for these inputs.
 
         Args:
-            layers: how to read each layer's inputs.
+            layers: layer -> how its inputs are read.
             k: components wanted.
-            engine: "auto" or an engine's name.
-            budget_bytes: memory for all states together.
-            offload: keep on the CPU what does not fit beside the model on another device.
-            thrifty: let "auto" trade a ten-thousandth of the captured variance for time.
+            options: engine, memory budget and whether what exceeds it goes to the CPU.
+            minor: the directions of least variance are wanted, which only the exact engine keeps.
 
         Raises:
             InputError: the budget is too small for the smallest engines.
         """
         widths = {name: inputs.width for name, inputs in layers.items()}
         devices = {name: device_of(inputs.module) for name, inputs in layers.items()}
-        offload = offload and any(device.type != "cpu" for device in devices.values())
-        main = next(iter(devices.values()), torch.device("cpu"))
-        kinds = choose_engines(widths, k, engine, budget_bytes, offload=offload, device=main, thrifty=thrifty)
+        offload = options.offload and any(device.type != "cpu" for device in devices.values())
+        kinds = choose_engines(
+            widths,
+            k,
+            "exact" if minor else options.engine,
+            options.memory_budget,
+            offload=offload,
+            device=next(iter(devices.values()), torch.device("cpu")),
+            # tokens_per_sample=None means exact
+            thrifty=options.tokens_per_sample is not None,
+        )
         if offload:
-            devices = place_engines(kinds, widths, k, budget_bytes, devices)
+            devices = place_engines(kinds, widths, k, options.memory_budget, devices)
         return cls(kinds, widths, devices, k)
 
     def engines(self) -> dict[str, StreamingSVD]:
@@ -82,16 +84,14 @@ class Allocation:
         counts = [f"{list(self.kinds.values()).count(kind)} {kind}" for kind in sorted(set(self.kinds.values()))]
         moved = {n: kind for n, kind in self.kinds.items() if self.devices[n].type == "cpu"}
         elsewhere = any(device.type != "cpu" for device in self.devices.values())
-        aside = f", {_size(total_bytes(moved, self.widths, self.k))} of it on the CPU" if moved and elsewhere else ""
+        aside = (
+            f", {format_bytes(total_bytes(moved, self.widths, self.k))} of it on the CPU" if moved and elsewhere else ""
+        )
         what = f"the decompositions of {len(self.kinds)} layers ({', '.join(counts)})"
-        return f"{what} take at most {_size(self.bytes)}{aside}"
+        return f"{what} take at most {format_bytes(self.bytes)}{aside}"
 
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where the layer computes; the CPU for layers without parameters or on the meta device."""
     parameter = next(layer.parameters(), None)
     return torch.device("cpu") if parameter is None or parameter.device.type == "meta" else parameter.device
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**20:,.1f} MiB" if n < 2**30 else f"{n / 2**30:,.1f} GiB"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.registry import remove, restored_on_failure, sync_configs
-from eva_lightning.adapters.targets import nearest
+from eva_lightning.adapters.targets import unknown_layer
 from eva_lightning.errors import InputError
 from eva_lightning.initialization import initial_a
 from eva_lightning.ranks import explained_variance, redistribute_ranks
@@ -36,6 +36,11 @@ class Plan:
     uniform: dict[str, int]
     untouched: list[str] = field(default_factory=list)
     capped: list[str] = field(default_factory=list)
+
+    @property
+    def replaces_parameters(self) -> bool:
+        """Whether a layer changes its rank, and with it its parameters."""
+        return self.state.ranks != self.uniform
 
 
 def make_plan(
@@ -94,8 +99,8 @@ def apply_plan(
     plan: Plan,
     injected: bool = False,
     rescale_alpha: bool = True,
-) -> bool:
-    """Resize, remove and fill the layers; all or nothing. Returns whether parameters were replaced by others.
+) -> None:
+    """Resize, remove and fill the layers; all or nothing.
 
     Args:
         module: holds the layers.
@@ -104,7 +109,6 @@ def apply_plan(
         injected: the adapters are ours: DoRA's magnitudes are set so that the function is exactly the base model's.
         rescale_alpha: keep a layer's scaling when its rank changes; otherwise its alpha.
     """
-    changed = False
     with isolated_rng(), restored_on_failure(module):
         for name, layer in layers.items():
             rank = plan.state.ranks[name]
@@ -112,16 +116,13 @@ def apply_plan(
                 continue
             if rank == 0:
                 remove(module, layer)
-                changed = True
                 continue
             if rank != layer.rank:
                 layer.resize(rank, None if rescale_alpha else layer.alpha)
-                changed = True
             layer.write(plan.a[name])
             if injected:
                 layer.reset_magnitude()
         sync_configs(module)
-    return changed
 
 
 def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float, init: str) -> None:
@@ -139,9 +140,7 @@ def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float,
         )
     for name, layer in layers.items():
         if name not in state.components:
-            raise InputError(
-                f"the EVA state has no layer {name!r}{nearest(name, state.components)}; it is of another model"
-            )
+            raise InputError(f"the EVA state is of another model: {unknown_layer(name, state.components)}")
         held, width = state.components[name].shape
         if width != layer.in_features:
             raise InputError(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-TokensPerSample = int | Literal["auto"] | None
-"""Tokens to use per sample; ``"auto"`` for :func:`automatic`, ``None`` for all."""
+from eva_lightning.streaming_options import TokensPerSample
 
 _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512

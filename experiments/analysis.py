@@ -193,15 +193,14 @@ def _ranks(
     figures: dict[str, Figure],
 ) -> None:
     """Figures 13 and 14: one state with r * 3 components serves every rho."""
-    from eva_lightning import plots
+    from eva_lightning import StreamingOptions, compute_eva_state, plots
     from eva_lightning.analysis import RHOS, rank_deltas, rank_maps
-    from eva_lightning.streaming import StreamingOptions, compute_eva_state
 
     begin("ranks by rho", 1)
     model, layers = _model(weights)
     images = _images(options.images)
-    stream = StreamingOptions(k=round(MAP_RANK * max(RHOS)), max_batches=64)
-    state = compute_eva_state(model, lambda: images.split(16), layers, stream)
+    stream = StreamingOptions(max_batches=64)
+    state = compute_eva_state(model, lambda: images.split(16), layers, round(MAP_RANK * max(RHOS)), stream)
     advance()
     maps = rank_maps(state, MAP_RANK)
     deltas = rank_deltas(maps)
@@ -258,6 +257,7 @@ def _train(
     from eva_lightning.adapters import inject
     from eva_lightning.analysis import adapter_matrices
     from eva_lightning.callback import EVAInitCallback
+    from eva_lightning.streaming_options import StreamingOptions
     from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule
     from experiments.demo_runs import _fit, _starting_model, _trainer, quiet
 
@@ -274,7 +274,9 @@ def _train(
     with quiet():
         if method == "EVA":
             # uniform ranks, so that both methods have matrices of one shape
-            callbacks.insert(0, EVAInitCallback(rho=1, r=options.r, bias="all", seed=seed, verbose=False))
+            streaming = StreamingOptions(seed=seed)
+            eva = EVAInitCallback(rho=1, r=options.r, lora={"bias": "all"}, streaming=streaming, verbose=False)
+            callbacks.insert(0, eva)
         else:
             inject(module, r=options.r, alpha=1.0, bias="all")
         _fit(_trainer(options.epochs, callbacks), module, data)

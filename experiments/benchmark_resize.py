@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from eva_lightning.adapters import find_adapters, inject
-from eva_lightning.callback import rebuild_optimizers
 from eva_lightning.rank_plan import apply_plan, make_plan
 from eva_lightning.state import EVAState
+from eva_lightning.trainer_state import rebuild_optimizers
 from experiments.benchmark_init import Runner, Stopwatch, Timing, profile_ours
 from experiments.benchmark_reference import summarise
 

@@ -286,9 +286,15 @@ def finetune(run: Run, weights: Path, n_pretraining_classes: int = 5) -> RunResu
 
             inject(module, r=run.rank, alpha=1.0, bias="all")
         elif run.method in _RHO:
-            from eva_lightning.callback import EVAInitCallback
+            from eva_lightning import EVAInitCallback, StreamingOptions
 
-            eva = EVAInitCallback(rho=_RHO[run.method], r=run.rank, alpha=1.0, bias="all", seed=run.seed, verbose=False)
+            eva = EVAInitCallback(
+                rho=_RHO[run.method],
+                r=run.rank,
+                lora={"bias": "all"},
+                streaming=StreamingOptions(seed=run.seed),
+                verbose=False,
+            )
             callbacks.append(eva)
         _fit(_trainer(run.epochs, callbacks), module, data)
     return RunResult(

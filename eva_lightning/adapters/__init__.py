@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.export import merge_and_unload, save_pretrained
-from eva_lightning.adapters.injection import Injection, inject
-from eva_lightning.adapters.registry import find_adapters, find_skipped, has_adapters
+from eva_lightning.adapters.injection import Injection, count_trainable, inject
+from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
+from eva_lightning.adapters.registry import find_adapters, find_skipped, fresh_adapters, has_adapters
 from eva_lightning.adapters.targets import find_head, find_targets
 
 __all__ = [
+    "DEFAULT_ALPHA",
+    "DEFAULT_RANK",
     "AdapterLayer",
     "Injection",
+    "count_trainable",
     "find_adapters",
     "find_head",
     "find_skipped",
     "find_targets",
+    "fresh_adapters",
     "has_adapters",
     "inject",
     "merge_and_unload",

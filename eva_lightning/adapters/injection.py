@@ -19,6 +19,7 @@ from eva_lightning.adapters.base_weight_init import (
     remember_start,
     start_at,
 )
+from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
 from eva_lightning.adapters.quantised import announce_quantisation
 from eva_lightning.adapters.registry import (
     CONFIG_ATTRIBUTE,
@@ -29,7 +30,7 @@ from eva_lightning.adapters.registry import (
 )
 from eva_lightning.adapters.supported_layers import is_linear
 from eva_lightning.adapters.targets import find_targets, language_model_heads
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice
 from eva_lightning.side_effects import isolated_rng
 
 Bias = Literal["none", "all", "lora_only"]
@@ -76,17 +77,15 @@ class Injection:
 
 def inject(
     module: nn.Module,
-    r: int = 16,
-    alpha: float = 1.0,
+    r: int = DEFAULT_RANK,
+    alpha: float = DEFAULT_ALPHA,
     target_modules: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     head: str | Sequence[str] | None = "auto",
     bias: Bias = "none",
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    lora_dropout: float = 0.0,
     initialisation: Initialisation = "lora",
     adalora: Mapping[str, Any] | None = None,
+    **lora_options: Any,
 ) -> Injection:
     """Give ``module`` LoRA layers in place (A random, B = 0), freeze the rest, leave head and biases trainable.
 
@@ -96,29 +95,26 @@ def inject(
     Args:
         module: any module without adapters.
         r: rank of every adapter; capped at the layer's input width.
-        alpha: LoRA's alpha; the paper uses 1 throughout (section 4.1).
+        alpha: LoRA's alpha.
         target_modules: layers to adapt; ``None`` means every linear layer but the output head. Convolutions and
             nn.MultiheadAttention can be named; see :func:`eva_lightning.adapters.find_targets`.
         exclude: layers to leave alone; they are frozen like the rest.
         head: the output layers, which keep their trainability; see :func:`eva_lightning.adapters.find_head`. With
             "auto" a language model's projection onto its vocabulary is frozen: it is pre-trained, and often tied.
         bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
-        use_dora: DoRA: a trainable magnitude per output.
-        use_rslora: scale by alpha/sqrt(r).
-        lora_dropout: dropout on the adapters' input.
         initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
             (its least ones), "olora" (its first columns after a QR decomposition). "corda" and "lora-ga" start like
             "lora" and wait for :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
             rank they start with.
+        **lora_options: of PEFT's LoraConfig, such as ``use_dora``, ``use_rslora``, ``lora_dropout``, ``rank_pattern``.
 
     Raises:
         InputError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
             initialisation is unknown or not possible on a layer.
     """
-    if initialisation not in PEFT_NAMES:
-        raise InputError(unknown("initialisation", initialisation, PEFT_NAMES))
+    check_choice("initialisation", initialisation, PEFT_NAMES)
     if find_adapters(module):
         raise InputError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     targets, heads = find_targets(module, target_modules, exclude, head)
@@ -134,10 +130,12 @@ def inject(
     attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = [
         (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
     ]
-    injection = Injection(targets, heads, _count(module), 0, frozen, requires_grad, attention_parameters)
-    options: dict[str, Any] = {"use_dora": use_dora, "use_rslora": use_rslora, "lora_dropout": lora_dropout}
+    injection = Injection(targets, heads, count_trainable(module), 0, frozen, requires_grad, attention_parameters)
+    options = {
+        name: _below_holder(value) if name.endswith("_pattern") else value for name, value in lora_options.items()
+    }
     if initialisation != "lora":
-        patterns = capped(module, targets, initialisation, r, alpha, use_rslora)
+        patterns = capped(module, targets, initialisation, r, alpha, bool(options.get("use_rslora")))
         options |= {"init_lora_weights": PEFT_NAMES[initialisation], **patterns}
         weights: list[Any] = [module.get_submodule(name).weight for name in targets]
         _refuse_weights(dict(zip(targets, weights, strict=True)), initialisation)
@@ -153,14 +151,14 @@ def inject(
                 start_at(layer, *milora(layer))
             elif initialisation != "lora":
                 remember_start(layer)
-            elif adalora is None and r > layer.in_features:
+            elif adalora is None and layer.rank > layer.in_features:
                 layer.resize(layer.in_features)
         sync_configs(module)
         injection._fast_paths = disable_fast_paths(module)
     except BaseException:
         injection.undo(module)
         raise
-    injection.trainable_after = _count(module)
+    injection.trainable_after = count_trainable(module)
     return injection
 
 
@@ -190,6 +188,11 @@ class _Holder(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+
+
+def _below_holder(pattern: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``rank_pattern`` or ``alpha_pattern``, whose keys may be anchored at the module, for one below a holder."""
+    return {f"^module\\.{key[1:]}" if key.startswith("^") else key: value for key, value in pattern.items()}
 
 
 def _inject(
@@ -278,5 +281,6 @@ def _named_flags(module: nn.Module, flags: list[tuple[nn.Parameter, bool]]) -> I
     return ((n, by_id[id(p)]) for n, p in module.named_parameters() if id(p) in by_id)
 
 
-def _count(module: nn.Module) -> int:
+def count_trainable(module: nn.Module) -> int:
+    """Number of parameters that train."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

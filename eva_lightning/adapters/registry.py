@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,10 @@ from torch import nn
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer, SkippedLayer
 from eva_lightning.adapters.attention import OUT_PROJECTION
+from eva_lightning.adapters.supported_layers import make_layer
+from eva_lightning.adapters.targets import select
 from eva_lightning.errors import InputError
+from eva_lightning.side_effects import isolated_rng
 
 CONFIG_ATTRIBUTE = "_eva_lightning_config"
 """Where layers that we inject keep their LoraConfig, so that a part of the module (``module.net``) knows it too."""
@@ -37,13 +40,43 @@ def find_skipped(module: nn.Module, adapter_name: str | None = None) -> dict[str
     return {x.name: x.reason for x in lora_layers(module, adapter_name) if isinstance(x, SkippedLayer)}
 
 
+def fresh_adapters(
+    module: nn.Module, target_modules: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> dict[str, AdapterLayer]:
+    """The LoRA layers of ``module`` that EVA is to initialise, by canonical name.
+
+    Args:
+        module: with LoRA layers.
+        target_modules: those wanted, matched as in :func:`eva_lightning.adapters.find_targets`; ``None``: all.
+        exclude: those to leave as they are.
+
+    Raises:
+        InputError: there is none that EVA can initialise, a name matches nothing, or a layer is trained already.
+    """
+    layers = find_adapters(module)
+    if not layers:
+        reasons = [f"{n}: {why}" for n, why in list(find_skipped(module).items())[:3]]
+        raise InputError(
+            f"{type(module).__name__} has LoRA layers, but none that EVA can initialise"
+            f" ({'; '.join(reasons) or 'no adapter is active'})"
+        )
+    names = list(layers) if target_modules is None else select(list(layers), target_modules, "target_modules")
+    dropped = set() if exclude is None else set(select(list(layers), exclude, "exclude"))
+    chosen = {n: layers[n] for n in names if n not in dropped}
+    for layer in chosen.values():
+        if not layer.is_fresh:
+            raise InputError(
+                f"layer {layer.name!r}: its LoRA matrix B is not zero, so the adapter is trained or PiSSA-like and "
+                "EVA would erase it; use adapters as LoraConfig makes them by default"
+            )
+    return chosen
+
+
 def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[AdapterLayer]:
     """All LoRA layers of ``module``, :class:`SkippedLayer` among them."""
     if not has_adapters(module):
         return []
     from peft.tuners.lora import LoraLayer
-
-    from eva_lightning.adapters.supported_layers import make_layer
 
     canonical = canonical_names(module)
     configs = _configs(module)
@@ -71,7 +104,7 @@ def has_adapters(module: nn.Module) -> bool:
     return any(hasattr(m, "lora_A") for m in module.modules())
 
 
-def canonical_names(module: nn.Module) -> Any:
+def canonical_names(module: nn.Module) -> Callable[[str], str]:
     """A function from a name in ``module.named_modules()`` to the name without PEFT's and torch.compile's wrappers."""
     prefixes = [
         (f"{path}." if path else "") + "base_model.model."
@@ -255,8 +288,6 @@ def add_layers(module: nn.Module, paths: list[str]) -> None:
     if not paths:
         return
     from peft import inject_adapter_in_model
-
-    from eva_lightning.side_effects import isolated_rng
 
     layers = find_adapters(module)
     template = next(iter(layers.values()))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer, SkippedLayer
+from eva_lightning.adapters.attention import OUT_PROJECTION, AttentionInputLayer, AttentionOutputLayer
 from eva_lightning.layer_inputs import Convolution
 
 OUT_PROJECTION_IS_SILENT = (
@@ -52,8 +53,6 @@ def make_layer(
         attention: the attention whose ``out_proj`` this is, if it is one.
     """
     from peft.tuners.lora.layer import MultiheadAttention
-
-    from eva_lightning.adapters.attention import OUT_PROJECTION, AttentionInputLayer, AttentionOutputLayer
 
     common = (name, path, module, adapter, config)
     reason = refusal(module.get_base_layer())

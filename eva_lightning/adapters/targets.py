@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from eva_lightning.adapters.supported_layers import OUT_PROJECTION_IS_SILENT, is_adaptable, is_linear, refusal
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, unknown
 
 HEAD_NAMES = frozenset(
     {"head", "heads", "classifier", "score", "lm_head", "fc", "fc_out", "out", "output", "output_layer", "predictor"}
@@ -39,6 +38,7 @@ def _silent(module: nn.Module) -> set[int]:
 def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> list[str]:
     """The names of the output layers, which train in full and get no adapter.
 
+    Names match whole names or, where there is none, last dotted parts, as in PEFT's ``modules_to_save``.
     "auto" asks the model (timm's ``get_classifier``, transformers' ``get_output_embeddings``), then looks for an
     nn.Linear outside repeated blocks with a customary name (``HEAD_NAMES``), then takes the last nn.Linear defined.
 
@@ -48,12 +48,9 @@ def find_head(module: nn.Module, head: str | Sequence[str] | None = "auto") -> l
     if head is None:
         return []
     if head != "auto":
-        names = [head] if isinstance(head, str) else list(head)
         known = [n for n, _ in module.named_modules() if n]
-        for name in names:
-            if name not in known:
-                raise InputError(f"head: the module has no layer {name!r}{nearest(name, known)}")
-        return names
+        names = [head] if isinstance(head, str) else list(head)
+        return [n for name in names for n in ([name] if name in known else select(known, [name], "head"))]
     layers = linear_layers(module)
     for accessor in ("get_classifier", "get_output_embeddings"):
         found = _ask(module, accessor, layers)
@@ -129,7 +126,7 @@ def _select_targets(module: nn.Module, patterns: str | Iterable[str]) -> list[st
             hits.append(pattern)
         if not hits:
             _explain(module, pattern, is_regex)
-            raise InputError(f"target_modules: no layer matches {pattern!r}{nearest(pattern, names)}")
+            raise InputError(f"target_modules: {unknown_layer(pattern, names)}")
         keep.update(hits)
     return [n for n in names if n in keep]
 
@@ -158,7 +155,7 @@ def select(names: Sequence[str], patterns: str | Iterable[str], argument: str) -
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = _matches(names, pattern, is_regex)
         if not hits:
-            raise InputError(f"{argument}: no layer matches {pattern!r}{nearest(pattern, names)}")
+            raise InputError(f"{argument}: {unknown_layer(pattern, names)}")
         keep.update(hits)
     return [n for n in names if n in keep]
 
@@ -171,11 +168,10 @@ def _matches(names: Sequence[str], pattern: str, is_regex: bool) -> list[str]:
     return [n for n in names if n == pattern or n.endswith(f".{pattern}")]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``known`` (whole names or last parts), or an empty string."""
-    candidates = {part for k in known for part in (k, k.rsplit(".", 1)[-1], ".".join(k.split(".")[-2:]))}
-    match = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.4)
-    return f"; did you mean {match[0]!r}?" if match else ""
+def unknown_layer(name: str, known: Iterable[str]) -> str:
+    """:func:`eva_lightning.errors.unknown` for layers, which may be named by their last parts too."""
+    parts = {part for k in known for part in (k, k.rsplit(".", 1)[-1], ".".join(k.split(".")[-2:]))}
+    return unknown("layer", name, sorted(parts), list_all=False)
 
 
 def _ask(module: nn.Module, accessor: str, layers: Mapping[str, nn.Module]) -> list[str]:

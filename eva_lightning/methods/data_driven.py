@@ -16,21 +16,29 @@ from eva_lightning.adapters import AdapterLayer, find_adapters
 from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
-from eva_lightning.callback import rebuild_optimizers, refresh_averages
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_number
+from eva_lightning.methods import lora
+from eva_lightning.methods.apply import AdapterOptions, Where
+from eva_lightning.methods.registry import METHODS
 from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
+from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
 from eva_lightning.training_batches import set_up_loader, training_batches
 
 Kind = Literal["corda", "lora-ga"]
 
-#: Minibatches to look at where nobody says. CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128: at the
+#: Minibatches to read where nobody says. CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128: at the
 #: VTAB protocol's 64 images a minibatch, these.
 DEFAULT_BATCHES: dict[Kind, int] = {"corda": 4, "lora-ga": 2}
 
-_NAMES: dict[Kind, str] = {"corda": "CorDA", "lora-ga": "LoRA-GA"}
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: Kind) -> list[pl.Callback]:
+    """Adapters that are plain LoRA, and the callback that starts them."""
+    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed)
+    return [*lora.prepare(module, options, where, initialisation=kind), start]
 
 
 class DataDrivenStart(pl.Callback):
@@ -38,8 +46,9 @@ class DataDrivenStart(pl.Callback):
 
     The module has adapters made by ``inject(module, initialisation=kind)``, which are plain LoRA up to then. At the
     start of ``fit`` some training minibatches go through the model (CorDA: second moments of every layer's inputs;
-    LoRA-GA: gradients of the module's own training loss), PEFT turns what they show into A and B, and ``scaling * B A``
-    leaves the base weight: the function stays. Processes of a distributed job put together what they saw.
+    LoRA-GA: gradients of the module's own training loss), PEFT turns these statistics into A and B, and
+    ``scaling * B A`` is subtracted from the base weight, so that the function stays. Statistics are averaged over the
+    processes of a distributed job.
 
     Batch order, random state, train/eval flags, buffers, metrics and logs stay as they would be without it. A second
     ``fit`` of the same module, or one resumed from a checkpoint, keeps its adapters. If anything fails or is
@@ -47,7 +56,7 @@ class DataDrivenStart(pl.Callback):
 
     Args:
         kind: ``"corda"`` or ``"lora-ga"``.
-        max_batches: Most minibatches to look at; None for `DEFAULT_BATCHES`.
+        max_batches: Most minibatches to read; None for `DEFAULT_BATCHES`.
         mask_fn: ``mask_fn(batch)``: True for the tokens that count; CorDA only, a loss has its own way.
         seed: Of LoRA-GA's randomized SVD.
         verbose: Say what was done, in one line.
@@ -65,8 +74,8 @@ class DataDrivenStart(pl.Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        if max_batches is not None and max_batches < 1:
-            raise InputError(f"max_batches must be at least 1, got {max_batches}")
+        if max_batches is not None:
+            check_number("max_batches", max_batches, at_least=1, whole=True)
         self.kind = kind
         self.max_batches = DEFAULT_BATCHES[kind] if max_batches is None else max_batches
         self.mask_fn = mask_fn
@@ -77,12 +86,12 @@ class DataDrivenStart(pl.Callback):
         """Refuse what cannot work."""
         if stage == "fit" and isinstance(trainer.strategy, _SHARDED):
             raise InputError(
-                f"{_NAMES[self.kind]} decomposes whole base weights, which {type(trainer.strategy).__name__} shards: "
-                "train it on one device or with DDP"
+                f"{METHODS[self.kind].label} decomposes whole base weights, which {type(trainer.strategy).__name__} "
+                "shards: train it on one device or with DDP"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the minibatches and write A, B and the base weights."""
+        """Read the minibatches and write A, B and the base weights."""
         if ckpt.done(pl_module) or trainer.limit_train_batches == 0:
             return
         started = time.perf_counter()
@@ -92,7 +101,7 @@ class DataDrivenStart(pl.Callback):
             # this draws random numbers too, those that training would otherwise draw here a moment later
             limit = int(min(self.max_batches, set_up_loader(trainer)))
             with isolated_rng():
-                means = self._average(trainer, self._look(trainer, pl_module, layers, limit))
+                means = self._average(trainer, self._statistics(trainer, pl_module, layers, limit))
                 self._write(trainer, layers, means)
         except BaseException:
             restore_rng()
@@ -104,16 +113,16 @@ class DataDrivenStart(pl.Callback):
         if self.verbose:
             untouched = f"; {len(layers) - len(means)} layers did not run and stay as they are"
             rank_zero_info(
-                f"{_NAMES[self.kind]}: {len(means)} adapters started from {limit} minibatches in "
+                f"{METHODS[self.kind].label}: {len(means)} adapters started from {limit} minibatches in "
                 f"{time.perf_counter() - started:.1f} s{untouched if len(means) < len(layers) else ''}"
             )
 
-    def _look(
+    def _statistics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int
     ) -> dict[str, Mean]:
         batches = training_batches(trainer, limit)
         context = trainer.precision_plugin.forward_context
-        description = f"{_NAMES[self.kind]}: looking at minibatches"
+        description = f"{METHODS[self.kind].label}: reading minibatches"
         with disabled(layers.values()), counting_progress(trainer, description, limit) as progress:
             if self.kind == "lora-ga":
                 weights: dict[str, Any] = {name: layer.base.weight for name, layer in layers.items()}
@@ -137,7 +146,7 @@ class DataDrivenStart(pl.Callback):
     ) -> None:
         make = corda if self.kind == "corda" else lora_ga
         chosen = {name: layers[name] for name in means}
-        description = f"{_NAMES[self.kind]}: decomposing weights"
+        description = f"{METHODS[self.kind].label}: decomposing weights"
         with (
             counting_progress(trainer, description, len(chosen)) as progress,
             torch.autocast(trainer.strategy.root_device.type, enabled=False),

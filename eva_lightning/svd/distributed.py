@@ -16,6 +16,20 @@ def default_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu")
 
 
+def world_size() -> int:
+    """Processes that take part; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_ranks(flag: bool) -> bool:
+    """Whether `flag` is set on every rank; the same answer on all."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag), device=default_device(None))
+    dist.all_reduce(votes)
+    return int(votes) == world_size()
+
+
 def gather_counts(count: int, group: dist.ProcessGroup | None) -> list[int]:
     """`count` of every rank, in rank order."""
     own = torch.tensor([count], dtype=torch.int64, device=default_device(group))

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from eva_lightning.adapters.targets import find_targets
 from eva_lightning.layer_inputs import inputs_of
 from eva_lightning.state import EVAState
-from eva_lightning.streaming import StreamingOptions, compute_eva_state
+from eva_lightning.streaming import compute_eva_state
+from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.vision.data.datamodule import Batch
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA
@@ -54,7 +55,6 @@ def decompose(
     try:
         batches = _batches(images, _images_per_update(module, layers, images, options), options, seed)
         stream = StreamingOptions(
-            k=options.components,
             max_batches=len(batches),
             tokens_per_sample=None,
             engine="incremental",
@@ -66,6 +66,7 @@ def decompose(
                 module,
                 lambda: _fetch(images, batches, device),
                 {name: inputs_of(layer) for name, layer in layers.items()},
+                options.components,
                 stream,
                 progress=lambda n, share: bar.update(task, completed=n),
             )

@@ -1,31 +1,37 @@
-"""A run is a folder: what it was asked to do, how far it got, what came out.
+"""A run is a folder: what it was asked to do, how far it got, what came out. Nothing else knows more about it.
 
-``config.yaml`` is written when a run starts and ``metrics.json`` when it ends, so their presence tells a finished run
-from an interrupted one, and a config that differs tells that a name is taken.
+- ``config.yaml``: its settings, written when it starts. The first line has the identity of the run.
+- ``metrics.json``: written when it ends; a folder that has it is a finished run.
+- ``error.txt``: the traceback of a run that failed. With neither, a run is pending: never begun, or interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import sys
-import warnings
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from eva_lightning.errors import InputError
+from eva_lightning.files import digest, write_json, write_text
+from experiments.runner.run_log import logging_to
+from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
 _CONTENTS = (
-    "config.yaml", "metrics.json", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
-    "csv", "tensorboard", "wandb",
+    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
+    "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
 )  # fmt: skip
-_STATE_FILES = ("eva_state.safetensors", "eva_state.json")
-_LOGGERS = ("experiments", "eva_lightning", "lightning.pytorch", "py.warnings")
+_FIRST_LINE = "# run "
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Work = Callable[["RunFolder"], Mapping[str, Any]]
 
 
 class RunFolder:
@@ -33,18 +39,21 @@ class RunFolder:
 
     Args:
         path: The folder; created by :meth:`start`.
-        config: Everything the run was asked to do, as plain YAML values.
-        incidental: Keys of `config` that do not change the result (where to write, how many workers).
+        settings: Everything the run was asked to do: a dataclass whose options have roles.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], incidental: tuple[str, ...] = ()) -> None:
-        self.path = path
-        self.config = dict(config)
-        self.incidental = incidental
+    def __init__(self, path: str | Path, settings: Any) -> None:
+        self.path = Path(path)
+        self.settings = settings
+
+    @property
+    def id(self) -> str:
+        """16 digits: the same for the same settings, wherever and however they run."""
+        return digest(identity(self.settings))
 
     @property
     def plots(self) -> Path:
-        """Folder for pictures."""
+        """Folder for figures."""
         return self.path / "plots"
 
     @property
@@ -52,105 +61,153 @@ class RunFolder:
         """Folder for checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def log(self) -> Path:
+        """What the run said."""
+        return self.path / "log.txt"
+
     def last_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, or None."""
         file = self.checkpoints / "last.ckpt"
         return file if file.is_file() else None
 
     def result(self) -> dict[str, Any] | None:
-        """Metrics of a finished run of this very config, or None where it is unfinished or has nothing to lose.
+        """Metrics of a finished run of these very settings, or None where it is unfinished or has nothing to lose.
 
         Raises:
-            InputError: The folder holds a run of another config; says which keys differ.
+            InputError: The folder holds a run of other settings (says which differ), or a file is damaged.
         """
-        config_file, metrics_file = self.path / "config.yaml", self.path / "metrics.json"
-        if not config_file.is_file() or not (metrics_file.is_file() or self.last_checkpoint()):
+        config, metrics = self.path / "config.yaml", self.path / "metrics.json"
+        if not config.is_file() or not (metrics.is_file() or self.last_checkpoint()):
             return None
-        found = _mapping(config_file, yaml.safe_load)
-        keys = [key for key in {**found, **self.config} if key not in self.incidental]
-        differ = [key for key in keys if found.get(key) != self.config.get(key)]
-        if differ:
-            changes = ", ".join(f"{key}={found.get(key)} (now {self.config.get(key)})" for key in differ[:4])
-            raise InputError(
-                f"{self.path} holds another run, with {changes}: choose another --name or pass --overwrite"
-            )
-        if not metrics_file.is_file():
-            return None
-        return _mapping(metrics_file, json.loads)
+        self._refuse_another_run(config)
+        return _mapping(metrics, json.loads) if metrics.is_file() else None
+
+    def error(self) -> str | None:
+        """Traceback of a failed run, or None."""
+        file = self.path / "error.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def start(self) -> None:
+        """Create the folder and write ``config.yaml``."""
+        text = yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.yaml", f"{_FIRST_LINE}{self.id}\n{text}")
+        (self.path / "error.txt").unlink(missing_ok=True)
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``; from now on the run counts as finished."""
+        write_json(self.path / "metrics.json", metrics)
+
+    def fail(self, traceback: str) -> None:
+        """Write ``error.txt``; from now on the run counts as failed."""
+        write_text(self.path / "error.txt", traceback)
 
     def clear(self) -> None:
         """Delete what a run writes; other files in the folder stay."""
-        for name in (*_CONTENTS, *_STATE_FILES):
+        for name in _CONTENTS:
             target = self.path / name
             if target.is_dir():
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
 
-    def start(self) -> None:
-        """Create the folder and write ``config.yaml``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json``; from now on the run counts as finished."""
-        self._write("metrics.json", json.dumps(metrics, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
-
     @contextmanager
-    def logging(self, terminal: bool = True) -> Iterator[None]:
-        """Send our log records to the terminal, if `terminal`; these, Lightning's and warnings to ``log.txt``."""
-        file = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handlers: list[logging.Handler] = [file]
-        if terminal:
-            screen = logging.StreamHandler(sys.stdout)
-            screen.addFilter(lambda record: not record.name.startswith("lightning"))
-            screen.setFormatter(_Terminal())
-            handlers.append(screen)
-        loggers = [logging.getLogger(name) for name in _LOGGERS]
-        before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
-        for logger in loggers:
-            logger.handlers = list(handlers)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
-        logging.captureWarnings(True)
-        try:
-            with warnings.catch_warnings():
-                # images come from memory: more loader processes would slow it down
-                warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # resuming
-                warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
-                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
-                yield
-        finally:
-            logging.captureWarnings(False)
-            for logger, own, level, propagate in before:
-                logger.handlers = own
-                logger.setLevel(level)
-                logger.propagate = propagate
-            file.close()
+    def lock(self) -> Iterator[None]:
+        """One process works in the folder at a time; others wait here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            yield
+
+    def logging(self, terminal: bool = True) -> AbstractContextManager[None]:
+        """Send log records to ``log.txt`` and, if `terminal`, ours to the terminal; exceptions that pass are logged."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return logging_to(self.log, terminal)
+
+    def _refuse_another_run(self, config: Path) -> None:
+        with config.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline().strip()
+        if first == f"{_FIRST_LINE}{self.id}":
+            return
+        found = _mapping(config, lambda text: yaml.load(text, _LOADER))
+        now = {name: plain(getattr(self.settings, name)) for name in identity(self.settings, Role.RESULT)}
+        differ = [name for name in now if found.get(name) != now[name]]
+        if not differ and first.startswith(_FIRST_LINE):
+            # the same path, but what lies there is another file
+            differ = [name for name in now if has_identity(self.settings, name)]
+        if differ:
+            changes = ", ".join(f"{name}={found.get(name)} (now {now[name]})" for name in differ[:4])
+            raise InputError(
+                f"{self.path} holds another run, with {changes}: choose another {flag('name')} or pass "
+                f"{flag('overwrite')}"
+            )
+
+
+def perform(
+    folder: RunFolder, build: Callable[[], Work], *, terminal: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
+    """Do a run, or hand out the metrics of a finished one: the one way a run happens.
+
+    Args:
+        folder: Where.
+        build: Checks everything and builds what the run needs; nothing is written or deleted before it returns the work
+            to do, a function of the folder that returns metrics.
+        terminal: Show log records on the terminal as well.
+        overwrite: Delete what an earlier run has left.
+
+    Returns:
+        The metrics, which ``metrics.json`` holds from then on.
+
+    Raises:
+        InputError: `build` refuses, or the folder holds a run of other settings.
+    """
+    found = None if overwrite else folder.result()
+    if found is not None:
+        return found
+    work = _built(folder, build)
+    with folder.lock():
+        # another process may have done it meanwhile
+        found = None if overwrite else folder.result()
+        if found is not None:
+            return found
+        if overwrite:
+            folder.clear()
+        folder.start()
+        with folder.logging(terminal), _interruptible():
+            metrics = dict(work(folder))
+            folder.finish(metrics)
+    return metrics
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """On Ctrl-C, Lightning ignores further ones and ends with SystemExit: make both what they are elsewhere."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:
+    try:
+        return build()
+    except InputError:
+        raise
+    except Exception:
+        with folder.logging(terminal=False):
+            raise
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    again = f"pass {flag('overwrite')} or delete {file.parent} to run again"
     try:
         content = parse(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{file} is damaged ({' '.join(str(error).split())}): pass --overwrite to run again"
-        ) from error
+        raise InputError(f"{file} is damaged ({' '.join(str(error).split())}): {again}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged (no mapping in it): pass --overwrite to run again")
+        raise InputError(f"{file} is damaged (no mapping in it): {again}")
     return content
-
-
-class _Terminal(logging.Formatter):
-    """The message alone, with its level where that is worth a look."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"

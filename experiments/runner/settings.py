@@ -121,6 +121,11 @@ def identity(settings: Any, role: Role = Role.RESULT, without: Role | None = Non
     return found
 
 
+def has_identity(settings: Any, name: str) -> bool:
+    """Whether something else stands for the value of a setting in a run's identity, as for the path of a file."""
+    return any(item.name == name and item.metadata["identity"] is not None for item in fields(settings))
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON and YAML have it: tuples as lists, dataclasses as mappings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

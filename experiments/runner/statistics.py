@@ -1,19 +1,41 @@
-"""Means and differences of means with 95% intervals (Student's t distribution; Welch's where variances differ).
+"""Means, differences and interquartile means of repeated runs, with 95% intervals.
 
 For independent samples i with means m_i, variances s_i² and sizes n_i, a weighted sum Σ c_i m_i has the variance
 V = Σ v_i with v_i = c_i² s_i² / n_i. Its interval is Σ c_i m_i ± t(ν) √V, where t is the 97.5% point of Student's t
 distribution with the Welch-Satterthwaite degrees of freedom ν = V² / Σ v_i² / (n_i - 1). Two samples with weights 1 and
 -1 are Welch's t interval; a mean over tasks has weights 1/T, and its interval is one for these tasks and new seeds.
+
+Runs of the same seed see the same data in the same order, so methods are compared run by run (:func:`paired`), which
+takes out what they share.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from eva_lightning.errors import InputError
+import numpy as np
+import pandas as pd
+from rliable.metrics import aggregate_iqm
+from scipy.special import stdtrit
+from scipy.stats import trim_mean
+
+from eva_lightning.errors import check_number
+
+#: What ± is, for every table.
+PLUS_MINUS = "± is half the width of the 95% interval of the mean over seeds (Student's t distribution)."
+#: What brackets are, for every table with interquartile means.
+BRACKETS = (
+    "IQM is the mean of the middle half of all runs, in brackets its 95% interval (bootstrap over seeds, by task)."
+)
+
+#: A column of a table of runs, or a function of its rows.
+Value = str | Callable[[Mapping[str, Any]], float]
+
+_BOOTSTRAP_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -35,10 +57,43 @@ class Interval:
         """Whether 0 lies outside."""
         return self.half is not None and abs(self.mean) > self.half
 
+    @property
+    def low(self) -> float:
+        """Lower end; the mean itself where there is no width."""
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        """Upper end; the mean itself where there is no width."""
+        return self.mean + (self.half or 0.0)
+
+    def scaled(self, factor: float) -> Interval:
+        """The interval of `factor` times the values: 100 for percent."""
+        return Interval(factor * self.mean, None if self.half is None else abs(factor) * self.half, self.n)
+
     def text(self, digits: int = 3, sign: bool = False) -> str:
         """``0.123 ± 0.004``."""
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if self.half is None else f"{mean} ± {self.half:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A figure with an interval that need not be symmetric; `n` runs per task."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def scaled(self, factor: float) -> Range:
+        """All of it times `factor`, above 0: 100 for percent."""
+        return Range(factor * self.mean, factor * self.low, factor * self.high, self.n)
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        """``0.52 [0.48, 0.57]``."""
+        form = f"{'+' if sign else ''}.{digits}f"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -104,8 +159,104 @@ def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interv
 
 def t_quantile(degrees: float) -> float:
     """97.5% point of Student's t distribution; of the normal one for infinite `degrees`."""
-    from scipy.special import stdtrit
-
-    if not degrees > 0:
-        raise InputError(f"degrees of freedom must be above 0, got {degrees}")
+    if degrees != math.inf:
+        check_number("degrees of freedom", degrees, above=0)
     return float(stdtrit(degrees, 0.975))
+
+
+def over_seeds(runs: pd.DataFrame, value: Value, by: str | Sequence[str] = "method") -> dict[Any, Interval]:
+    """Interval over the runs of each group.
+
+    Args:
+        runs: One row per run.
+        value: What is averaged.
+        by: Column or columns that tell groups apart, such as ``["task", "method"]``; the keys of the result.
+    """
+    if runs.empty:
+        return {}
+    values = values_of(runs, value)
+    groups = values.groupby([runs[name] for name in by] if not isinstance(by, str) else runs[by], sort=False)
+    return {key: Interval.of(list(group)) for key, group in groups}
+
+
+def over_tasks(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, Interval]:
+    """Interval over seeds of the mean over tasks, for each group; seeds that lack a task are left out.
+
+    The interval is for these tasks, not for tasks in general.
+
+    Args:
+        runs: One row per run, with the columns ``task`` and ``seed``; all its tasks count.
+        value: What is averaged.
+        by: Column that tells groups apart.
+    """
+    wide = _wide(runs, value, by)
+    means = {key: wide[key].dropna().mean(axis=1) for key in _groups(runs, by)}
+    return {key: Interval.of(list(found)) for key, found in means.items() if len(found)}
+
+
+def paired(
+    runs: pd.DataFrame, first: Hashable, second: Hashable, value: Value, *, by: str = "method", relative: bool = False
+) -> Interval | None:
+    """Interval over seeds of `first` minus `second`, run by run, averaged over the tasks of `runs`.
+
+    Both runs of a pair have the same task and seed, so the same data in the same order. Seeds that lack one of the runs
+    are left out; the interval is for these tasks, not for tasks in general.
+
+    Args:
+        runs: One row per run, with the column ``seed`` and, of several tasks, ``task``.
+        first, second: Values of the column `by`.
+        value: What to compare.
+        by: Column that tells groups apart.
+        relative: Take the difference of logarithms, in percent: tasks of different scale then count alike.
+
+    Returns:
+        The interval, or None where no seed has all runs.
+    """
+    wide = _wide(runs, value, by)
+    if not {first, second} <= set(wide.columns.get_level_values(0)):
+        return None
+    a, b = wide[first], wide[second]
+    differences = (100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1)
+    return Interval.of(list(differences)) if len(differences) else None
+
+
+def iqm(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, Range]:
+    """Interquartile mean over all tasks and seeds of each group, with a stratified bootstrap interval.
+
+    As rliable has it (Agarwal et al. 2021): seeds are drawn anew within each task, the interval is between the 2.5% and
+    97.5% points of the resampled means. Seeds that lack a task are left out.
+    """
+    wide = _wide(runs, value, by)
+    scores = {key: wide[key].dropna().to_numpy() for key in _groups(runs, by)}
+    return {key: _iqm(found) for key, found in scores.items() if len(found)}
+
+
+def _iqm(scores: np.ndarray) -> Range:
+    """The interquartile mean of `scores`, of shape (seeds, tasks)."""
+    # rliable's own bootstrap is built on arch 7, which cannot be imported beside pandas 3
+    rows = np.random.default_rng(0).integers(len(scores), size=(_BOOTSTRAP_SAMPLES, *scores.shape))
+    drawn = np.take_along_axis(scores[None], rows, axis=1)
+    # what rliable's aggregate_iqm is, of many at once
+    means = trim_mean(drawn.reshape(len(drawn), -1), 0.25, axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Range(float(aggregate_iqm(scores)), float(low), float(high), len(scores))
+
+
+def values_of(runs: pd.DataFrame, value: Value) -> pd.Series:
+    """`value` of every run."""
+    if isinstance(value, str):
+        return runs[value].astype(float)
+    return pd.Series([float(value(row)) for row in runs.to_dict("records")], index=runs.index, dtype=float)
+
+
+def _wide(runs: pd.DataFrame, value: Value, by: str) -> pd.DataFrame:
+    """`value` with a row per seed and a column per group and task; NaN where there is no run."""
+    task = runs["task"] if "task" in runs else pd.Series("task", index=runs.index)
+    frame = pd.DataFrame({"seed": runs["seed"], "group": runs[by], "task": task, "value": values_of(runs, value)})
+    wide = frame.pivot(index="seed", columns=["group", "task"], values="value")
+    columns = pd.MultiIndex.from_product([frame["group"].unique(), frame["task"].unique()], names=["group", "task"])
+    return wide.reindex(columns=columns)
+
+
+def _groups(runs: pd.DataFrame, by: str) -> list[Hashable]:
+    return list(runs[by].unique())

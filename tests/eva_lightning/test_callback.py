@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from eva_lightning import EVAInitCallback, EVAState
+from eva_lightning import EVAInitCallback, EVAState, StreamingOptions
 from eva_lightning.adapters import find_adapters
 from tests.modules import HIDDEN, IN, Classifier, TokenNet, build, correlated, dataset, loader, mlp, trainer
 
@@ -41,7 +41,7 @@ def same_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def test_one_line_gives_eva_on_a_plain_module() -> None:
     module = build()
-    callback = FreezeAfterInit(rho=1.5, r=4, max_batches=6, tau=1.0)
+    callback = FreezeAfterInit(rho=1.5, r=4, streaming=StreamingOptions(max_batches=6, tau=1.0))
     trainer(callback).fit(module, loader())
     state = callback.state
     assert isinstance(state, EVAState)
@@ -59,7 +59,7 @@ def test_a_is_the_exact_svd_of_the_inputs_and_b_is_zero() -> None:
     module = build()
     data = dataset(96)
     # one epoch of 6 batches without a second look: the streamed tokens are the whole data set
-    callback = FreezeAfterInit(rho=1, r=4, max_batches=6, tau=1.0)
+    callback = FreezeAfterInit(rho=1, r=4, streaming=StreamingOptions(max_batches=6, tau=1.0))
     trainer(callback).fit(module, DataLoader(data, 16))
     a = callback.snapshot["net.0.lora_A.default.weight"]
     assert same_rows(a, exact_components(data.tensors[0], 4)).min() > 1 - 1e-5
@@ -90,7 +90,7 @@ def test_output_is_bit_identical_before_and_after(use_dora: bool, use_rslora: bo
             self.after = pl_module(x)
             pl_module.train(flag)
 
-    callback = Look(rho=2, r=4, use_dora=use_dora, use_rslora=use_rslora)
+    callback = Look(rho=2, r=4, lora={"use_dora": use_dora, "use_rslora": use_rslora})
     # built in fp32 and rounded by the precision plugin, as Lightning does
     trainer(callback, precision=precision).fit(module, loader())
     assert callback.state is not None
@@ -101,7 +101,7 @@ def test_output_is_bit_identical_before_and_after(use_dora: bool, use_rslora: bo
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_scaling_is_preserved_when_ranks_change(use_rslora: bool) -> None:
     module = build()
-    trainer(EVAInitCallback(rho=2, r=4, alpha=3.0, use_rslora=use_rslora)).fit(module, loader())
+    trainer(EVAInitCallback(rho=2, r=4, alpha=3.0, lora={"use_rslora": use_rslora})).fit(module, loader())
     expected = 3.0 / (2.0 if use_rslora else 4.0)
     for layer in find_adapters(module).values():
         assert layer.module.scaling["default"] == pytest.approx(expected)
@@ -222,7 +222,10 @@ LOADERS: dict[str, Any] = {
 )
 def test_batches_and_random_state_are_those_of_a_run_without(name: str, options: dict[str, Any]) -> None:
     runs = []
-    for callbacks in ([], [EVAInitCallback(rho=2, r=4, max_batches=3, forward_fn=run_first, verbose=False)]):
+    for callbacks in (
+        [],
+        [EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(max_batches=3), forward_fn=run_first, verbose=False)],
+    ):
         module = Recorder()
         torch.manual_seed(1)
         trainer(*callbacks, max_epochs=2, **options).fit(module, LOADERS[name](), DataLoader(dataset(16), 8))
@@ -269,7 +272,7 @@ def test_seeded_runs_are_bit_identical() -> None:
     runs = []
     for _ in range(2):
         module = build(net=TokenNet())
-        callback = EVAInitCallback(rho=2, r=4, tokens_per_sample=3)
+        callback = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(tokens_per_sample=3))
         trainer(callback).fit(module, loader(tokens=5))
         runs.append((callback.state, module.losses))
     (a, losses_a), (b, losses_b) = runs
@@ -464,7 +467,7 @@ def test_compiled_modules(whole: bool) -> None:
 
 def test_decomposition_stays_in_fp32_under_bf16_autocast() -> None:
     data = dataset(96)
-    callback = FreezeAfterInit(rho=1, r=4, tau=1.0)
+    callback = FreezeAfterInit(rho=1, r=4, streaming=StreamingOptions(tau=1.0))
     trainer(callback, precision="bf16-mixed").fit(build(), DataLoader(data, 16))
     a = callback.snapshot["net.0.lora_A.default.weight"]
     # rounding the products to bf16 turns these rows by far more than that
@@ -480,23 +483,22 @@ def test_saved_state_gives_the_same_adapters_without_streaming(tmp_path: Any) ->
     assert first.state is not None
     first.state.save(tmp_path / "eva")
 
-    class NoLooking(FreezeAfterInit):
-        def _stream(self, *args: Any, **kwargs: Any) -> Any:
-            raise AssertionError("streamed although a state was given")
+    def stream(module: nn.Module, batch: Any) -> None:
+        raise AssertionError("streamed although a state was given")
 
-    second = NoLooking(rho=2, r=4, state=tmp_path / "eva")
+    second = FreezeAfterInit(rho=2, r=4, state=tmp_path / "eva", forward_fn=stream)
     trainer(second).fit(build(), loader())
     assert second.state is not None
     assert second.state.ranks == first.state.ranks
     for name, value in first.snapshot.items():
         if "lora_A" in name:
             assert torch.equal(value, second.snapshot[name])
-    smaller = NoLooking(rho=1, r=2, state=tmp_path / "eva.json")
+    smaller = FreezeAfterInit(rho=1, r=2, state=tmp_path / "eva.json", forward_fn=stream)
     trainer(smaller).fit(build(), loader())
     assert smaller.state is not None
     assert set(smaller.state.ranks.values()) == {2}
     with pytest.raises(ValueError, match=r"asks for 12 components .* holds 8"):
-        trainer(NoLooking(rho=3, r=4, state=first.state)).fit(build(), loader())
+        trainer(EVAInitCallback(rho=3, r=4, state=first.state)).fit(build(), loader())
 
 
 def test_given_state_sets_ranks_before_optimizers_exist() -> None:
@@ -542,7 +544,7 @@ def test_every_metric_keeps_the_budget(metric: str) -> None:
 
 @pytest.mark.parametrize("engine", ["exact", "incremental"])
 def test_engines_agree_on_what_matters(engine: str) -> None:
-    callback = FreezeAfterInit(rho=1, r=4, engine=engine, tau=1.0)
+    callback = FreezeAfterInit(rho=1, r=4, streaming=StreamingOptions(engine=engine, tau=1.0))
     data = dataset(96)
     trainer(callback).fit(build(), DataLoader(data, 16))
     a = callback.snapshot["net.0.lora_A.default.weight"].double()

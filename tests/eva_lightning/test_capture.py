@@ -23,9 +23,9 @@ def exact(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def stream(net: nn.Module, batches: list[Any], k: int = 4, **options: Any) -> Any:
     forward_fn = options.pop("forward_fn", None)
     mask_fn = options.pop("mask_fn", None)
-    settings = StreamingOptions(k=k, tau=1.0, **options)
+    settings = StreamingOptions(tau=1.0, **options)
     return compute_eva_state(
-        net, lambda: iter(batches), linear_layers(net), settings, forward_fn=forward_fn, mask_fn=mask_fn
+        net, lambda: iter(batches), linear_layers(net), k, settings, forward_fn=forward_fn, mask_fn=mask_fn
     )
 
 
@@ -234,11 +234,11 @@ def test_stop_is_for_all_layers_at_once() -> None:
             return self.easy(easy).sum() + self.hard(x).sum()
 
     batches = list(torch.randn(160, 32).split(10))
-    settings = StreamingOptions(k=2, tau=0.9, max_batches=16)
+    settings = StreamingOptions(tau=0.9, max_batches=16)
     net = Two()
-    state = compute_eva_state(net, lambda: iter(batches), linear_layers(net), settings)
+    state = compute_eva_state(net, lambda: iter(batches), linear_layers(net), 2, settings)
     assert state.convergence["easy"][0][1] > 0.999
     assert state.convergence["hard"][0][1] < 0.9
     assert state.n_samples["easy"] == state.n_samples["hard"] == state.n_batches * 10
-    lenient = StreamingOptions(k=2, tau=0.9, delta=0.5, max_batches=16)
-    assert compute_eva_state(net, lambda: iter(batches), linear_layers(net), lenient).n_batches == 8
+    lenient = StreamingOptions(tau=0.9, delta=0.5, max_batches=16)
+    assert compute_eva_state(net, lambda: iter(batches), linear_layers(net), 2, lenient).n_batches == 8

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from eva_lightning import EVAInitCallback, EVAState
+from eva_lightning import EVAInitCallback, EVAState, StreamingOptions
 from eva_lightning.adapters import find_adapters
 from tests.modules import build, dataset, trainer
 from tests.paths import ROOT
@@ -68,7 +68,7 @@ def test_two_processes_agree_with_one_on_the_union(strategy: str, engine: str, t
             assert torch.equal(value, ends[1][name]), name
     assert any(value.any() for name, value in ends[0].items() if "lora_B" in name)
 
-    single = EVAInitCallback(rho=2, r=4, engine=engine, tau=1.0, verbose=False)
+    single = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(engine=engine, tau=1.0), verbose=False)
     trainer(single, max_epochs=0).fit(build(), DataLoader(dataset(96), 8, shuffle=False))
     assert isinstance(single.state, EVAState)
     for name, a in first["a"].items():

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from eva_lightning import EVAInitCallback
+from eva_lightning import EVAInitCallback, StreamingOptions
 from tests.modules import Classifier, build, dataset, loader, trainer
 
 
@@ -36,7 +36,9 @@ def first_singular_values(callback: EVAInitCallback) -> torch.Tensor:
 
 
 def test_transfer_hooks_of_data_module_and_module_apply() -> None:
-    plain, by_data, by_module = (EVAInitCallback(r=4, rho=1, tau=1.0, verbose=False) for _ in range(3))
+    plain, by_data, by_module = (
+        EVAInitCallback(r=4, rho=1, streaming=StreamingOptions(tau=1.0), verbose=False) for _ in range(3)
+    )
     trainer(plain).fit(build(), DataLoader(dataset(48), 16))
     trainer(by_data).fit(build(), datamodule=Scaling())
     torch.manual_seed(0)
@@ -59,7 +61,7 @@ def test_no_more_batches_are_read_than_allowed() -> None:
             return self.data[i]
 
     data = Counting()
-    callback = EVAInitCallback(r=4, max_batches=2, verbose=False)
+    callback = EVAInitCallback(r=4, streaming=StreamingOptions(max_batches=2), verbose=False)
     trainer(callback, max_steps=1, max_epochs=-1).fit(build(), DataLoader(data, 16))
     assert callback.state is not None
     assert callback.state.n_batches == 2
@@ -76,7 +78,7 @@ def test_workers_end_with_the_stream() -> None:
             super().on_fit_start(trainer, pl_module)
             self.left = len(multiprocessing.active_children()) - before
 
-    callback = Look(r=4, max_batches=2, verbose=False)
+    callback = Look(r=4, streaming=StreamingOptions(max_batches=2), verbose=False)
     trainer(callback).fit(build(), loader(num_workers=1))
     # Lightning itself starts one iterator when it sets the loader up
     assert callback.left <= 1

@@ -168,10 +168,10 @@ def test_resize_keeps_dtype_scaling_modes_and_flags(options: dict[str, Any], dty
     assert torch.equal(layer.module(x), before)
 
 
-def trained(net: nn.Module, **options: Any) -> Classifier:
+def trained(net: nn.Module, **lora: Any) -> Classifier:
     torch.manual_seed(0)
     module = Classifier(net)
-    trainer(EVAInitCallback(rho=2, r=4, **options), max_epochs=2).fit(module, loader())
+    trainer(EVAInitCallback(rho=2, r=4, lora=lora), max_epochs=2).fit(module, loader())
     return module.eval()
 
 

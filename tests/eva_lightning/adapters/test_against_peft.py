@@ -129,7 +129,9 @@ def peft_eva(net: nn.Module, batches: list[Batch], r: int, rho: float) -> tuple[
 
 def our_eva(net: nn.Module, batches: list[Batch], r: int, rho: float) -> EVAState:
     """Ours through the callback, on all these minibatches."""
-    callback = EVAInitCallback(rho=rho, r=r, tau=1.0, max_batches=len(batches), verbose=False)
+    callback = EVAInitCallback(
+        rho=rho, r=r, streaming=StreamingOptions(tau=1.0, max_batches=len(batches)), verbose=False
+    )
     module = DigitsClassifier(copy.deepcopy(net))
     trainer(callback, max_epochs=0).fit(module, DataLoader(batches, batch_size=None))
     assert callback.state is not None
@@ -182,7 +184,7 @@ def test_peft_initialises_from_our_decomposition_alike(pretrained: nn.Module) ->
     """Same directions in; same ranks, A, scaling and outputs out: in all but the decomposition ours is PEFT's EVA."""
     batches = DataLoader(minibatches(0), batch_size=None)
     module = DigitsClassifier(copy.deepcopy(pretrained))
-    callback = EVAInitCallback(rho=2, r=4, tau=1.0, max_batches=4, verbose=False)
+    callback = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(tau=1.0, max_batches=4), verbose=False)
     trainer(callback, max_epochs=0).fit(module, batches)
     state = callback.state
     assert state is not None
@@ -208,7 +210,7 @@ def test_peft_initialises_from_our_decomposition_alike(pretrained: nn.Module) ->
 def test_trained_adapters_load_in_stock_peft(pretrained: nn.Module, options: dict[str, Any], tmp_path: Path) -> None:
     module = DigitsClassifier(copy.deepcopy(pretrained), learning_rate=1e-2)
     # a small budget: some layers lose their adapter, which PEFT has to be told
-    callback = EVAInitCallback(rho=4, r=1, max_batches=4, verbose=False, **options)
+    callback = EVAInitCallback(rho=4, r=1, streaming=StreamingOptions(max_batches=4), lora=options, verbose=False)
     trainer(callback, max_epochs=2).fit(module, DataLoader(list(zip(*NEW_DIGITS, strict=True)), 64))
     assert callback.state is not None
     assert 0 in callback.state.ranks.values()
@@ -255,8 +257,8 @@ def test_theorem_3_2_squared_gradient_norm_of_b(pretrained: nn.Module) -> None:
     layers = {n: x.base for n, x in find_adapters(net).items()}
     a = {}
     for kind in ("eva", "minor"):
-        settings = StreamingOptions(k=r, tau=1.0)
-        a[kind] = compute_eva_state(net, lambda: seen, layers, settings, minor=kind == "minor").components
+        settings = StreamingOptions(tau=1.0)
+        a[kind] = compute_eva_state(net, lambda: seen, layers, r, settings, minor=kind == "minor").components
     norms = {kind: squared_gradient_norms(net, a[kind], other) for kind in a}
     random = [
         squared_gradient_norms(net, {n: nn.init.orthogonal_(torch.empty_like(v)) for n, v in a["eva"].items()}, other)
@@ -325,7 +327,9 @@ class Endless(IterableDataset[Any]):
 @pytest.mark.parametrize("engine", ["exact", "incremental"])
 def test_stream_that_never_converges_ends(engine: str) -> None:
     """Fault 5, second half: at ``max_batches``, whatever the data do."""
-    callback = EVAInitCallback(rho=2, r=4, tau=1.0, max_batches=6, engine=engine, verbose=False)
+    callback = EVAInitCallback(
+        rho=2, r=4, streaming=StreamingOptions(tau=1.0, max_batches=6, engine=engine), verbose=False
+    )
     trainer(callback, max_steps=1, max_epochs=-1).fit(Classifier(), DataLoader(Endless(), 16))
     assert callback.state is not None
     assert callback.state.n_batches == 6
@@ -342,7 +346,7 @@ def test_image_label_batches_of_unknown_number(pretrained: nn.Module) -> None:
     data = DataLoader(Pairs(), 32)
     with pytest.raises(TypeError):
         len(data)
-    callback = EVAInitCallback(rho=2, r=4, tau=1.0, max_batches=3, verbose=False)
+    callback = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(tau=1.0, max_batches=3), verbose=False)
     trainer(callback, max_steps=1, max_epochs=-1).fit(Classifier(copy.deepcopy(pretrained)), data)
     assert callback.state is not None
     assert callback.state.n_samples["net.blocks.0.attn.qkv"] == 3 * 32 * 17
@@ -362,7 +366,7 @@ def test_sharing_is_found_without_python_numbers(monkeypatch: pytest.MonkeyPatch
     net = TokenNet()
     x = torch.randn(64, 10, IN)
     layers = linear_layers(net)
-    state = compute_eva_state(net, lambda: iter(x.split(32)), layers, StreamingOptions(k=4, tau=1.0))
+    state = compute_eva_state(net, lambda: iter(x.split(32)), layers, 4, StreamingOptions(tau=1.0))
     assert state.shared_with == {"attention.k": "attention.q", "attention.v": "attention.q"}
     assert largest <= HIDDEN
 
@@ -422,7 +426,7 @@ def test_adapters_on_other_kinds_of_layers_are_left_alone() -> None:
     net = module.net.base_model.model
     x = dataset(16).tensors[0]
     before, conv_a = module(x), net.conv.lora_A["default"].weight.clone()
-    callback = EVAInitCallback(rho=2, tau=1.0, verbose=False)
+    callback = EVAInitCallback(rho=2, streaming=StreamingOptions(tau=1.0), verbose=False)
     trainer(callback, max_epochs=0).fit(module, loader())
     assert callback.state is not None
     assert set(callback.state.ranks) == {"net.linear", "net.other"}

@@ -68,7 +68,9 @@ def fit(net: nn.Module, x: Tensor, kind: type[Net] = Net, **options: Any) -> tup
     labels = torch.arange(len(x)) % 3
     module = kind(net, x[:4])
     before = module.probe()
-    callback = EVAInitCallback(rho=2, r=2, tau=1.0, tokens_per_sample=None, verbose=False, **options)
+    callback = EVAInitCallback(
+        rho=2, r=2, streaming=StreamingOptions(tau=1.0, tokens_per_sample=None), verbose=False, **options
+    )
     trainer(callback, max_epochs=2).fit(module, DataLoader(TensorDataset(x, labels), batch_size=16))
     assert torch.equal(module.start, before)
     return module.eval(), callback
@@ -110,7 +112,7 @@ class Transposed(nn.Module):
 def test_conv1d_is_a_linear_layer(use_dora: bool, tmp_path: Path) -> None:
     net, x = Transposed(), correlated(48 * 5).view(48, 5, 12)
     base = copy.deepcopy(net)
-    module, callback = fit(net, x, use_dora=use_dora)
+    module, callback = fit(net, x, lora={"use_dora": use_dora})
     assert callback.state is not None
     for name, tokens in inputs(copy.deepcopy(base), x, ["up", "down"]).items():
         assert_decomposes(callback.state, f"net.{name}", tokens)
@@ -166,7 +168,7 @@ def test_convolution(kind: str, use_dora: bool, tmp_path: Path) -> None:
     conv, geometry = CONVOLUTIONS[kind]
     net, x = conv_net(conv, **geometry), images(conv)
     base = copy.deepcopy(net)
-    module, callback = fit(net, x, target_modules=["conv.0", "conv.2", "fc"], use_dora=use_dora)
+    module, callback = fit(net, x, target_modules=["conv.0", "conv.2", "fc"], lora={"use_dora": use_dora})
     assert callback.state is not None
     assert set(callback.state.components) == {"net.conv.0", "net.conv.2", "net.fc"}
     assert callback.state.components["net.conv.0"].shape[1] == base.conv[0].weight[0].numel()
@@ -211,7 +213,7 @@ def test_a_is_written_as_filters() -> None:
     module = Net(net, x)
     inject(module, r=3, target_modules=["conv.0"])
     layer = find_adapters(module)["net.conv.0"]
-    state = compute_eva_state(module, lambda: iter([x]), {layer.name: layer.inputs()}, StreamingOptions(k=3))
+    state = compute_eva_state(module, lambda: iter([x]), {layer.name: layer.inputs()}, 3)
     layer.write(state.components[layer.name])
     response = layer.module.lora_A["default"](x).movedim(1, -1).flatten(0, 2)
     spread = (response - response.mean(0)).square().sum(0).sqrt()
@@ -224,14 +226,14 @@ def test_patches_are_chosen_and_masked_before_they_are_copied(monkeypatch: pytes
     conv, x = nn.Conv2d(3, 4, 3, stride=2), images(nn.Conv2d)
     all_patches = patches(conv, x).flatten(1, 2)
     layers: Any = {"c": conv}
-    few = compute_eva_state(conv, lambda: iter([x]), layers, StreamingOptions(k=K, tokens_per_sample=5))
+    few = compute_eva_state(conv, lambda: iter([x]), layers, K, StreamingOptions(tokens_per_sample=5))
     index = torch.randperm(9, generator=torch.Generator().manual_seed(0)).narrow(0, 0, 5).sort().values
     assert_decomposes(few, "c", all_patches[:, index])
     mask = torch.rand(32, 3, 3) > 0.5
-    masked = compute_eva_state(conv, lambda: iter([x]), layers, StreamingOptions(k=K), mask_fn=lambda _: mask)
+    masked = compute_eva_state(conv, lambda: iter([x]), layers, K, mask_fn=lambda _: mask)
     assert_decomposes(masked, "c", all_patches[mask.flatten(1)])
     monkeypatch.setattr(tokens_module, "_PIECE", 500)  # in many pieces the sums are the same
-    pieces = compute_eva_state(conv, lambda: iter([x]), layers, StreamingOptions(k=K), mask_fn=lambda _: mask)
+    pieces = compute_eva_state(conv, lambda: iter([x]), layers, K, mask_fn=lambda _: mask)
     torch.testing.assert_close(pieces.singular_values["c"], masked.singular_values["c"], rtol=1e-5, atol=1e-5)
 
 
@@ -486,7 +488,7 @@ def test_quantised_base_layers(bits: int, use_dora: bool, tmp_path: Path) -> Non
     for name in seen:
         net.get_submodule(name)._forward_pre_hooks.clear()
     net.train()
-    module, callback = fit(net, x, Quantised, use_dora=use_dora)
+    module, callback = fit(net, x, Quantised, lora={"use_dora": use_dora})
     state = callback.state
     assert state is not None
     layers = find_adapters(module)

@@ -23,7 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from eva_lightning import EVAInitCallback, attention_mask, load_from_checkpoint
+from eva_lightning import EVAInitCallback, StreamingOptions, attention_mask, load_from_checkpoint
 from eva_lightning.adapters import find_adapters, find_targets, inject, merge_and_unload, save_pretrained
 from eva_lightning.adapters.targets import linear_layers
 from tests.modules import trainer
@@ -126,7 +126,7 @@ def counted_inputs(model: nn.Module, items: list[Any]) -> dict[str, Tensor]:
 def test_unmasked_tokens_are_decomposed_exactly(kind: str) -> None:
     module, items = Text(kind), batches(kind)
     expected = counted_inputs(module.model, items)
-    callback = EVAInitCallback(rho=2, r=2, tau=1.0, mask_fn=attention_mask, verbose=False)
+    callback = EVAInitCallback(rho=2, r=2, streaming=StreamingOptions(tau=1.0), mask_fn=attention_mask, verbose=False)
     trainer(callback).fit(module, loader(items))
     state = callback.state
     assert state is not None

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from eva_lightning.adapters import inject, merge_and_unload, save_pretrained
 from eva_lightning.adapters.adalora import RankAllocation, is_adalora, start_rank
 from eva_lightning.checkpoint import load_from_checkpoint
-from eva_lightning.methods.apply import METHODS, WITHOUT_ADAPTERS, AdaLoRACallback, AdapterOptions, apply_method
+from eva_lightning.methods import METHODS as ALL
+from eva_lightning.methods import method_names
+from eva_lightning.methods.adalora import AdaLoRACallback
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.optim.parameter_groups import Multiplier, parameter_groups
 from tests.modules import IN, Classifier, TokenNet, loader, trainer
 
-ADAPTERS = [m for m in METHODS if m not in WITHOUT_ADAPTERS]
-EDIT_BASE_WEIGHTS = ("pissa", "milora", "olora", "corda", "lora-ga")
+METHODS = method_names("rl")
+ADAPTERS = [m for m in METHODS if ALL[m].adapts]
+EDIT_BASE_WEIGHTS = [m for m in ADAPTERS if ALL[m].changes_base]
 OPTIONS = AdapterOptions(rank=3, bias="none")
 
 
@@ -300,7 +304,7 @@ def test_lora_plus_trains_b_at_another_rate_as_pefts_optimizer_does() -> None:
 def test_lora_plus_needs_a_module_that_heeds_it() -> None:
     with pytest.raises(ValueError, match="Classifier has no lr_multipliers"):
         apply_method("lora+", Classifier(TokenNet()), OPTIONS)
-    with pytest.raises(ValueError, match="lora_plus_ratio must be a finite number above 0, got 0"):
+    with pytest.raises(ValueError, match="lora_plus_ratio must be a number above 0, got 0"):
         AdapterOptions(lora_plus_ratio=0)
 
 

@@ -285,13 +285,13 @@ def test_a_bad_ending_leaves_the_module_as_it_was(
 @pytest.mark.parametrize("kind", KINDS)
 def test_looks_at_the_data_once(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
-    real = DataDrivenStart._look
+    real = DataDrivenStart._statistics
 
     def counting(self: DataDrivenStart, *args: Any) -> Any:
         looks.append(self.kind)
         return real(self, *args)
 
-    monkeypatch.setattr(DataDrivenStart, "_look", counting)
+    monkeypatch.setattr(DataDrivenStart, "_statistics", counting)
     module, callbacks = prepared(kind, build(lr=0.1))
     fit(module, callbacks, max_steps=4).save_checkpoint(tmp_path / "a.ckpt")
     fit(module, callbacks, max_steps=4)
@@ -325,7 +325,7 @@ class Saving(pl.Callback):
         found |= {f"B of {n}": layer.module.initial_lora_B for n, layer in layers.items()}
         found |= {f"weight of {n}": layer.base.weight.detach() for n, layer in layers.items()}
         other = DataDrivenStart("lora-ga")
-        gradients = other._average(trainer, other._look(trainer, pl_module, layers, self.max_batches))
+        gradients = other._average(trainer, other._statistics(trainer, pl_module, layers, self.max_batches))
         found |= {f"gradient of {n}": gradient for n, gradient in gradients.items()}
         torch.save(found, self.folder / f"{trainer.global_rank}-of-{trainer.world_size}.pt")
 
@@ -350,7 +350,7 @@ def test_two_processes_agree_with_one_on_the_union(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="max_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_batches must be a whole number of at least 1, got 0"):
         DataDrivenStart("corda", max_batches=0)
     sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy())
     with pytest.raises(ValueError, match="CorDA decomposes whole base weights, which ModelParallelStrategy shards"):

@@ -13,8 +13,8 @@ from eva_lightning import EVAState
 from eva_lightning.adapters import find_adapters
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.initialization import initial_a
-from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods import METHODS, MethodKey
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.module import ImageClassifier
 from tests.eva_lightning.methods.test_vision import fit, plain
@@ -135,4 +135,4 @@ def test_a_minor_state_needs_no_rho(states: dict[str, Path], make_data: Callable
 
 
 def test_all_that_stream_are_here() -> None:
-    assert set(INITS) == {m for m in METHOD_TRAITS if MethodKey.parse(m).streams_eva}
+    assert set(INITS) == {m for m, method in METHODS.items() if method.state_kind}

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, merge_and_unload, save_pretrained
 from eva_lightning.callback import EVAInitCallback
-from eva_lightning.methods.keys import METHOD_TRAITS
-from eva_lightning.methods.vision import METHODS, AdapterOptions, apply_method
+from eva_lightning.methods import METHODS, method_names
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.module import ImageClassifier
 from tests.eva_lightning.vision.fakes import make_task
 
-ADAPTERS = [method for method, traits in METHOD_TRAITS.items() if traits.adapts]
+IMAGE_METHODS = method_names("vision")
+ADAPTERS = [method for method in IMAGE_METHODS if METHODS[method].adapts]
 EDIT_BASE_WEIGHTS = ("pissa", "milora", "olora", "corda", "lora-ga")
 OPTIONS = AdapterOptions(rank=4)
 QUIET: dict[str, Any] = {
@@ -99,11 +100,7 @@ def trained(make_data: Callable[[], VTAB1K]) -> Callable[[str], tuple[ImageClass
 Trained = Callable[[str], tuple[ImageClassifier, AtStart, EpochHistory]]
 
 
-def test_every_method_has_a_name_and_every_name_a_method() -> None:
-    assert set(METHODS) == set(METHOD_TRAITS)
-
-
-@pytest.mark.parametrize("method", METHOD_TRAITS)
+@pytest.mark.parametrize("method", IMAGE_METHODS)
 def test_starts_from_the_pretrained_function(method: str, trained: Trained) -> None:
     _, start, _ = trained(method)
     expected = logits(plain())
@@ -115,7 +112,7 @@ def test_starts_from_the_pretrained_function(method: str, trained: Trained) -> N
         torch.testing.assert_close(start.logits, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHOD_TRAITS)
+@pytest.mark.parametrize("method", IMAGE_METHODS)
 def test_trains_what_the_method_trains_and_nothing_else(method: str, trained: Trained) -> None:
     module, start, history = trained(method)
     assert history.rows[-1]["train_loss"] < 0.8 * history.rows[0]["train_loss"]
@@ -153,7 +150,7 @@ def test_merges_and_exports_to_stock_peft(method: str, trained: Trained, tmp_pat
     torch.testing.assert_close(logits(merged), expected, **tolerance)
 
 
-@pytest.mark.parametrize("method", METHOD_TRAITS)
+@pytest.mark.parametrize("method", IMAGE_METHODS)
 def test_interrupted_and_resumed_equals_uninterrupted(
     method: str, make_data: Callable[[], VTAB1K], tmp_path: Path
 ) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from eva_lightning.methods.apply import METHODS
-from eva_lightning.methods.apply import WITHOUT_ADAPTERS as UNADAPTED
+from eva_lightning.methods import METHODS, method_names
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
@@ -38,16 +37,16 @@ def command(root: Path, method: str = "eva", *more: str, seeds: int = 1) -> list
     return [*(f"--{name}={value}" for name, value in options.items()), *more]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names("rl"))
 def test_every_method_runs_and_its_checkpoints_evaluate(method: str, root: Path) -> None:
     (metrics,) = finetune.main(command(root, method))
     assert [row["updates"] for row in metrics["val_loss"]] == [0, 2, 4, 6]
     assert metrics["val_loss"][0]["val_loss"] > 0
-    assert metrics["rank"] == (None if method in UNADAPTED else 2)
+    assert metrics["rank"] == (2 if METHODS[method].adapts else None)
     assert (metrics["episodes"], len(metrics["returns"])) == (1, 1)
     (folder,) = (p.parent for p in (root / "runs").glob(f"{TASK}-{method}-*/metrics.json") if f"-{method}-" in str(p))
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert (folder / "adapter" / "adapter_config.json").is_file() == (method not in UNADAPTED)
+    assert (folder / "adapter" / "adapter_config.json").is_file() == METHODS[method].adapts
     # the merged network and the trainer's checkpoint with adapters roll out alike
     for checkpoint in (folder, folder / "checkpoints" / "last.ckpt"):
         (result,) = evaluate.main([f"--ckpt={checkpoint}", "--episodes=1", "--horizon=5", "--progress=false"])

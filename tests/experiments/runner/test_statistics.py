@@ -24,7 +24,7 @@ def test_intervals_are_those_of_students_distribution() -> None:
     assert Interval.of([0.5]).text(1, sign=True) == "+0.5"
     for degrees in (1, 4, 7.3, 60, math.inf):
         assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
-    with pytest.raises(ValueError, match="degrees of freedom must be above 0, got 0"):
+    with pytest.raises(ValueError, match="degrees of freedom must be a number above 0, got 0"):
         t_quantile(0)
 
 

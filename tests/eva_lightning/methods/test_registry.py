@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 from eva_lightning.initialization import INITS
-from eva_lightning.methods.keys import METHOD_TRAITS, MethodKey, eva_state_kind
+from eva_lightning.methods import METHODS, MethodKey, method_names
 
-OF_THE_ISSUE = [
-    "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda", "lora-ga",
-    "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
+IN_THE_ORDER_OF_REPORTS = [
+    "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda",
+    "lora-ga", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
 ]  # fmt: skip
 
 
@@ -54,29 +55,49 @@ def test_bad_keys_are_named(text: str, sentence: str) -> None:
         MethodKey.parse(text)
 
 
-def test_every_method_of_the_issue_in_its_order() -> None:
-    assert list(METHOD_TRAITS) == OF_THE_ISSUE
+def test_every_method_in_the_order_of_reports() -> None:
+    assert list(METHODS) == [method.name for method in METHODS.values()] == IN_THE_ORDER_OF_REPORTS
+    assert list(method_names("vision")) == IN_THE_ORDER_OF_REPORTS[1:]
+    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:15]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_entry_has_a_prepare_function(method: str) -> None:
+    entry = METHODS[method]
+    parameters = inspect.signature(entry.prepare_function()).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    assert [*parameters][:3] == ["module", "options", "where"]
+    assert takes_any or set(entry.fixed) == set(parameters) - {"module", "options", "where"}
+    assert entry.halves
+    assert len({entry, METHODS["lora"]}) == 1 + (method != "lora")
 
 
 def test_labels_are_those_of_the_papers_tables() -> None:
     table_20 = ["FFT", "LoRA", "AdaLoRA", "PiSSA", "OLoRA", "EVA", "DoRA", "EVA+DoRA"]
     table_25 = ["LoRA", "LoRA-redist", "EVA-whiten", "EVA-rot", "EVA-perm", "EVA"]
-    labels = [traits.label for traits in METHOD_TRAITS.values()]
+    labels = [method.label for method in METHODS.values()]
     assert len(set(labels)) == len(labels)
     assert {*table_20, *table_25, "EVA-minor", "MiLoRA", "CorDA", "LoRA-GA", "LoRA+", "rsLoRA"} < set(labels)
 
 
 def test_which_methods_need_which_state() -> None:
-    streaming = {method: eva_state_kind(method) for method in METHOD_TRAITS if eva_state_kind(method)}
+    streaming = {name: method.state_kind for name, method in METHODS.items() if method.state_kind}
     # every initialisation of the decomposition has a method: no ablation is forgotten
     assert len(streaming) == len(INITS) + 1
     assert {m for m, kind in streaming.items() if kind == "minor"} == {"eva-minor"}
-    assert [m for m, t in METHOD_TRAITS.items() if not t.adapts] == ["linear", "fft"]
+    assert [m for m, method in METHODS.items() if not method.adapts] == ["scratch", "linear", "fft"]
+    assert {m for m, method in METHODS.items() if method.redistributes} == set(streaming) - {"eva-minor"}
     assert MethodKey.parse("eva:1.5").components(16) == 24
     assert MethodKey.parse("eva-minor").components(16) == 16
     assert MethodKey.parse("lora").components(16) == 0
 
 
+def test_what_methods_ask_of_training_data() -> None:
+    needs = {name: method.needs for name, method in METHODS.items() if method.needs != "nothing"}
+    eva = {name: "inputs" for name, method in METHODS.items() if method.state_kind}
+    assert needs == {"corda": "inputs", "lora-ga": "gradients", **eva}
+
+
 def test_names_are_known_before_torch_is() -> None:
-    code = "import sys, eva_lightning.methods.keys; sys.exit('torch' in sys.modules)"
+    code = "import sys, eva_lightning.methods; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,176 @@
+"""What EVAInitCallback does to a module, apart from when: adapters in, minibatches through, ranks and A written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch.nn.parameter import UninitializedParameter
+
+from eva_lightning import checkpoint as ckpt
+from eva_lightning.adapters import AdapterLayer, Injection, count_trainable, find_skipped, fresh_adapters, inject
+from eva_lightning.adapters.quantised import kept_trainable
+from eva_lightning.adapters.registry import disabled
+from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.engine_plan import Allocation
+from eva_lightning.errors import InputError
+from eva_lightning.rank_plan import Plan, apply_plan, make_plan
+from eva_lightning.side_effects import snapshot_rng
+from eva_lightning.state import EVAState
+from eva_lightning.streaming import compute_eva_state
+from eva_lightning.streaming_options import StreamingOptions
+from eva_lightning.summary import print_summary, streaming_progress
+from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
+from eva_lightning.training_batches import set_up_loader, training_batches
+
+_INJECTION = "_eva_lightning_injection"
+
+
+@dataclass
+class Initialiser:
+    """EVA for the modules of one callback; the attributes are its arguments, see there.
+
+    Attributes:
+        injection_arguments: For :func:`eva_lightning.adapters.inject`, where a module has no adapters.
+        given: A precomputed state, instead of streaming.
+        injection: What was put into the module at hand, if anything was.
+    """
+
+    rho: float
+    metric: str
+    init: str
+    rescale_alpha: bool
+    streaming: StreamingOptions
+    injection_arguments: Mapping[str, Any]
+    forward_fn: ForwardFn | None = None
+    mask_fn: MaskFn | None = None
+    given: EVAState | None = None
+    injection: Injection | None = field(default=None, init=False)
+
+    def take_up(self, pl_module: pl.LightningModule) -> None:
+        """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
+        self.injection = vars(pl_module).get(_INJECTION)
+
+    def inject(self, pl_module: pl.LightningModule) -> None:
+        """Put adapters in.
+
+        Raises:
+            InputError: A layer has no shape yet, or see :func:`eva_lightning.adapters.inject`.
+        """
+        for name, parameter in pl_module.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise InputError(
+                    f"parameter {name!r} of a lazy layer has no shape yet; run one batch through "
+                    f"{type(pl_module).__name__} before fit"
+                )
+        self.injection = inject(pl_module, **self.injection_arguments)
+        vars(pl_module)[_INJECTION] = self.injection
+
+    def undo(self, pl_module: pl.LightningModule) -> None:
+        """Leave a module that has not been initialised as it was before."""
+        if ckpt.done(pl_module):
+            return
+        if self.injection is not None:
+            self.injection.undo(pl_module)
+        vars(pl_module).pop(_INJECTION, None)
+        ckpt.stop_describing(pl_module)
+        self.injection = None
+
+    @contextmanager
+    def undone_on_failure(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Undo everything, the random state included, if the body raises."""
+        restore_rng = snapshot_rng()
+        try:
+            yield
+        except BaseException:
+            self.undo(pl_module)
+            restore_rng()
+            raise
+
+    def initialise(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, before_strategy: bool, verbose: bool
+    ) -> EVAState:
+        """Decompose, redistribute, write A and B, and give the optimizers the new parameters.
+
+        Args:
+            trainer: About to fit the module.
+            pl_module: With adapters.
+            before_strategy: The strategy has not set the module up yet: there is nothing to rebuild.
+            verbose: Print what is done.
+
+        Returns:
+            The state, with the ranks that the layers have now.
+
+        Raises:
+            InputError: There is no adapter EVA can initialise, no training data, or a given state does not fit.
+        """
+        started = time.perf_counter()
+        layers = self._layers(pl_module)
+        before = count_trainable(pl_module)
+        state = self.given or self._stream(trainer, pl_module, layers, before_strategy, verbose)
+        plan = self._apply(pl_module, layers, state)
+        if plan.replaces_parameters and not before_strategy:
+            rebuild_optimizers(trainer, pl_module)
+            refresh_averages(trainer, pl_module)
+        plan.state.seconds = time.perf_counter() - started
+        if verbose and trainer.is_global_zero:
+            after, skipped = count_trainable(pl_module), find_skipped(pl_module)
+            print_summary(plan, before, after, self.injection, skipped, self.streaming.max_batches)
+        return plan.state
+
+    def _apply(self, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState) -> Plan:
+        plan = make_plan(
+            layers, state, self.rho, self.metric, self.init, self.streaming.seed, given=self.given is not None
+        )
+        apply_plan(pl_module, layers, plan, self.injection is not None, self.rescale_alpha)
+        ckpt.mark_done(pl_module, "initialised")
+        vars(pl_module).pop(_INJECTION, None)
+        return plan
+
+    def _layers(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
+        if self.injection is not None:
+            return fresh_adapters(pl_module)
+        arguments = self.injection_arguments
+        return fresh_adapters(pl_module, arguments["target_modules"], arguments["exclude"])
+
+    def _stream(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, AdapterLayer],
+        before_strategy: bool,
+        verbose: bool,
+    ) -> EVAState:
+        limit = int(min(self.streaming.max_batches, set_up_loader(trainer)))
+        options = replace(self.streaming, max_batches=limit)
+        k = max(round(layer.rank * self.rho) for layer in layers.values())
+        inputs = {name: layer.inputs() for name, layer in layers.items()}
+        if verbose:
+            plan = Allocation.plan(inputs, k, options, self.init == "minor")
+            sent = f"; processes exchange {max(plan.messages.values()):,} bytes per layer at most"
+            rank_zero_info(f"EVA: {plan}{sent if trainer.world_size > 1 else ''}")
+        context: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext if before_strategy else trainer.precision_plugin.forward_context
+        )
+        with (
+            disabled(layers.values()),
+            kept_trainable(pl_module),
+            streaming_progress(trainer, limit) as progress,
+        ):
+            return compute_eva_state(
+                pl_module,
+                lambda: training_batches(trainer, limit),
+                inputs,
+                k,
+                options,
+                forward_fn=self.forward_fn,
+                mask_fn=self.mask_fn,
+                context=context,
+                progress=progress,
+                minor=self.init == "minor",
+            )

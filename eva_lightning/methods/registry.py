@@ -1,0 +1,209 @@
+"""Every fine-tuning method in one table, and how users write one: ``lora``, ``eva``, ``eva:1``.
+
+Nothing heavy is imported here, so that a mistyped name is reported before torch is loaded. A new method is one entry
+in :data:`METHODS` and one prepare function (:mod:`eva_lightning.methods.apply` says what that is given).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eva_lightning.errors import InputError, unknown
+
+Half = Literal["vision", "rl"]
+"""The two halves of the paper's experiments: VTAB-1K and Meta-World."""
+
+StateKind = Literal["major", "minor"]
+"""Which end of the spectrum of a layer's inputs an EVA state holds: components of most, or of least, variance."""
+
+DEFAULT_RHO = 2.0
+"""EVA's ρ where nothing is said (paper, section 4.1: ρ = 2 gives the better results)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is true of a method whatever the user's settings.
+
+    Attributes:
+        name: What users type.
+        label: What tables and figures print, as the paper's tables do (Tables 8, 10, 12, 20 and 25).
+        trains: What is trained. With adapters, the head and (by default) all biases train too.
+        needs: What the method asks of training data before training starts: the inputs of layers, the gradients of
+            their weights, or nothing.
+        redistributes: Spreads the rank budget unevenly, and so has a ρ.
+        changes_base: The base weights are other ones when training starts.
+        state_kind: Which EVA state it can start from, or None.
+        prepare: Where its prepare function is, ``"module:function"``.
+        fixed: Keyword arguments of that function: what the user does not choose.
+        halves: Where it is offered.
+    """
+
+    name: str
+    label: str
+    trains: Literal["adapters", "everything", "head"] = "adapters"
+    needs: Literal["nothing", "inputs", "gradients"] = "nothing"
+    redistributes: bool = False
+    changes_base: bool = False
+    state_kind: StateKind | None = None
+    prepare: str = "eva_lightning.methods.lora:prepare"
+    fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    halves: tuple[Half, ...] = ("vision", "rl")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it has adapters, and so a rank."""
+        return self.trains == "adapters"
+
+    def prepare_function(self) -> Callable[..., Any]:
+        """The prepare function itself, a :class:`~eva_lightning.methods.apply.Prepare`; imports torch and Lightning."""
+        module, _, function = self.prepare.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+
+def _full(name: str, label: str, **traits: Any) -> Method:
+    return Method(name, label, prepare=f"eva_lightning.methods.full:{name}", **traits)
+
+
+def _weight_based(name: str, label: str) -> Method:
+    return Method(name, label, changes_base=True, fixed={"initialisation": name})
+
+
+def _data_driven(name: str, label: str, needs: Literal["inputs", "gradients"]) -> Method:
+    prepare = "eva_lightning.methods.data_driven:prepare"
+    return Method(name, label, needs=needs, changes_base=True, prepare=prepare, fixed={"kind": name})
+
+
+def _eva(name: str, label: str, *, state_kind: StateKind = "major", redistributes: bool = True, **rest: Any) -> Method:
+    prepare = "eva_lightning.methods.eva:prepare"
+    return Method(
+        name, label, needs="inputs", redistributes=redistributes, state_kind=state_kind, prepare=prepare, **rest
+    )
+
+
+def _ablation(name: str, label: str, *, state_kind: StateKind = "major", **fixed: Any) -> Method:
+    redistributes = "rho" not in fixed
+    return _eva(name, label, state_kind=state_kind, redistributes=redistributes, fixed=fixed, halves=("vision",))
+
+
+_TABLE = (
+    _full("scratch", "From scratch", trains="everything", changes_base=True, halves=("rl",)),
+    _full("linear", "Linear", trains="head", halves=("vision",)),
+    _full("fft", "FFT", trains="everything"),
+    Method("lora", "LoRA"),
+    Method("dora", "DoRA", fixed={"use_dora": True}),
+    Method("rslora", "rsLoRA", fixed={"use_rslora": True}),
+    Method("lora+", "LoRA+", prepare="eva_lightning.methods.lora:prepare_plus"),
+    Method("adalora", "AdaLoRA", prepare="eva_lightning.methods.adalora:prepare"),
+    _weight_based("pissa", "PiSSA"),
+    _weight_based("milora", "MiLoRA"),
+    _weight_based("olora", "OLoRA"),
+    _data_driven("corda", "CorDA", needs="inputs"),
+    _data_driven("lora-ga", "LoRA-GA", needs="gradients"),
+    _eva("eva", "EVA"),
+    _eva("eva-dora", "EVA+DoRA", fixed={"use_dora": True}),
+    _ablation("eva-whiten", "EVA-whiten", init="whiten"),
+    _ablation("eva-rotate", "EVA-rot", init="rotate"),
+    _ablation("eva-permute", "EVA-perm", init="permute"),
+    # uniform ranks: that a component explains least says nothing of where rank is needed (paper, Table 12)
+    _ablation("eva-minor", "EVA-minor", state_kind="minor", init="minor", rho=1.0),
+    _ablation("lora-redistribute", "LoRA-redist", init="redistribute"),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+"""Every method by name, in the order of reports."""
+
+
+def method_names(half: Half) -> tuple[str, ...]:
+    """Names of the methods offered in a half of the experiments, in the order of reports."""
+    return tuple(method.name for method in METHODS.values() if half in method.halves)
+
+
+@dataclass(frozen=True)
+class MethodKey:
+    """A method and, where it has one, its ρ: what users write as ``lora``, ``eva``, ``eva:1`` or ``eva-dora:1.5``.
+
+    Attributes:
+        method: A name in `METHODS`.
+        rho: Largest rank over mean rank, at least 1 (1 keeps ranks uniform); None for methods without redistribution.
+
+    Raises:
+        InputError: Unknown method (names the nearest), ρ below 1, missing, or given to a method that has none.
+    """
+
+    method: str
+    rho: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(unknown("method", self.method, METHODS))
+        if not self.entry.redistributes:
+            if self.rho is not None:
+                raise InputError(
+                    f"{self.method} has no rho, as it keeps ranks as they are, got {self.method}:{self.rho:g}"
+                )
+        elif self.rho is None or not 1 <= self.rho < math.inf:
+            raise InputError(f"the rho of {self.method} must be a number of at least 1, got {self.rho}")
+
+    @classmethod
+    def parse(cls, text: str) -> MethodKey:
+        """A key from what a user typed: a name, or a name, a colon and ρ; ρ is 2 where it is left out.
+
+        Raises:
+            InputError: As the class, or what follows the colon is no number.
+        """
+        method, colon, number = text.strip().partition(":")
+        if not colon:
+            entry = METHODS.get(method)
+            return cls(method, DEFAULT_RHO if entry is not None and entry.redistributes else None)
+        try:
+            rho = float(number)
+        except ValueError:
+            raise InputError(
+                f"what follows the colon in {text.strip()!r} must be rho, a number of at least 1"
+            ) from None
+        return cls(method, rho)
+
+    @property
+    def entry(self) -> Method:
+        """What is true of the method whatever its ρ."""
+        return METHODS[self.method]
+
+    @property
+    def key(self) -> str:
+        """The shortest text that :meth:`parse` reads as this key: one spelling for one thing."""
+        return self.method if self.rho in (None, DEFAULT_RHO) else f"{self.method}:{self.rho:.12g}"
+
+    @property
+    def label(self) -> str:
+        """How reports print it: as the paper's tables do, with ρ where it is not 2."""
+        return self.entry.label if self.rho in (None, DEFAULT_RHO) else f"{self.entry.label} (ρ = {self.rho:g})"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it has adapters, and so a rank."""
+        return self.entry.adapts
+
+    @property
+    def state_kind(self) -> StateKind | None:
+        """Which kind of EVA state it starts from, or None; one of kind "major" serves all but eva-minor."""
+        return self.entry.state_kind
+
+    # used by files that are not rewritten yet
+    traits = entry
+
+    @property
+    def streams_eva(self) -> bool:
+        """Whether it starts from an EVA state, given or streamed."""
+        return self.state_kind is not None
+
+    def components(self, rank: int) -> int:
+        """Components per layer that its EVA state must hold at mean rank `rank`; 0 where it needs none."""
+        return 0 if self.state_kind is None else round(rank * (self.rho or 1.0))
+
+    def __str__(self) -> str:
+        return self.key

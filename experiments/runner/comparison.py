@@ -1,0 +1,292 @@
+"""Run a comparison: tune every cell, choose, do the final runs, report. Safe to interrupt; rerun to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eva_lightning.errors import InputError
+from eva_lightning.files import format_bytes, free_bytes, is_disk_full
+from experiments.runner.cells import Cell
+from experiments.runner.cli import in_terminal
+from experiments.runner.holder import Hold, held, refuse_if_held
+from experiments.runner.jobs import Job, Outcome
+from experiments.runner.options import RunnerOptions
+from experiments.runner.plan import plan
+from experiments.runner.pool import Pool, open_pool
+from experiments.runner.progress import Progress
+from experiments.runner.results import Results, write_choices
+from experiments.runner.run_log import logging_to
+from experiments.runner.schedule import Schedule
+from experiments.runner.worker import WorkerOptions
+
+__all__ = ["Comparison", "Results", "RunnerOptions", "comparison_command", "comparison_status", "run_comparison"]
+
+_LOGGER = logging.getLogger("experiments.runner.comparison")
+
+#: Between signs of life; far below the lease.
+_HEARTBEAT_SECONDS = 10.0
+_POLL_SECONDS = 1.0
+#: So many failures without a single success have one cause.
+_ALIKE = 3
+_MOST_ALIKE = 16
+
+
+class Comparison:
+    """What is compared; derive from it. Only :meth:`cells` and :meth:`report` are needed.
+
+    Attributes:
+        options: How it is run.
+        name: What it is called on the terminal.
+        modules: What processes import before their first run.
+    """
+
+    options: RunnerOptions
+    name: str = "comparison"
+    modules: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything starts."""
+
+    def prepare(self) -> None:
+        """Make what all runs need, such as pre-trained weights and decoded images."""
+
+    def cells(self) -> list[Cell]:
+        """What is tuned alone, in the order of the report."""
+        raise NotImplementedError
+
+    def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
+        """Of a tuning run; lower is better, compared number by number."""
+        raise NotImplementedError
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """A finished run's figures in a few words."""
+        return ""
+
+    def seconds(self) -> Callable[[Job], float]:
+        """How long a run takes by the speed measured now, for ``--plan``."""
+        raise NotImplementedError
+
+    def plan_notes(self) -> list[str]:
+        """More lines for ``--plan``, after :meth:`seconds`."""
+        return []
+
+    def worker_options(self) -> WorkerOptions:
+        """How processes work."""
+        return WorkerOptions(self.options.threads_per_run(), self.modules)
+
+    def report(self, results: Results) -> None:
+        """Write tables and figures of what is finished, and say where they are."""
+        raise NotImplementedError
+
+
+def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = None) -> Results:
+    """Do what the options of `comparison` ask for: plan, report, or run and report.
+
+    Args:
+        comparison: What is compared.
+        pool: Opens the pool to run in; by the options for None.
+
+    Returns:
+        The results; of ``--plan`` what is finished so far.
+
+    Raises:
+        InputError: Something cannot work, another process is at it, the disk is full, or every run fails.
+        KeyboardInterrupt: Ctrl-C, or the process was asked to end; everything is in order.
+    """
+    options, output = comparison.options, Path(comparison.options.output)
+    if options.plan:
+        comparison.check()
+        schedule = _schedule(comparison)
+        print(plan(schedule, comparison.seconds(), comparison.plan_notes, options), flush=True)
+        return Results.of(schedule)
+    if options.report:
+        results = Results.of(_schedule(comparison))
+        _report(comparison, results)
+        return results
+    refuse_if_held(output)
+    comparison.check()
+    try:
+        with _sigterm_as_ctrl_c(), held(output) as hold, logging_to(output / "log.txt"):
+            return _run(comparison, hold, pool or (lambda: open_pool(options, comparison.worker_options())))
+    except OSError as error:
+        if is_disk_full(error):
+            raise InputError(
+                f"the disk that holds {output} is full ({format_bytes(free_bytes(output))} free): what is done stays; "
+                "make room, then rerun to resume"
+            ) from error
+        raise
+
+
+def comparison_status(results: Results) -> int:
+    """Exit status of a command: 1 where something failed."""
+    return int(bool(results.failures or results.without_choice))
+
+
+def comparison_command(build: Callable[[Sequence[str] | None], Comparison], args: Sequence[str] | None = None) -> int:
+    """A comparison on the command line. Exit status 1: some runs failed; 2: wrong input; 130: interrupted."""
+    statuses: list[int] = []
+    status = in_terminal(lambda words: statuses.append(comparison_status(run_comparison(build(words)))), args)
+    return status or max(statuses, default=0)
+
+
+def _schedule(comparison: Comparison) -> Schedule:
+    options = comparison.options
+    return Schedule(
+        comparison.cells(), comparison.score, retry_failed=options.retry_failed, skip_failed=options.skip_failed
+    )
+
+
+def _run(comparison: Comparison, hold: Hold, open_: Callable[[], Pool]) -> Results:
+    if hold.taken_over is not None:
+        _LOGGER.info("taking over from %s, which has ended", hold.taken_over.text)
+    comparison.prepare()
+    schedule = _schedule(comparison)
+    counts = schedule.counts()
+    to_do = counts.total() - counts["done"] - counts["failed"]
+    _LOGGER.info(
+        "%s: %d runs in %s: %d done, %d failed, %d to do",
+        comparison.name, counts.total(), comparison.options.output, counts["done"], counts["failed"], to_do,
+    )  # fmt: skip
+    if counts["pending"]:
+        _run_pending(comparison, schedule, hold, open_)
+    results = Results.of(schedule)
+    _say_what_is_done(results, schedule)
+    _report(comparison, results)
+    return results
+
+
+def _run_pending(comparison: Comparison, schedule: Schedule, hold: Hold, open_: Callable[[], Pool]) -> None:
+    pool = open_()
+    counts = schedule.counts()
+    try:
+        _LOGGER.info("%s", pool.describe())
+        over, total = counts["done"] + counts["failed"], counts.total()
+        with Progress(comparison.name, over, total, comparison.options.progress) as progress:
+            _Loop(comparison, schedule, hold, pool, progress).run()
+    except KeyboardInterrupt:
+        counts = schedule.counts()
+        _LOGGER.info("interrupted: %d of %d runs are done; rerun to resume", counts["done"], counts.total())
+        raise
+    finally:
+        pool.close()
+
+
+class _Loop:
+    """Keeps a pool busy until nothing is left to start."""
+
+    def __init__(self, comparison: Comparison, schedule: Schedule, hold: Hold, pool: Pool, progress: Progress) -> None:
+        self._comparison = comparison
+        self._schedule = schedule
+        self._hold = hold
+        self._pool = pool
+        self._progress = progress
+        self._done = self._failed = 0
+        self._chosen = set(schedule.choices())
+
+    def run(self) -> None:
+        beat = time.monotonic()
+        while True:
+            self._submit()
+            if not self._schedule.running:
+                return
+            for outcome in self._pool.poll(_POLL_SECONDS):
+                self._record(outcome)
+            if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                beat = time.monotonic()
+                self._hold.heartbeat()
+
+    def _submit(self) -> None:
+        while len(self._schedule.running) < self._pool.slots:
+            job = self._schedule.claim()
+            if job is None:
+                return
+            self._pool.submit(job)
+
+    def _record(self, outcome: Outcome) -> None:
+        if outcome.kind == "no-room":
+            raise OSError(errno.ENOSPC, outcome.error)
+        job = self._schedule.running[outcome.id]
+        status = self._schedule.record(outcome)
+        total = self._schedule.counts().total()
+        if status == "done":
+            self._done += 1
+            text = self._comparison.headline(outcome.metrics or {})
+            self._progress.finished(f"{job}: {text}" if text else str(job), total)
+        elif status == "failed":
+            self._failed += 1
+            self._progress.finished(f"{job}: failed", total)
+            _LOGGER.warning("failed: %s: %s", job, outcome.reason)
+        else:
+            _LOGGER.warning("a worker process was %s; its run starts again: %s", outcome.error, job)
+        self._note_choices()
+        self._stop_if_all_fail(outcome)
+
+    def _note_choices(self) -> None:
+        choices = self._schedule.choices()
+        new = {name: choice for name, choice in choices.items() if name not in self._chosen}
+        for name, choice in new.items():
+            score = ", ".join(f"{number:.4g}" for number in choice.score)
+            _LOGGER.info("%s: %s, by %s in tuning", name, choice.point, score)
+        if new:
+            write_choices(Path(self._comparison.options.output) / "choices.json", new)
+        self._chosen |= set(new)
+
+    def _stop_if_all_fail(self, outcome: Outcome) -> None:
+        if not self._done and self._failed >= max(_ALIKE, min(2 * self._pool.slots, _MOST_ALIKE)):
+            raise InputError(
+                f"the first {self._failed} runs failed, the last one with {outcome.reason!r} (tracebacks are in "
+                f"error.txt of the runs' folders in {self._comparison.options.output}): remove the cause, then add "
+                "--retry-failed"
+            )
+
+
+def _report(comparison: Comparison, results: Results) -> None:
+    if results.runs.empty:
+        print("nothing to report yet: no final run is finished", flush=True)
+    else:
+        comparison.report(results)
+
+
+def _say_what_is_done(results: Results, schedule: Schedule) -> None:
+    """What is done and what to do next."""
+    counts = schedule.counts()
+    waiting = f", {results.left} wait" if results.left else ""
+    _LOGGER.info("%d of %d runs are done%s", counts["done"], counts.total(), waiting)
+    if results.failures:
+        text, error = results.failures[0]
+        _LOGGER.warning(
+            "%d failed, such as %s: %s (--retry-failed runs them again; error.txt in their folders has the tracebacks)",
+            len(results.failures), text, error.strip().splitlines()[-1],
+        )  # fmt: skip
+    if results.held_up:
+        _LOGGER.warning(
+            "failed tuning runs hold up the final runs of %d cells, such as %s (--skip-failed chooses without them)",
+            len(results.held_up), results.held_up[0],
+        )  # fmt: skip
+    for name in results.without_choice:
+        _LOGGER.warning("%s failed or diverged in tuning at every point", name)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A request to end (SIGTERM, as batch systems and containers send it) is like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

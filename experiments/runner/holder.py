@@ -1,0 +1,172 @@
+"""One process works in a folder: told from a dead one for certain on one machine, by a lease between machines.
+
+Two means together. A lock ends with the process that holds it, however it ends, so on one machine (one kernel: also
+between containers that share the folder) a free lock means a dead holder. Machines that share a folder do not all share
+such locks; between them a heartbeat in ``holder.json`` decides: a holder that has not been heard of for
+``LEASE_SECONDS`` counts as dead. One that was only asleep finds its token replaced and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from eva_lightning.errors import InputError
+from eva_lightning.files import write_json
+
+#: Without a heartbeat for so long, a holder on another machine counts as dead.
+LEASE_SECONDS = 120.0
+
+
+class FolderInUse(InputError):
+    """Another process runs a comparison in the folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds, or wants to hold, a folder: `boot` tells machines apart, `token` processes."""
+
+    token: str
+    host: str
+    pid: int
+    boot: str
+    since: float
+    heartbeat: float
+
+    @classmethod
+    def myself(cls) -> Holder:
+        """This process."""
+        now = time.time()
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), boot_id(), now, now)
+
+    @property
+    def text(self) -> str:
+        """Who and since when, for a message."""
+        since = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
+        return f"process {self.pid} on {self.host}, since {since}"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still write, given that this process has got the lock."""
+        return self.boot != boot_id() and time.time() - self.heartbeat < LEASE_SECONDS
+
+
+class Hold:
+    """A folder that this process holds.
+
+    Attributes:
+        taken_over: The dead holder it was taken over from.
+    """
+
+    def __init__(self, folder: Path, me: Holder, taken_over: Holder | None) -> None:
+        self._folder = folder
+        self._me = me
+        self.taken_over = taken_over
+
+    def heartbeat(self) -> None:
+        """Say that this process lives; due well within the lease.
+
+        Raises:
+            FolderInUse: Another process has taken over, because this one was asleep for longer than the lease.
+            OSError: The disk is full.
+        """
+        found = read_holder(self._folder)
+        if found is None or found.token != self._me.token:
+            raise _refusal(self._folder, found)
+        self._me = replace(self._me, heartbeat=time.time())
+        _write(self._folder, self._me)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Hold]:
+    """Hold `folder`, made first where there is none, for as long as the context lasts.
+
+    Raises:
+        FolderInUse: Another process holds it; says which and since when.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(folder)
+    if lock is None:
+        raise _refusal(folder, read_holder(folder))
+    try:
+        before = read_holder(folder)
+        if before is not None and before.is_alive:
+            raise _refusal(folder, before)
+        me = Holder.myself()
+        _write(folder, me)
+        try:
+            yield Hold(folder, me, before)
+        finally:
+            # whoever took it over keeps it: the token is theirs
+            found = read_holder(folder)
+            if found is not None and found.token == me.token:
+                with suppress(OSError):
+                    _file(folder).unlink()
+    finally:
+        lock.release()
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Say at once, before anything that takes time, what :func:`held` would say now.
+
+    Raises:
+        FolderInUse: Another process holds the folder.
+    """
+    if _file(folder).is_file():
+        lock = _take_lock(folder)
+        if lock is None:
+            raise _refusal(folder, read_holder(folder))
+        lock.release()
+
+
+def boot_id() -> str:
+    """Something that is the same in all processes of this machine until it restarts."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text(encoding="ascii").strip() if file.is_file() else socket.gethostname()
+
+
+def read_holder(folder: Path) -> Holder | None:
+    """Whoever ``holder.json`` names; None where there is none, or nothing legible."""
+    try:
+        return Holder(**json.loads(_file(folder).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(folder: Path, holder: Holder) -> None:
+    write_json(_file(folder), asdict(holder))
+
+
+def _file(folder: Path) -> Path:
+    return folder / "holder.json"
+
+
+def _refusal(folder: Path, holder: Holder | None) -> FolderInUse:
+    who = "" if holder is None else f" ({holder.text})"
+    return FolderInUse(f"{folder} is in use by another process{who}: wait for it, end it, or choose another --output")
+
+
+def _take_lock(folder: Path) -> FileLock | None:
+    """The lock of `folder`, or None where another process has it.
+
+    Where the file system knows no locks, the heartbeat alone decides.
+    """
+    lock = FileLock(folder / ".holder.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except NotImplementedError:
+        pass
+    return lock

@@ -1,0 +1,172 @@
+"""Runs as Ray tasks: over the GPUs of this machine or of a cluster, also several runs on one GPU.
+
+Without an address a Ray of our own is started for as long as the comparison runs, without dashboard, usage report or
+network beyond this machine. With one (``auto`` or ``ray://host:port``) the runs go to that cluster: every machine needs
+this checkout and the data at the same path, and the output folder must be one that they share.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from eva_lightning.errors import InputError, UnreachableError
+from experiments.runner.jobs import Job, Outcome, attempt
+from experiments.runner.worker import WorkerOptions, prepare
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # only settings and metrics travel; Ray asks for 75 MB at least
+
+
+class RayPool:
+    """Ray tasks that have a share of a GPU and some CPU cores each.
+
+    Args:
+        options: For the processes.
+        workers: Most runs at the same time; None for as many as the cluster has room for.
+        gpus_per_run: GPUs for each run, such as 0.5; None for one where there is any.
+        cpus_per_run: CPU cores for each run.
+        address: Of a running cluster; None starts Ray on this machine.
+
+    Raises:
+        InputError: Ray is not installed, or the cluster has no room for a run.
+        UnreachableError: No cluster answers at `address`.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        workers: int | None,
+        gpus_per_run: float | None = None,
+        cpus_per_run: float = 1.0,
+        address: str | None = None,
+    ) -> None:
+        self._ray = import_ray()
+        self._limit = workers
+        self._cpus = cpus_per_run
+        self._tasks: dict[Any, str] = {}
+        self._start(options, address)
+        try:
+            resources = self._ray.cluster_resources()
+            self._gpus = (1.0 if resources.get("GPU") else 0.0) if gpus_per_run is None else gpus_per_run
+            if self.slots < 1:
+                raise InputError(
+                    f"no machine of the Ray cluster has room for a run: it asks for {self._gpus:g} GPUs and "
+                    f"{self._cpus:g} CPUs, and all machines together have {resources.get('GPU', 0):g} and "
+                    f"{resources.get('CPU', 0):g}"
+                )
+        except BaseException:
+            self.close()
+            raise
+        # Without max_calls=0, Ray ends a process after each run that has a GPU, and with it the model in its memory.
+        # A task that dies is for the schedule to repeat, which counts.
+        self._remote = self._ray.remote(
+            num_gpus=self._gpus, num_cpus=self._cpus, max_retries=0, max_calls=0, retry_exceptions=False
+        )(_attempt_on_ray)
+        self._options = options
+
+    def _start(self, options: WorkerOptions, address: str | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        checkout = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(
+            dict.fromkeys([checkout, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+        )
+        threads = str(options.threads)
+        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        arguments: dict[str, Any] = {
+            "runtime_env": {"env_vars": environment},
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+        }
+        if address is None:
+            if self._limit is not None:
+                # slots, not cores: as many as asked for, also on a smaller machine
+                arguments["num_cpus"] = max(math.ceil(self._limit * self._cpus), os.cpu_count() or 1)
+            arguments |= {
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_node_ip_address": "127.0.0.1",
+            }
+        else:
+            arguments["address"] = address
+        try:
+            self._ray.init(**arguments)
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())
+            raise UnreachableError(f"no Ray cluster answers at {address}: {reason}") from error
+
+    @property
+    def slots(self) -> int:
+        """Runs the cluster has room for now; machines may come and go."""
+        room = 0
+        for node in self._ray.nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                by_cpu = has.get("CPU", 0) / self._cpus if self._cpus else math.inf
+                by_gpu = has.get("GPU", 0) / self._gpus if self._gpus else math.inf
+                most = min(by_cpu, by_gpu)
+                room += 0 if most == math.inf else math.floor(most + 1e-9)
+        return room if self._limit is None else min(room, self._limit)
+
+    def describe(self) -> str:
+        """What runs where, in one phrase."""
+        machines = sum(node["Alive"] for node in self._ray.nodes())
+        plural = "" if machines == 1 else "s"
+        return (
+            f"Ray, {self.slots} runs at a time on {machines} machine{plural}, "
+            f"{self._gpus:g} GPUs and {self._cpus:g} CPUs each"
+        )
+
+    def submit(self, job: Job) -> None:
+        """Hand `job` to Ray."""
+        self._tasks[self._remote.remote(job, self._options)] = job.id
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        """Outcomes since the last call."""
+        if not self._tasks:
+            return []
+        ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)
+        more, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
+        return [self._outcome(task, self._tasks.pop(task)) for task in {*ready, *more}]
+
+    def close(self) -> None:
+        """Cancel what runs; a Ray of our own ends with all its processes."""
+        for task in self._tasks:
+            self._ray.cancel(task, force=True)
+        self._tasks.clear()
+        self._ray.shutdown()
+
+    def _outcome(self, task: Any, id_: str) -> Outcome:
+        try:
+            outcome: Outcome = self._ray.get(task)
+            return outcome
+        except self._ray.exceptions.RayTaskError as error:
+            return Outcome(id_, "failed", error=str(error))
+        except self._ray.exceptions.RayError as error:
+            # the process, its machine, or its memory
+            return Outcome(id_, "died", error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _attempt_on_ray(job: Job, options: WorkerOptions) -> Outcome:
+    prepare(options)
+    return attempt(job)
+
+
+def import_ray() -> Any:
+    """The package.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import ray
+        import ray.exceptions
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "the ray backend needs the package ray, which is not installed: pip install -e '.[sweep]' in the checkout, "
+            "or use --backend local"
+        ) from error
+    return ray

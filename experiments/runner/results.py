@@ -1,0 +1,111 @@
+"""What a comparison has found out: its runs as tables, its choices, its failures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from eva_lightning.errors import InputError
+from eva_lightning.files import write_json
+from experiments.runner.jobs import PHASE_FOLDERS, Phase
+from experiments.runner.schedule import Row, Schedule, failures
+from experiments.runner.tuning import Choice
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What there is so far.
+
+    Attributes:
+        runs: One row per finished final run: its tags, then its metrics, ``id`` and ``path``.
+        tuning: The same of tuning runs.
+        choices: By the names of cells.
+        failures: Text and traceback of each failed run.
+        left: Runs that are still to do.
+        held_up: Names of cells whose choice waits for failed tuning runs.
+        without_choice: Names of cells for which every point failed or diverged.
+        seconds: All finished runs took, one after another.
+    """
+
+    runs: pd.DataFrame
+    tuning: pd.DataFrame
+    choices: Mapping[str, Choice]
+    failures: tuple[tuple[str, str], ...] = ()
+    left: int = 0
+    held_up: tuple[str, ...] = ()
+    without_choice: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Results:
+        """The results of a schedule as it is now."""
+        done = schedule.with_status("done")
+        counts = schedule.counts()
+        return cls(
+            runs=_frame(row for row in done if row.job.phase == "final"),
+            tuning=_frame(row for row in done if row.job.phase == "tune"),
+            choices=schedule.choices(),
+            failures=tuple((str(job), error) for job, error in failures(schedule)),
+            left=counts["pending"] + counts["running"] + counts["later"],
+            held_up=tuple(cell.name for cell in schedule.held_up()),
+            without_choice=tuple(cell.name for cell in schedule.without_choice()),
+            seconds=sum(float((row.metrics or {}).get("seconds", 0.0)) for row in done),
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that was asked for is done."""
+        return not (self.left or self.failures or self.held_up or self.without_choice)
+
+
+def _frame(rows: Iterable[Row]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [{**(row.metrics or {}), **row.job.tags, "id": row.job.id, "path": str(row.job.path)} for row in rows]
+    )
+
+
+def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
+    """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, choice in choices.items():
+        candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
+        known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
+    write_json(file, known)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, read from its folder.
+
+    Attributes:
+        path: The folder.
+        settings: Its ``config.yaml``.
+        metrics: Its ``metrics.json``.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def finished_runs(output: str | Path, phase: Phase = "final") -> Iterator[FinishedRun]:
+    """All finished runs below OUTPUT of a comparison, whichever settings they were asked for with.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    for file in sorted((Path(output) / PHASE_FOLDERS[phase]).glob("*/metrics.json")):
+        try:
+            settings = yaml.load(file.with_name("config.yaml").read_text(encoding="utf-8"), _LOADER)
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{file.parent} is damaged ({' '.join(str(error).split())}): delete it") from error
+        yield FinishedRun(file.parent, settings, metrics)
