@@ -7,6 +7,7 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,13 +71,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
+    return get_type_hints(kind)
+
+
 def check_settings(settings: Any) -> None:
     """Check the values of a settings dataclass against the choices and bounds of its options.
 
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
@@ -159,7 +166,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     """
     import sys
 
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)

@@ -21,7 +21,6 @@ from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
-from eva_lightning.files import digest
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.state import EVAState
 from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
@@ -191,9 +190,7 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
     )
 
 
-def _fit(
-    settings: Settings, parts: Parts, trainer: L.Trainer, history: EpochHistory, checkpoint: Path | None
-) -> None:
+def _fit(settings: Settings, parts: Parts, trainer: L.Trainer, history: EpochHistory, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         _LOGGER.info("resuming from %s", checkpoint)
     try:
@@ -254,9 +251,9 @@ def _metrics(settings: Settings, parts: Parts) -> dict[str, Any]:
     return metrics
 
 
-def experiment(settings: Settings) -> str:
-    """Identity of the settings that all runs of an experiment share, whatever task, method, grid and seed."""
-    return digest(identity(settings, Role.RESULT, without=Role.PER_RUN))
+def experiment(settings: Settings) -> dict[str, Any]:
+    """The settings that all runs of an experiment share, whatever task, method, grid and seed."""
+    return identity(settings, Role.RESULT, without=Role.PER_RUN)
 
 
 def _save_adapter(settings: Settings, parts: Parts, folder: Path) -> None:

@@ -123,9 +123,7 @@ class Settings(SharedOptions):
 
     root: str = option(MISSING, "folder that holds the VTAB-1K task folders", PLACE)
     task: str = option(MISSING, "task, such as caltech101", INITIALISATION | PER_RUN)
-    method: str = option(
-        "eva", ", ".join(method_names("vision")), RESULT | PER_RUN, choices=method_names("vision")
-    )
+    method: str = option("eva", ", ".join(method_names("vision")), RESULT | PER_RUN, choices=method_names("vision"))
     rank: int = option(16, "LoRA rank; EVA's mean rank per layer", RESULT | PER_RUN, at_least=1)
     rho: float = option(
         2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", RESULT | PER_RUN, at_least=1
@@ -133,9 +131,7 @@ class Settings(SharedOptions):
     lr: float = option(
         1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)", RESULT | PER_RUN, above=0
     )
-    seed: int = option(
-        0, "seed of head, data order and EVA's random parts", RESULT | PER_RUN, at_least=0, below=2**32
-    )
+    seed: int = option(0, "seed of head, data order and EVA's random parts", RESULT | PER_RUN, at_least=0, below=2**32)
     split: str = option(
         "train800val200", "train800val200 (tested on test) or train800 (on val200, for tuning)",
         INITIALISATION | PER_RUN, choices=SPLITS,

@@ -20,8 +20,16 @@ from eva_lightning.files import replacing, writable_folder, write_text
 from eva_lightning.methods.registry import method_names
 from experiments.runner.cli import in_terminal
 from experiments.runner.settings import Role, check_settings, option, parse_settings
-from experiments.vtab.table_layout import Difference, Notes, Sheet, differences, differences_sheet
-from experiments.vtab.table_layout import table20, table21, table25
+from experiments.vtab.table_layout import (
+    Difference,
+    Notes,
+    Sheet,
+    differences,
+    differences_sheet,
+    table20,
+    table21,
+    table25,
+)
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
 from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets

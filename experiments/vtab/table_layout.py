@@ -13,10 +13,9 @@ from typing import Literal
 
 from eva_lightning.methods.registry import METHODS
 from experiments.runner.statistics import Interval, Sample, mean_difference, mean_over
+from experiments.runner.tables import NOTHING
 from experiments.vtab.table_paper import GROUP_HEADINGS, GROUPS, HEADINGS, PaperLine, paper_lines, table25_methods
 from experiments.vtab.table_results import Ours
-
-NOTHING = "–"
 
 Source = Literal["paper", "ours"]
 Samples = Mapping[str, Sample]

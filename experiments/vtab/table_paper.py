@@ -96,7 +96,8 @@ def _entries(table: int) -> pd.DataFrame:
 
 
 def _line(method: str) -> PaperLine:
-    printed = {table: _entries(table).loc[method].to_dict() for table in (20, 21, 25) if method in _entries(table).index}
+    tables = [table for table in (20, 21, 25) if method in _entries(table).index]
+    printed = {table: _entries(table).loc[method].to_dict() for table in tables}
     means, deviations = printed.get(20, {}), printed.get(21, {})
     samples = {task: Sample(means[task], deviations[task], SEEDS, RESOLUTION) for task in HEADINGS if task in means}
     averages = {table: {k: v for k, v in row.items() if k in GROUPS} for table, row in printed.items()}

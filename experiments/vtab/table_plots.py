@@ -13,8 +13,8 @@ from experiments.vtab.table_layout import Notes, Samples, mean_interval
 from experiments.vtab.table_paper import GROUP_HEADINGS, GROUPS, HEADINGS, paper_lines
 from experiments.vtab.table_results import Ours
 
-_OURS = {"color": "#1f5f9c", "markerfacecolor": "#1f5f9c", "marker": "o"}
-_PAPER = {"color": "#5b6770", "markerfacecolor": "white", "marker": "D"}
+_OURS: dict[str, Any] = {"color": "#1f5f9c", "markerfacecolor": "#1f5f9c", "marker": "o"}
+_PAPER: dict[str, Any] = {"color": "#5b6770", "markerfacecolor": "white", "marker": "D"}
 _MARK: dict[str, Any] = {
     "markersize": 4.2, "markeredgewidth": 0.9, "elinewidth": 0.9, "capsize": 1.8, "linestyle": "none",
 }  # fmt: skip

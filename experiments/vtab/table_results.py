@@ -64,9 +64,8 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
         MissingInputError: One of `folders` is none, or no final run is finished; says what to run.
         InputError: A file is damaged.
     """
-    folders = [Path(folder) for folder in folders]
-    rows = []
-    for folder in folders:
+    rows, folders = [], [*map(Path, folders)]
+    for folder in map(Path, folders):
         if not folder.is_dir():
             raise MissingInputError(
                 f"the folder of runs {folder} does not exist: python -m experiments.vtab sweep --root DIR makes "
@@ -162,7 +161,7 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
     if trials is None:
         notes = ["learning rate and rank as given, not chosen on val200"]
     else:
-        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in trials.groupby("point")}
+        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in trials.groupby("point", sort=False)}
         best = choose({point: scores[point] for point in final["point"].unique() if point in scores})
         if best is not None:
             final = final[final["point"] == best.point]

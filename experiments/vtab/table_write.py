@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.runner.statistics import Interval
+from experiments.runner.tables import NOTHING, latex
 from experiments.vtab.table_layout import (
-    NOTHING,
     TASK_COLUMNS,
     Difference,
     Samples,
@@ -165,7 +164,7 @@ def _comparable(notes: Sequence[str]) -> dict[str, Any]:
 
 def as_latex(sheets: Sequence[Sheet], notes: Sequence[str]) -> dict[str, str]:
     """Files by name: ``table20.tex`` and so on to be read by ``\\input``, and ``table.tex``, a document of all."""
-    files = {f"{sheet.name}.tex": _latex_sheet(sheet, notes) for sheet in sheets}
+    files = {f"{sheet.name}.tex": _latex_table(sheet, notes) for sheet in sheets}
     inputs = "\n".join(rf"\input{{{name.removesuffix('.tex')}}}" for name in files)
     document = (
         "\\documentclass[a4paper,landscape]{article}\n"
@@ -177,12 +176,12 @@ def as_latex(sheets: Sequence[Sheet], notes: Sequence[str]) -> dict[str, str]:
     return {"table.tex": document, **files}
 
 
-def _latex_sheet(sheet: Sheet, notes: Sequence[str]) -> str:
+def _latex_table(sheet: Sheet, notes: Sequence[str]) -> str:
     """A ``table`` environment; differences in blocks of one group each, which a page is wide enough for."""
     blocks: Iterable[Sequence[str]] = sheet.blocks().values() if sheet.name == "differences" else [sheet.columns]
     used = {mark for line in sheet.lines for mark in line.marks.split(",") if mark}
-    remarks = [f"$^{{{letter(i)}}}$ {_latex(note)}." for i, note in enumerate(notes) if letter(i) in used]
-    caption = " ".join([_latex(f"{sheet.title}. {sheet.caption}"), r"\textit{Italic}: the paper; \textbf{bold}: ours.",
+    remarks = [f"$^{{{letter(i)}}}$ {latex(note)}." for i, note in enumerate(notes) if letter(i) in used]
+    caption = " ".join([latex(f"{sheet.title}. {sheet.caption}"), r"\textit{Italic}: the paper; \textbf{bold}: ours.",
                         *remarks])  # fmt: skip
     body = "\n\n\\medskip\n".join(_tabular(sheet, columns) for columns in blocks)
     return (
@@ -196,10 +195,10 @@ def _tabular(sheet: Sheet, columns: Sequence[str]) -> str:
     rows = []
     for line in sheet.lines:
         macro = "textbf" if line.source == "ours" else "textit"
-        cells = [rf"\{macro}{{{_latex(word)}}}" for word in (line.source, line.label, *line.texts(columns))]
+        cells = [rf"\{macro}{{{latex(word)}}}" for word in (line.source, line.label, *line.texts(columns))]
         cells[1] += f"$^{{{line.marks}}}$" if line.marks else ""
         rows.append(cells)
-    heads = [("", ""), ("", " "), *((_group(column, columns), _latex(heading(column))) for column in columns)]
+    heads = [("", ""), ("", " "), *((_group(column, columns), latex(heading(column))) for column in columns)]
     frame = pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
     if not set(columns) & set(TASK_COLUMNS):
         frame.columns = frame.columns.droplevel(0)
@@ -213,18 +212,3 @@ def _group(column: str, columns: Sequence[str]) -> str:
     if column in GROUPS and len(set(columns) & set(GROUPS)) > 1:
         return "Mean"
     return next(GROUP_HEADINGS[group] for group, tasks in GROUPS.items() if column in (group, *tasks))
-
-
-#: What LaTeX needs instead; formulas first, as the longest match counts.
-_LATEX = {
-    "t(ν)√V": r"$t(\nu)\sqrt{V}$", "Σ(s²/n)/T²": r"$\Sigma(s^2/n)/T^2$", "\\": r"\textbackslash{}", "&": r"\&",
-    "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "–": "--", "−": "$-$", "±": r"$\pm$", "²": "$^2$",
-    "ρ": r"$\rho$", "ν": r"$\nu$",
-}  # fmt: skip
-_LATEX_PATTERN = re.compile("|".join(map(re.escape, _LATEX)) + r"|[^\x00-\x7f]")
-
-
-def _latex(text: str) -> str:
-    """`text` with LaTeX's special characters and our symbols replaced; a symbol unknown here is a question mark."""
-    return _LATEX_PATTERN.sub(lambda match: _LATEX.get(match.group(), "?"), text)

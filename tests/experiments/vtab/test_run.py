@@ -183,7 +183,8 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_published_config_is_the_papers_protocol() -> None:
     file = ROOT / "configs/vtab/dinov2_g14_eva.yaml"
-    assert parse(["--config", str(file), "--root", "x", "--task", "caltech101"]) == Settings(root="x", task="caltech101")
+    settings = parse(["--config", str(file), "--root", "x", "--task", "caltech101"])
+    assert settings == Settings(root="x", task="caltech101")
 
 
 def test_config_file(arguments: list[str], tmp_path: Path) -> None:
