@@ -131,8 +131,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     Returns:
         The metrics, for ``metrics.json``.
     """
-    data, module, callbacks = parts
-    checked = data.data
+    data, checked = parts.data, parts.data.data
     _LOGGER.info(
         "%s: %d training images, %d evaluation images (%s), %d classes",
         settings.task, len(checked.train), len(checked.evaluation), checked.evaluation.name, data.num_classes,
@@ -146,7 +145,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     with open_loggers(names, folder.path, settings.run_name, vars(settings), group=group, tags=tags) as loggers:
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
-        trainer = _trainer(settings, data, [*callbacks, RunLogging(), history, checkpoints], loggers)
+        trainer = _trainer(settings, data, [*parts.callbacks, RunLogging(), history, checkpoints], loggers)
         _fit(settings, parts, trainer, history, folder.last_checkpoint())
         started = time.perf_counter()
         tested, precision = _test(settings, parts, trainer)
@@ -245,6 +244,8 @@ def _metrics(settings: Settings, parts: Parts) -> dict[str, Any]:
         metrics["rank"] = settings.rank
     if settings.key.rho is not None:
         metrics["rho"] = settings.rho
+    if settings.eva_state is not None:
+        metrics["eva_state"] = Path(settings.eva_state).name
     state = parts.eva_state
     if state is not None:
         metrics |= {"init_seconds": state.seconds, "init_batches": state.n_batches, "ranks": dict(state.ranks)}

@@ -88,10 +88,13 @@ def _row(file: Path) -> dict[str, Any] | None:
         metrics = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is damaged: {' '.join(str(error).split())}") from error
-    known = metrics.get("task") in HEADINGS and metrics.get("method") in METHODS and "experiment" in metrics
-    phase = _PHASES.get(metrics.get("evaluation_split", ""))
-    if not known or phase is None:
-        return None
+    ours = metrics.get("task") in HEADINGS and metrics.get("method") in METHODS and "experiment" in metrics
+    return run_row(metrics, str(file.parent)) if ours and metrics.get("evaluation_split") in _PHASES else None
+
+
+def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row of the frame from what ``metrics.json`` in the folder `place` holds."""
+    phase = _PHASES[metrics["evaluation_split"]]
     return {
         "experiment": digest(metrics["experiment"]),
         "model": metrics["model"],
@@ -99,11 +102,11 @@ def _row(file: Path) -> dict[str, Any] | None:
         "task": metrics["task"],
         "phase": phase,
         "seed": int(metrics["seed"]),
-        "point": Point.of(lr=metrics["lr"], **({"rank": metrics["rank"]} if "rank" in metrics else {})),
+        "point": Point.of(lr=metrics["lr"], rank=metrics.get("rank")),
         "accuracy": 100 * float(metrics["accuracy"]),
         "loss": float(metrics["loss"]),
         "notes": tuple(_differences(metrics)) if phase == "final" else (),
-        "place": str(file.parent),
+        "place": place,
     }
 
 
@@ -161,7 +164,8 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
     if trials is None:
         notes = ["learning rate and rank as given, not chosen on val200"]
     else:
-        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in trials.groupby("point", sort=False)}
+        by_point = trials.groupby("point", sort=False)
+        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in by_point}
         best = choose({point: scores[point] for point in final["point"].unique() if point in scores})
         if best is not None:
             final = final[final["point"] == best.point]

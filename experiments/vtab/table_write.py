@@ -198,7 +198,7 @@ def _tabular(sheet: Sheet, columns: Sequence[str]) -> str:
         cells = [rf"\{macro}{{{latex(word)}}}" for word in (line.source, line.label, *line.texts(columns))]
         cells[1] += f"$^{{{line.marks}}}$" if line.marks else ""
         rows.append(cells)
-    heads = [("", ""), ("", " "), *((_group(column, columns), latex(heading(column))) for column in columns)]
+    heads = [("", ""), (" ", ""), *((_group(column, columns), latex(heading(column))) for column in columns)]
     frame = pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
     if not set(columns) & set(TASK_COLUMNS):
         frame.columns = frame.columns.droplevel(0)
