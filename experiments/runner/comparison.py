@@ -7,7 +7,6 @@ import errno
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ __all__ = ["Comparison", "Results", "RunnerOptions", "comparison_command", "comp
 
 _LOGGER = logging.getLogger("experiments.runner.comparison")
 
-#: Between signs of life; far below the lease.
-_HEARTBEAT_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 #: So many failures without a single success have one cause.
 _ALIKE = 3
@@ -192,16 +189,13 @@ class _Loop:
         self._chosen = set(schedule.choices())
 
     def run(self) -> None:
-        beat = time.monotonic()
         while True:
             self._submit()
             if not self._schedule.running:
                 return
             for outcome in self._pool.poll(_POLL_SECONDS):
                 self._record(outcome)
-            if time.monotonic() - beat > _HEARTBEAT_SECONDS:
-                beat = time.monotonic()
-                self._hold.heartbeat()
+            self._hold.check()
 
     def _submit(self) -> None:
         while len(self._schedule.running) < self._pool.slots:

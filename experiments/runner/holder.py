@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from eva_lightning.files import write_json
 
 #: Without a heartbeat for so long, a holder on another machine counts as dead.
 LEASE_SECONDS = 120.0
+#: Between signs of life.
+HEARTBEAT_SECONDS = 10.0
 
 
 class FolderInUse(InputError):
@@ -62,29 +65,53 @@ class Holder:
 
 
 class Hold:
-    """A folder that this process holds.
+    """A folder that this process holds; gives signs of life on a thread of its own.
 
     Attributes:
         taken_over: The dead holder it was taken over from.
     """
 
-    def __init__(self, folder: Path, me: Holder, taken_over: Holder | None) -> None:
-        self._folder = folder
-        self._me = me
+    def __init__(self, folder: Path, taken_over: Holder | None) -> None:
         self.taken_over = taken_over
+        self._folder = folder
+        self._me = Holder.myself()
+        self._ended = threading.Event()
+        self._lost: Holder | None = None
+        _write(folder, self._me)
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
 
-    def heartbeat(self) -> None:
-        """Say that this process lives; due well within the lease.
+    def check(self) -> None:
+        """Make sure that the folder is still held.
 
         Raises:
             FolderInUse: Another process has taken over, because this one was asleep for longer than the lease.
-            OSError: The disk is full.
         """
+        if self._lost is not None:
+            raise _refusal(self._folder, self._lost)
+
+    def heartbeat(self) -> None:
+        """Say that this process lives, unless another one has taken over."""
         found = read_holder(self._folder)
-        if found is None or found.token != self._me.token:
-            raise _refusal(self._folder, found)
-        self._me = replace(self._me, heartbeat=time.time())
-        _write(self._folder, self._me)
+        if found is not None and found.token != self._me.token:
+            self._lost = found
+            return
+        # on a full disk what is being done will say so itself
+        with suppress(OSError):
+            _write(self._folder, replace(self._me, heartbeat=time.time()))
+
+    def end(self) -> None:
+        """Leave in order; whoever has taken over keeps the folder."""
+        self._ended.set()
+        self._thread.join()
+        found = read_holder(self._folder)
+        if found is not None and found.token == self._me.token:
+            with suppress(OSError):
+                _file(self._folder).unlink()
+
+    def _live(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            self.heartbeat()
 
 
 @contextmanager
@@ -103,16 +130,11 @@ def held(folder: Path) -> Iterator[Hold]:
         before = read_holder(folder)
         if before is not None and before.is_alive:
             raise _refusal(folder, before)
-        me = Holder.myself()
-        _write(folder, me)
+        hold = Hold(folder, before)
         try:
-            yield Hold(folder, me, before)
+            yield hold
         finally:
-            # whoever took it over keeps it: the token is theirs
-            found = read_holder(folder)
-            if found is not None and found.token == me.token:
-                with suppress(OSError):
-                    _file(folder).unlink()
+            hold.end()
     finally:
         lock.release()
 

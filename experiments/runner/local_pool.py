@@ -8,41 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
+from eva_lightning.processes import Worker, start_worker
 from experiments.runner.jobs import Job, Outcome, attempt
-from experiments.runner.worker import WorkerOptions, prepare, set_threads
-
-_SPAWN = multiprocessing.get_context("spawn")
+from experiments.runner.worker import WorkerOptions, prepare
 
 
 class InlinePool:
     """Runs in this process, one after another.
 
     Args:
-        options: Threads and imports; undone by :meth:`close`.
+        options: Threads and imports.
     """
 
     def __init__(self, options: WorkerOptions) -> None:
         self.slots = 1
         self._waiting: list[Job] = []
-        self._threads = set_threads(options.threads)
-        if options.start is not None:
-            options.start()
-        gc.freeze()
+        prepare(options)
 
     def describe(self) -> str:
         """What runs where, in one phrase."""
@@ -57,15 +48,15 @@ class InlinePool:
         return [attempt(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
-        """Set threads back."""
-        gc.unfreeze()
-        set_threads(self._threads)
+        """Forget what was submitted."""
+        self._waiting.clear()
 
 
 @dataclass
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
+class _Busy:
+    """A process and the job it has."""
+
+    worker: Worker
     job: Job | None = None
 
 
@@ -98,7 +89,7 @@ class LocalPool:
         self.slots = workers or default_workers(len(self._gpus), share)
         self._options = options
         self._log_folder = log_folder
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _Busy] = {}
 
     def describe(self) -> str:
         """What runs where, in one phrase."""
@@ -108,67 +99,56 @@ class LocalPool:
 
     def submit(self, job: Job) -> None:
         """Give `job` to an idle process, or to a new one in place of one that died."""
-        for number in range(self.slots):
-            worker = self._workers.get(number)
-            if worker is not None and worker.job is not None:
-                continue
-            if worker is None or not worker.process.is_alive():
-                worker = self._workers[number] = self._start(number)
-            worker.job = job
-            # where it has died this very moment, poll finds out
-            with contextlib.suppress(OSError):
-                worker.pipe.send(job)
-            return
-        raise RuntimeError("every process has a job")
+        number = next(number for number in range(self.slots) if not self._is_busy(number))
+        busy = self._workers.get(number)
+        if busy is None or not busy.worker.process.is_alive():
+            busy = self._workers[number] = _Busy(self._start(number))
+        busy.job = job
+        # where it has died this very moment, poll finds out
+        with contextlib.suppress(OSError):
+            busy.worker.pipe.send(job)
 
     def poll(self, seconds: float) -> list[Outcome]:
         """Outcomes since the last call."""
         numbers: dict[Any, int] = {}
-        for number, worker in self._workers.items():
-            if worker.job is not None:
-                numbers[worker.pipe] = numbers[worker.process.sentinel] = number
+        for number, busy in self._workers.items():
+            if busy.job is not None:
+                numbers[busy.worker.pipe] = numbers[busy.worker.process.sentinel] = number
         ready = {numbers[thing] for thing in wait(list(numbers), timeout=seconds)}
         return [self._collect(number) for number in sorted(ready)]
 
     def close(self) -> None:
         """End all processes at once."""
-        for worker in self._workers.values():
-            worker.process.kill()
-        for worker in self._workers.values():
-            worker.process.join()
-            worker.pipe.close()
+        for busy in self._workers.values():
+            busy.worker.end()
         self._workers.clear()
 
+    def _is_busy(self, number: int) -> bool:
+        return number in self._workers and self._workers[number].job is not None
+
     def _collect(self, number: int) -> Outcome:
-        worker = self._workers[number]
-        assert worker.job is not None
-        id_, worker.job = worker.job.id, None
+        busy = self._workers[number]
+        assert busy.job is not None
+        id_, busy.job = busy.job.id, None
         # also from a process that died after it had sent it
         with contextlib.suppress(EOFError, OSError):
-            if worker.pipe.poll(0):
-                answer = worker.pipe.recv()
+            if busy.worker.pipe.poll(0):
+                answer = busy.worker.pipe.recv()
                 if isinstance(answer, Outcome):
                     return answer
                 raise RuntimeError(f"worker process {number} cannot start:\n{answer}")
         del self._workers[number]
-        worker.process.join()
-        worker.pipe.close()
-        return Outcome(id_, "died", error=_ending(worker.process.exitcode))
+        text = busy.worker.exit_text()
+        busy.worker.end()
+        return Outcome(id_, "died", error=text)
 
-    def _start(self, number: int) -> _Worker:
-        ours, theirs = _SPAWN.Pipe()
+    def _start(self, number: int) -> Worker:
         self._log_folder.mkdir(parents=True, exist_ok=True)
         log = self._log_folder / f"worker-{number}.log"
-        process = _SPAWN.Process(target=_serve, args=(theirs, self._options, str(log)), name=f"worker-{number}")
-        threads = str(self._options.threads)
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        if self._gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
-        # for the process from its first line on: libraries read them when they are imported
-        with _environment(variables):
-            process.start()
-        theirs.close()
-        return _Worker(process, ours)
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[number % len(self._gpus)]} if self._gpus else None
+        return start_worker(
+            _serve, self._options, str(log), threads=self._options.threads, environment=gpu, name=f"worker-{number}"
+        )
 
 
 def visible_gpus() -> list[str]:
@@ -187,37 +167,8 @@ def default_workers(gpus: int, share: float) -> int:
     return max(1, (os.cpu_count() or 1) // 4)
 
 
-def _ending(status: int | None) -> str:
-    if status is not None and status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = "unknown"
-        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
-        return f"killed by signal {-status}, {name}{hint}"
-    return f"ended with exit status {status}"
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _serve(pipe: Connection, options: WorkerOptions, log: str) -> None:
     """A worker process: jobs in, outcomes out, until the pipe closes."""
-    # Ctrl-C is the parent's to handle: it ends this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     with Path(log).open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -233,11 +184,3 @@ def _serve(pipe: Connection, options: WorkerOptions, log: str) -> None:
         except EOFError:
             return
         pipe.send(attempt(job))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its processes, and what they do would be for nobody."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_lightning.errors import InputError, UnreachableError, unknown
+from eva_lightning.errors import InputError, UnreachableError, check_choice
+from eva_lightning.files import write_text
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -28,22 +30,23 @@ LOGGER_HELP = f"{', '.join(LOGGERS[:-1])} or {LOGGERS[-1]}; several with commas 
 PROJECT = "eva_lightning"
 
 
-def parse_loggers(text: str) -> tuple[str, ...]:
-    """Names of loggers from a list with commas; ``"none"`` gives none.
+def parse_loggers(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Loggers from a list, or a text with commas; ``"none"`` gives none.
 
     Raises:
         InputError: An unknown name, no name, or names that exclude each other.
     """
-    names = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not names:
-        raise InputError(f"logger must be one or more of {', '.join(LOGGERS)}, got {text!r}")
-    for name in names:
-        if name not in LOGGERS:
-            raise InputError(unknown("logger", name, LOGGERS))
-    for first, second in (("none", None), ("wandb", "wandb-offline")):
-        if first in names and len(names) > 1 and second in (None, *names):
-            raise InputError(f"logger {first} cannot be combined with {second or 'others'}, got {text!r}")
-    return () if names == ("none",) else names
+    words = names.split(",") if isinstance(names, str) else names
+    found = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not found:
+        raise InputError(f"logger must be one or more of {', '.join(LOGGERS)}, got {names!r}", setting="logger")
+    for name in found:
+        check_choice("logger", name, LOGGERS)
+    if "none" in found and len(found) > 1:
+        raise InputError(f"logger none cannot be combined with others, got {names!r}", setting="logger")
+    if {"wandb", "wandb-offline"} <= set(found):
+        raise InputError(f"logger wandb cannot be combined with wandb-offline, got {names!r}", setting="logger")
+    return () if found == ("none",) else found
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -64,7 +67,8 @@ def check_loggers(names: Sequence[str]) -> None:
         )
 
 
-def make_loggers(
+@contextmanager
+def open_loggers(
     names: Sequence[str],
     folder: str | Path,
     name: str,
@@ -72,8 +76,9 @@ def make_loggers(
     *,
     group: str | None = None,
     tags: Sequence[str] = (),
-) -> list[Logger]:
-    """Start loggers that write below a run's folder, and log its hyper-parameters. Let :func:`close_loggers` end them.
+) -> Iterator[list[Logger]]:
+    """Loggers that write below a run's folder, with its hyper-parameters; ended with the block, so that the next run of
+    this process gets its own. An exception marks wandb's run as failed.
 
     Args:
         names: From :func:`parse_loggers`.
@@ -90,47 +95,28 @@ def make_loggers(
     check_loggers(names)
     Path(folder).mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = []
+    failed = True
     try:
         for each in names:
             loggers.append(_make(each, Path(folder), name, group, tags))
             loggers[-1].log_hyperparams(dict(config))
-    except BaseException:
-        close_loggers(loggers, failed=True)
-        raise
-    return loggers
-
-
-def close_loggers(loggers: Sequence[Logger], failed: bool = False) -> None:
-    """Write what is left and end the runs of `loggers`, so that the next run of this process gets its own."""
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(failed))
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.close()
-        else:
-            logger.save()
-
-
-@contextmanager
-def open_loggers(
-    names: Sequence[str],
-    folder: str | Path,
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    group: str | None = None,
-    tags: Sequence[str] = (),
-) -> Iterator[list[Logger]]:
-    """:func:`make_loggers` for the length of a ``with`` block; an exception marks wandb's run as failed."""
-    loggers = make_loggers(names, folder, name, config, group=group, tags=tags)
-    failed = True
-    try:
         yield loggers
         failed = False
     finally:
-        close_loggers(loggers, failed)
+        for logger in loggers:
+            _close(logger, failed)
+
+
+def _close(logger: Logger, failed: bool) -> None:
+    """Write what is left and end the run of `logger`."""
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish(exit_code=int(failed))
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.close()
+    else:
+        logger.save()
 
 
 def _make(kind: str, folder: Path, name: str, group: str | None, tags: Sequence[str]) -> Logger:
@@ -182,22 +168,17 @@ def _run_id(folder: Path) -> str:
     """The id of wandb's run, kept in the folder: a resumed run continues its curves, one begun anew gets new ones."""
     file = folder / "wandb" / "run_id.txt"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part")
-        temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, uuid.uuid4().hex[:8] + "\n")
     return file.read_text(encoding="utf-8").strip()
 
 
 def _has_wandb_account() -> bool:
     """Whether wandb can log in without asking; also where WANDB_MODE makes that needless."""
-    import inspect
-
     import wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
         return True
-    if "prompt" not in inspect.signature(wandb.login).parameters:  # before 0.28: starting the run will tell
+    if "prompt" not in signature(wandb.login).parameters:  # before 0.28: starting the run will tell
         return True
     wandb.setup(_quiet_settings())
     return bool(wandb.login(prompt=False, verify=False))

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import digest, writable_folder, write_json, write_text
+from eva_lightning.files import digest, write_json, write_text
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
@@ -114,9 +114,14 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One process works in the folder at a time; others wait here."""
-        writable_folder(self.path)
-        with FileLock(self.path / ".lock"):
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        with suppress(NotImplementedError):  # a file system that knows no locks
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def logging(self, terminal: bool = True) -> AbstractContextManager[None]:
         """Send log records to ``log.txt`` and, if `terminal`, ours to the terminal; exceptions that pass are logged."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_LOGGERS = ("experiments", "eva_lightning", "tools", "lightning.pytorch", "py.warnings")
+_LOGGERS = ("experiments", "eva_lightning", "tools", "lightning.pytorch", "lightning.fabric", "py.warnings")
 _LOGGER = logging.getLogger("experiments.runner")
 
 

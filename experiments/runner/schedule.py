@@ -6,6 +6,8 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 from experiments.runner.cells import Cell
@@ -39,6 +41,11 @@ class CellState:
     final: list[Job] = field(default_factory=list)
     choice: Choice | None = None
     extended: int = 0
+
+    @cached_property
+    def later(self) -> list[Job]:
+        """The final runs of the first point, which stand for those of the choice before it is made."""
+        return self.cell.final(self.cell.points[0]) if self.cell.points else []
 
 
 class Schedule:
@@ -81,17 +88,12 @@ class Schedule:
     def counts(self) -> Counter[str]:
         """Runs per status; under ``"later"`` the final runs whose tuning is not complete."""
         counter = Counter(str(row.status) for row in self.rows.values())
-        counter["later"] = len(self.later())
+        counter["later"] = sum(len(state.later) for state in self.cells if state.choice is None)
         return counter
 
     def later(self) -> list[Job]:
         """Final runs of cells whose choice is not made: those of the first point, to have their number and cost."""
-        return [
-            job
-            for state in self.cells
-            if state.choice is None and state.cell.points
-            for job in state.cell.final(state.cell.points[0])
-        ]
+        return [job for state in self.cells if state.choice is None for job in state.later]
 
     def held_up(self) -> list[Cell]:
         """Cells whose choice waits for failed tuning runs, and for nothing else."""
@@ -110,8 +112,9 @@ class Schedule:
         return {state.cell.name: state.choice for state in self.cells if state.choice is not None}
 
     def with_status(self, status: Status) -> list[Row]:
-        """Jobs of a status, in the order of cells and of tuning before final runs."""
-        return [row for row in self.rows.values() if row.status == status]
+        """Jobs of a status: cell by cell, tuning before final runs."""
+        jobs = (job for state in self.cells for job in (*chain(*state.tune.values()), *state.final))
+        return [row for row in map(self._row, jobs) if row.status == status]
 
     def claim(self) -> Job | None:
         """The next job, running from now on; None where there is nothing to start at the moment.
@@ -192,7 +195,7 @@ class Schedule:
 
     def _enqueue(self, job: Job) -> None:
         state = self._cell_of[job.id]
-        same = state.final if job.phase == "final" else [other for jobs in state.tune.values() for other in jobs]
+        same = state.final if job.phase == "final" else list(chain(*state.tune.values()))
         place = next(index for index, other in enumerate(same) if other.id == job.id)
         insort(self._queue, ((job.phase == "tune", job.order, state.place, place), job.id))
 
@@ -200,7 +203,7 @@ class Schedule:
         return self._statuses(state) <= ({"done", "failed"} if self._skip_failed else {"done"})
 
     def _statuses(self, state: CellState) -> set[str]:
-        return {self.rows[job.id].status for jobs in state.tune.values() for job in jobs}
+        return {self.rows[job.id].status for job in chain(*state.tune.values())}
 
     def _scores(self, state: CellState) -> dict[Point, list[Score]]:
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -230,6 +231,8 @@ def _yaml_of(text: str, hint: Any) -> str:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if _accepts(hint, dict):
         pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+        if _accepts(hint, str, inside=dict):
+            return json.dumps(pairs)
         return "{" + ", ".join(f"{json.dumps(key)}: {value or 'null'}" for key, value in pairs.items()) + "}"
     if not _accepts(hint, tuple) or ("," not in text and _accepts(hint, int)):
         return text
@@ -242,7 +245,7 @@ def _accepts(hint: Any, kind: type, inside: type | None = None) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_accepts(part, kind, inside) for part in get_args(hint))
     if inside is not None:
-        return get_origin(hint) is inside and kind in get_args(hint)
+        return get_origin(hint) is inside and kind in get_args(hint)[inside is dict :]
     if kind is float and get_origin(hint) is tuple:
         return float in get_args(hint)
     return hint is kind or get_origin(hint) is kind
@@ -266,12 +269,16 @@ def _described(hint: Any) -> str:
     return _KINDS.get(hint, str(hint))
 
 
+#: How jsonargparse gives the value at fault: of one type, or of several.
+_GIVEN = re.compile(r"(?:Got value|Given value): (.*?)(?: - Expected|$)")
+
+
 def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     """jsonargparse's words as ours."""
     text = str(error)
     for name, hint in hints.items():
-        if text.startswith(f'Parser key "{name}":') and "Got value: " in text:
-            given = text.partition("Got value: ")[2].partition(" - Expected")[0]
+        if text.startswith(f'Parser key "{name}":') and (found := _GIVEN.search(text)):
+            given = found.group(1)
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
     if text.startswith("Option '") and text.endswith("is not accepted"):
         return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
@@ -281,6 +288,8 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
         return InputError(f"{flag(text.rpartition(' ')[2])} is required")
     if text.startswith("argument --") and "expected one argument" in text:
         return InputError(f"{text.split(': ')[0].removeprefix('argument ')} needs a value")
+    if text.startswith("Unexpected config: "):
+        return InputError(f"--config: a YAML mapping is needed, got {text.partition(': ')[2]}")
     if text.startswith('Parser key "config": '):
         return InputError(f"--config: {text.partition(': ')[2]}")
     return error

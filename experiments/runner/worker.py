@@ -39,27 +39,19 @@ def prepare(options: WorkerOptions) -> None:
     _PREPARED.append(options)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in options.modules:
-        importlib.import_module(name)
-    set_threads(options.threads)
-    if options.start is not None:
-        options.start()
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for name in options.modules:
+        importlib.import_module(name)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(options.threads)
+    if options.start is not None:
+        options.start()
     # what is imported stays: collecting garbage after each run need not look at it
     gc.collect()
     gc.freeze()
-
-
-def set_threads(threads: int) -> int:
-    """Set torch's CPU threads; returns how many there were."""
-    # here, because processes of comparisons that do not train need no torch
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    return before
 
 
 def free_memory() -> None:

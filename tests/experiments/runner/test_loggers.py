@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments.runner import loggers
-from experiments.runner.loggers import check_loggers, close_loggers, make_loggers, open_loggers, parse_loggers
+from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
 from experiments.vtab import run
 from tests.eva_lightning.vision.fakes import make_task
 
@@ -30,10 +30,11 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("none", ()),
         ("csv", ("csv",)),
         (" tensorboard, csv ,", ("tensorboard", "csv")),
+        (("tensorboard", "csv"), ("tensorboard", "csv")),
         ("csv,csv,wandb", ("csv", "wandb")),
     ],
 )
-def test_a_list_with_commas(text: str, names: tuple[str, ...]) -> None:
+def test_a_list_with_commas(text: str | tuple[str, ...], names: tuple[str, ...]) -> None:
     assert parse_loggers(text) == names
 
 
@@ -87,7 +88,7 @@ def test_an_unreachable_server_is_one_sentence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loggers, "_has_wandb_account", lambda: True)
     monkeypatch.setattr(wandb, "init", down)
     with pytest.raises(ConnectionError, match=r"could not start a run \(Run initialization has timed out after 90"):
-        make_loggers(["csv", "wandb"], tmp_path, "run", {})
+        open_loggers(["csv", "wandb"], tmp_path, "run", {}).__enter__()
 
 
 @pytest.mark.usefixtures("no_account")
@@ -156,9 +157,8 @@ def test_merged_evaluation_is_logged_too(tmp_path: Path) -> None:
 
 def test_a_resumed_run_continues_and_another_run_is_another(tmp_path: Path) -> None:
     for start in range(2):
-        (logger,) = make_loggers(["csv"], tmp_path / "a", "a", {"lr": 1})
-        logger.log_metrics({"x": start}, step=start)
-        close_loggers([logger])
+        with open_loggers(["csv"], tmp_path / "a", "a", {"lr": 1}) as (logger,):
+            logger.log_metrics({"x": start}, step=start)
     assert [(tmp_path / f"a/csv/version_{n}/metrics.csv").read_text() for n in (0, 1)] == [
         "step,x\n0,0\n", "step,x\n1,1\n",
     ]  # fmt: skip
