@@ -6,37 +6,33 @@ import time
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
-class EpochCheckpoints(Checkpoint):
-    """Keep the last checkpoint of a run, written at the end of an epoch `minutes` after the one before.
+class EpochCheckpoints(ModelCheckpoint):
+    """Lightning's ``last.ckpt``, written at the end of an epoch `minutes` after the one before.
 
-    A sweep of short runs then writes none, and loses no more than `minutes` and one epoch of a long run. Only ends of
-    epochs can be resumed from exactly. The file appears whole or not at all.
+    A sweep of short runs then writes none, and loses no more than `minutes` and one epoch of a long run. (Lightning's
+    own ``train_time_interval`` saves in the middle of epochs, where a run cannot be resumed exactly.)
 
     Args:
-        file: Where to; the folder is made when it is needed.
+        folder: Where to.
         minutes: Least time between checkpoints, and before the first; 0 for one after every epoch.
     """
 
-    def __init__(self, file: str | Path, minutes: float = 0.0) -> None:
-        self.file = Path(file)
+    def __init__(self, folder: str | Path, minutes: float = 0.0) -> None:
+        super().__init__(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
         self.minutes = minutes
-        self._last = 0.0
+        self._saved = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._last = time.monotonic()
+        super().on_train_start(trainer, pl_module)
+        self._saved = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write one if it is time; on all processes at once, whatever their clocks say."""
-        due = time.monotonic() - self._last >= 60.0 * self.minutes
-        if not trainer.strategy.broadcast(due) or trainer.sanity_checking:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f"{self.file.name}.part")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            temporary.replace(self.file)
-        self._last = time.monotonic()
+        due = time.monotonic() - self._saved >= 60.0 * self.minutes
+        if trainer.strategy.broadcast(due):
+            super().on_train_epoch_end(trainer, pl_module)
+            self._saved = time.monotonic()

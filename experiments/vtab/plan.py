@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from eva_lightning.vision.data.splits import open_task
+import pandas as pd
+
+from eva_lightning.errors import InputError
+from eva_lightning.files import format_bytes
+from eva_lightning.vision.backbone.timm_models import resolve_model
+from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.tasks import TASKS, TRAIN_SIZES
-from experiments.vtab.jobs import SPLITS
-from experiments.vtab.schedule import Cell, cells, choice_of, final_jobs, known_rows
-from experiments.vtab.sizes import ModelSize, cache_bytes, human
-from experiments.vtab.store import ResultsStore
-from experiments.vtab.sweep_checks import (
-    DiskUse,
-    disk_use,
-    expected_slots,
-    may_keep_models,
-    memory_bytes,
-)
-from experiments.vtab.sweep_progress import span
+from experiments.runner.comparison import Comparison
+from experiments.runner.jobs import Job
+from experiments.runner.schedule import Schedule
+from experiments.vtab.sizes import ModelSize, cache_bytes
+from experiments.vtab.sweep_checks import DiskUse, may_keep_models, memory_bytes, missing_data
 from experiments.vtab.sweep_settings import Settings
 from experiments.vtab.timing import Speed, measure
 
@@ -29,211 +29,181 @@ _PER_BYTE = 1e-9
 _STATE_BATCHES = 16
 
 
-class Progress:
-    """How many runs of each phase of a method there are, and how many of them are done or failed."""
+@dataclass
+class Plan:
+    """The plan of a sweep.
 
-    def __init__(self) -> None:
-        self.total = {"tune": 0, "final": 0}
-        self.done = {"tune": 0, "final": 0}
-        self.failed = {"tune": 0, "final": 0}
-
-    def __add__(self, other: Progress) -> Progress:
-        result = Progress()
-        for name in ("total", "done", "failed"):
-            mine, theirs, ours = (getattr(p, name) for p in (self, other, result))
-            ours.update({phase: mine[phase] + theirs[phase] for phase in mine})
-        return result
-
-    def left(self, phase: str) -> int:
-        """Runs to do."""
-        return self.total[phase] - self.done[phase]
-
-    def text(self, phase: str) -> str:
-        """Such as ``"1140 (12 done, 1 failed)"``."""
-        notes = [f"{n} {word}" for n, word in ((self.done[phase], "done"), (self.failed[phase], "failed")) if n]
-        return f"{self.total[phase]:,}" + (f" ({', '.join(notes)})" if notes else "")
-
-
-def plan(settings: Settings) -> str:
-    """The plan as text.
-
-    Raises:
-        InputError: An unknown model, a wrong option, or a damaged store.
+    Attributes:
+        settings: The sweep.
+        schedule: Its runs, as their folders say they are.
+        size: Of its model.
+        speed: Measured now.
     """
-    from eva_lightning.vision.backbone.timm_models import resolve_model
 
-    resolve_model(settings.base.model)
-    size = ModelSize.of(settings.base)
-    found = progress_by_cell(settings)
-    rank = max(settings.search.ranks)
-    speed = measure(settings.base, [key.method for key in settings.keys], size, rank)
-    slots = expected_slots(settings)
-    sections = [
-        _what(settings),
-        *_counts(settings, found),
-        *_missing(settings),
-        _disk(settings, disk_use(settings, size)),
-        _memory(settings, size, speed, slots),
-        *_time(settings, size, found, speed, slots),
-    ]
-    return "\n".join(sections)
+    settings: Settings
+    schedule: Schedule
+    size: ModelSize
+    speed: Speed
 
+    @classmethod
+    def of(cls, sweep: Comparison, settings: Settings) -> Plan:
+        """Measures for up to half a minute."""
+        size = ModelSize.of(settings.base)
+        methods = [key.method for key in settings.keys]
+        speed = measure(settings.base, methods, size, max(settings.search.ranks))
+        return cls(settings, Schedule(sweep.cells(), sweep.score), size, speed)
 
-def progress_by_cell(settings: Settings) -> list[tuple[Cell, Progress]]:
-    """What the store says of every task and method; it is only read."""
-    rows = known_rows(ResultsStore(settings.store_path)) if settings.store_path.is_file() else {}
-    result = []
-    for cell in cells(settings):
-        progress = Progress()
-        progress.total = {"tune": len(cell.tune), "final": len(settings.search.final_seeds)}
-        known = [rows[job.run_id] for job in cell.tune if job.run_id in rows]
-        if len(known) == len(cell.tune) and all(row["status"] == "done" for row in known):
-            choice = choice_of(cell, known, settings)
-            if choice is not None:
-                cell.final = final_jobs(cell, choice, settings)
-        for job in (*cell.tune, *cell.final):
-            status = rows.get(job.run_id, {}).get("status")
-            progress.done[job.phase] += status == "done"
-            progress.failed[job.phase] += status == "failed"
-        result.append((cell, progress))
-    return result
+    def seconds(self) -> Callable[[Job], float]:
+        """What runs take; the first that needs an EVA state which is not there takes longer."""
+        computed: set[str] = set()
 
+        def of(job: Job) -> float:
+            seconds = self._training(job)
+            if job.shared is not None and not job.shared.exists() and job.shared.path not in computed:
+                computed.add(job.shared.path)
+                seconds += self._state_seconds
+            return seconds
 
-def _what(settings: Settings) -> str:
-    grid, base = settings.search, settings.base
-    axes = f"{len(grid.lrs)} learning rates x {len(grid.ranks)} ranks x {len(grid.tune_seeds)} seeds"
-    final = f"then {len(grid.final_seeds)} final seeds on train800val200/test" if grid.final_seeds else "no final runs"
-    names = settings.task_names if len(settings.task_names) <= 4 else ()
-    return (
-        f"sweep: {base.model}, weights {base.weights}, protocol {base.protocol}; {len(settings.task_names)} tasks"
-        f"{' (' + ', '.join(names) + ')' if names else ''}, {len(settings.keys)} methods\n"
-        f"grid: {axes} on train800/val200, {final}; {base.epochs} epochs, batch {base.batch_size}, "
-        f"{base.image_size} px"
-    )
+        return of
 
+    def _training(self, job: Job) -> float:
+        """One run without its EVA state, at the official sizes or the limits given."""
+        shared, single = self.settings, job.settings
+        images = TRAIN_SIZES[single.split]
+        test = TRAIN_SIZES["val200"] if job.phase == "tune" else TASKS[single.task].test_size
+        images, test = min(images, shared.limit_train or images), min(test, shared.limit_test or test)
+        steps = shared.epochs * shared.rules.batches_per_epoch(images, shared.batch_size)
+        start = _PER_RUN + _PER_BYTE * 4 * self.size.parameters
+        return steps * self.speed.step[single.method] + test * self.speed.image + start
 
-def _counts(settings: Settings, found: Iterable[tuple[Cell, Progress]]) -> Iterator[str]:
-    by_method: dict[str, Progress] = {}
-    for cell, progress in found:
-        by_method[cell.key.key] = by_method.get(cell.key.key, Progress()) + progress
-    whole = sum(by_method.values(), Progress())
-    yield "runs:"
-    for key in settings.keys:
-        progress = by_method[key.key]
-        note = "" if key.adapts else "  no rank: that axis collapses"
-        yield f"  {key.key:<18} {progress.text('tune'):>22} tuning + {progress.text('final'):>16} final{note}"
-    yield f"  {'together':<18} {whole.text('tune'):>22} tuning + {whole.text('final'):>16} final"
-    states = [key for key in settings.keys if key.streams_eva]
-    if states:
-        kinds = sorted({str(key.state_kind) for key in states})
-        components = sorted({settings.components(key) for key in states})
-        splits = (
-            "one per task" if settings.base.rules.decomposition is not None else "two per task (train800, all 1,000)"
-        )
-        yield (
-            f"  EVA states: {splits}{' and kind (' + ', '.join(kinds) + ')' if len(kinds) > 1 else ''}, of "
-            f"{' and '.join(map(str, components))} components per layer, serve all learning rates, ranks and seeds"
+    @property
+    def _state_seconds(self) -> float:
+        return _STATE_BATCHES * self.settings.batch_size * self.speed.image
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """All runs: ``method``, ``phase``, ``status`` and, of those to do, ``seconds`` and the ``state`` they need."""
+        rows = self.schedule.rows.values()
+        known = [(row.job, row.status) for row in rows] + [(job, "pending") for job in self.schedule.later()]
+        return pd.DataFrame(
+            [
+                {
+                    "method": job.tags["method"],
+                    "phase": job.phase,
+                    "status": status,
+                    "seconds": 0.0 if status == "done" else self._training(job),
+                    "state": None if status == "done" or job.shared is None or job.shared.exists() else job.shared.path,
+                }
+                for job, status in known
+            ]
         )
 
+    def notes(self) -> list[str]:
+        """Everything but how long it takes in all."""
+        return [self._what(), *self._counts(), *self._missing(), self._disk(), self._memory(), *self._time()]
 
-def _missing(settings: Settings) -> Iterator[str]:
-    """What has to be there before the sweep can start, and is not."""
-    base = settings.base
-    lacking: dict[str, str] = {}
-    for task in settings.task_names:
+    def _what(self) -> str:
+        shared, grid, tasks = self.settings, self.settings.search, self.settings.task_names
+        axes = f"{len(grid.lrs)} learning rates x {len(grid.ranks)} ranks x {len(grid.tune_seeds)} seeds"
+        final = f"then {len(grid.final_seeds)} final seeds on train800val200/test"
+        return (
+            f"sweep: {shared.model}, weights {shared.weights}, protocol {shared.protocol}; {len(tasks)} tasks"
+            f"{' (' + ', '.join(tasks) + ')' if len(tasks) <= 4 else ''}, {len(shared.keys)} methods\n"
+            f"grid: {axes} on train800/val200, {final if grid.final_seeds else 'no final runs'}; {shared.epochs} "
+            f"epochs, batch {shared.batch_size}, {shared.image_size} px"
+        )
+
+    def _counts(self) -> Iterator[str]:
+        yield "runs:"
+        for key in self.settings.keys:
+            note = "" if key.adapts else "  no rank: that axis collapses"
+            yield _count(key.key, self.runs[self.runs["method"] == key.key]) + note
+        yield _count("together", self.runs)
+        states = [key for key in self.settings.keys if key.state_kind is not None]
+        if states:
+            kinds = sorted({str(key.state_kind) for key in states})
+            components = sorted({self.settings.components(key) for key in states})
+            one = self.settings.rules.decomposition is not None
+            yield (
+                f"  EVA states: {'one per task' if one else 'two per task (train800, all 1,000)'}"
+                f"{' and kind (' + ', '.join(kinds) + ')' if len(kinds) > 1 else ''}, of "
+                f"{' and '.join(map(str, components))} components per layer, serve all learning rates, ranks and seeds"
+            )
+
+    def _missing(self) -> Iterator[str]:
+        """What has to be there before the sweep can start, and is not."""
+        settings = self.settings
+        lacking, tasks = missing_data(settings), len(settings.task_names)
+        if lacking:
+            here = Path(settings.root).is_dir()
+            why = next(iter(lacking.values())) if here else f"there is no folder {settings.root}"
+            yield (
+                f"data: MISSING for {len(lacking)} of {tasks} tasks ({why}); get it by "
+                f"python -m experiments.vtab prepare --root {settings.root}"
+            )
+        else:
+            yield f"data: all {tasks} tasks are in {settings.root}"
         try:
-            for split in SPLITS.values():
-                open_task(settings.root, task, split, base.limit_train, base.limit_test)
-        except (FileNotFoundError, ValueError) as error:
-            lacking[task] = str(error)
-    if lacking:
-        here = Path(settings.root).is_dir()
-        why = next(iter(lacking.values())) if here else f"there is no folder {settings.root}"
-        yield (
-            f"data: MISSING for {len(lacking)} of {len(settings.task_names)} tasks ({why}); get it by "
-            f"python -m experiments.vtab prepare --root {settings.root}"
+            resolve_weights(resolve_model(settings.model), settings.weights)
+        except InputError as error:
+            yield f"weights: MISSING: {error}"
+
+    def _disk(self) -> str:
+        settings, use = self.settings, DiskUse.of(self.settings, self.size)
+        whole = sum(cache_bytes(task, settings.image_size) for task in settings.task_names)
+        folder = settings.base.cache_dir
+        images = f"decoded images {format_bytes(use.cache)} of {format_bytes(whole)} in {folder}"
+        return (
+            f"disk: {images if folder else 'no cache'}; EVA states {format_bytes(use.states)}; runs at most "
+            f"{format_bytes(use.runs)} in {settings.output}"
         )
-    else:
-        yield f"data: all {len(settings.task_names)} tasks are in {settings.root}"
-    from eva_lightning.vision.backbone.timm_models import resolve_model
-    from eva_lightning.vision.backbone.weights import resolve_weights
 
-    try:
-        resolve_weights(resolve_model(base.model), base.weights)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        yield f"weights: MISSING: {error}"
+    def _memory(self) -> str:
+        settings, size = self.settings, self.size
+        weights, rank = 4 * size.parameters, max(settings.search.ranks)
+        # gradient and AdamW's two moments
+        training = weights + 12 * max(size.trained(key, rank, 100, settings.bias) for key in settings.keys)
+        if self.speed.memory:
+            device = f"{format_bytes(self.speed.memory)} on the GPU (measured)"
+        else:
+            device = (
+                f"{format_bytes(training)} for weights, gradients and AdamW of the largest method, plus activations"
+            )
+        kept = f", and {format_bytes(weights)} for the pre-trained weights between runs"
+        return (
+            f"memory: per run {device}{kept if may_keep_models(settings) else ''}; {settings.slots_here()} at a time; "
+            f"this machine has {format_bytes(memory_bytes())}"
+        )
 
-
-def _disk(settings: Settings, use: DiskUse) -> str:
-    size = settings.base.image_size
-    whole = sum(cache_bytes(task, size) for task in settings.task_names)
-    folder = settings.base.cache_dir
-    cache = "no cache" if folder is None else f"decoded images {human(use.cache)} of {human(whole)} in {folder}"
-    return (
-        f"disk: {cache}; EVA states {human(use.states)}; final runs at most {human(use.runs)} in {settings.output}; "
-        "a tuning run leaves its row only"
-    )
-
-
-def _memory(settings: Settings, size: ModelSize, speed: Speed, slots: int) -> str:
-    weights = 4 * size.parameters
-    trained = max(size.trained(key, max(settings.search.ranks), 100, settings.base.bias) for key in settings.keys)
-    # gradient and AdamW's two moments
-    training = weights + 12 * trained
-    device = (
-        f"{human(speed.memory)} on the GPU (measured)"
-        if speed.memory
-        else f"{human(training)} for weights, gradients and AdamW of the largest method, plus activations"
-    )
-    kept = (
-        f", and {human(weights)} for the pre-trained weights between runs" if may_keep_models(settings, slots) else ""
-    )
-    return f"memory: per run {device}{kept}; {slots} at a time; this machine has {human(memory_bytes())}"
+    def _time(self) -> Iterator[str]:
+        speed, unit = self.speed, "CPU" if self.speed.memory is None else "GPU"
+        steps = ", ".join(f"{key.key} {_seconds(speed.step[key.method])}" for key in self.settings.keys)
+        evaluated = f"{1 / speed.image:.3g} images/s evaluated"
+        yield f"measured: seconds per step of {self.settings.batch_size} images: {steps}; {evaluated}"
+        yield f"  on {speed.device}; {speed.how}"
+        states = self.runs["state"].nunique() * self._state_seconds
+        phases = self.runs.groupby("phase")["seconds"].sum().reindex(["tune", "final"], fill_value=0.0)
+        yield (
+            f"work: {_hours(phases.sum() + states)} {unit}-hours (tuning {_hours(phases['tune'])}, final runs "
+            f"{_hours(phases['final'])}, EVA states {_hours(states)})"
+        )
+        for method, seconds in self.runs.groupby("method", sort=False)["seconds"].sum().items():
+            yield f"  {method:<18} {_hours(seconds)} {unit}-hours"
+        if self.settings.model == "dinov2_g14":
+            yield "  (the paper: about 140 H100-hours for one method with g/14, 160 A100-hours with L/14)"
 
 
-def run_seconds(settings: Settings, size: ModelSize, speed: Speed, cell: Cell, phase: str) -> float:
-    """One run of a task and method, at the official sizes or the limits given."""
-    base = settings.base
-    images = TRAIN_SIZES["train800" if phase == "tune" else "train800val200"]
-    test = TRAIN_SIZES["val200"] if phase == "tune" else TASKS[cell.task].test_size
-    images, test = min(images, base.limit_train or images), min(test, base.limit_test or test)
-    steps = base.epochs * base.rules.batches_per_epoch(images, base.batch_size)
-    return steps * speed.step[cell.key.method] + test * speed.image + _PER_RUN + _PER_BYTE * 4 * size.parameters
+def _count(title: str, runs: pd.DataFrame) -> str:
+    words = {}
+    for phase in ("tune", "final"):
+        statuses = runs.loc[runs["phase"] == phase, "status"]
+        notes = [f"{n} {status}" for status in ("done", "failed") if (n := int((statuses == status).sum()))]
+        words[phase] = f"{len(statuses):,}" + (f" ({', '.join(notes)})" if notes else "")
+    return f"  {title:<18} {words['tune']:>22} tuning + {words['final']:>16} final"
 
 
-def _time(
-    settings: Settings, size: ModelSize, found: Iterable[tuple[Cell, Progress]], speed: Speed, slots: int
-) -> Iterator[str]:
-    base = settings.base
-    seconds = {"tune": 0.0, "final": 0.0}
-    by_method: dict[str, float] = {}
-    tasks_with_states = set()
-    for cell, progress in found:
-        for phase in ("tune", "final"):
-            cost = progress.left(phase) * run_seconds(settings, size, speed, cell, phase)
-            seconds[phase] += cost
-            by_method[cell.key.key] = by_method.get(cell.key.key, 0.0) + cost
-        if cell.key.streams_eva and progress.left("tune") + progress.left("final"):
-            tasks_with_states.add((cell.task, cell.key.state_kind))
-    states = 2 * len(tasks_with_states) * _STATE_BATCHES * base.batch_size * speed.image
-    steps = ", ".join(f"{key.key} {_seconds(speed.step[key.method])}" for key in settings.keys)
-    unit = "CPU" if speed.memory is None else "GPU"
-    yield f"measured: seconds per step of {base.batch_size} images: {steps}; {1 / speed.image:.3g} images/s evaluated"
-    yield f"  on {speed.device}; {speed.how}"
-    total = seconds["tune"] + seconds["final"] + states
-    yield (
-        f"estimate: {_hours(total, unit)} (tuning {_hours(seconds['tune'], unit)}, final runs "
-        f"{_hours(seconds['final'], unit)}, EVA states {_hours(states, unit)}); {slots} at a time take "
-        f"{span(total / slots)} if they do not slow each other down"
-    )
-    for key, cost in by_method.items():
-        yield f"  {key:<18} {_hours(cost, unit)}"
-    if base.model == "dinov2_g14":
-        yield "  (the paper: about 140 H100-hours for one method with g/14, 160 A100-hours with L/14)"
-
-
-def _hours(seconds: float, unit: str) -> str:
-    return f"{seconds / 3600:,.1f} {unit}-hours"
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f}"
 
 
 def _seconds(value: float) -> str:

@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eva_lightning.methods.keys import MethodKey
-from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size
-from experiments.vtab import run
-from experiments.vtab.grid import Grid
+import torch
 
-#: Loading adapters and metrics of one run takes that much beside its tensors.
-_PER_FOLDER = 100_000
+from eva_lightning.adapters.targets import find_targets
+from eva_lightning.methods.registry import MethodKey
+from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
+from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size
+from experiments.vtab.grid import Grid
+from experiments.vtab.settings import Settings
+
+#: What a final run leaves besides its adapter, and what a tuning run leaves: settings, metrics and log.
+_FINAL_FOLDER, _TUNING_FOLDER = 100_000, 24_000
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,12 @@ class ModelSize:
     depth: int
 
     @classmethod
-    def of(cls, settings: run.Settings) -> ModelSize:
+    def of(cls, settings: Settings) -> ModelSize:
         """Of the model that `settings` name.
 
         Raises:
             InputError: Unknown model, image size no multiple of its patch size, or no linear head.
         """
-        import torch
-
-        from eva_lightning.adapters.targets import find_targets
-        from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
-
         with torch.device("meta"):
             model = create_backbone(
                 settings.model,
@@ -61,22 +60,19 @@ class ModelSize:
         in_head = sum(p.numel() for p in head.parameters())
         named = [(name, p.numel()) for name, p in model.named_parameters()]
         biases = sum(n for name, n in named if name.endswith("bias") and not name.startswith(f"{head_name}."))
-        blocks = getattr(model, "blocks", ())
         return cls(
             parameters=sum(n for _, n in named) - in_head,
             widths=widths,
             biases=biases,
             features=int(head.in_features),  # type: ignore[arg-type]
-            depth=len(blocks),
+            depth=len(getattr(model, "blocks", ())),
         )
 
     def trained(self, key: MethodKey, rank: int, classes: int, bias: str = "all") -> int:
         """Parameters that a method trains at mean rank `rank`, the head included."""
         head = (self.features + 1) * classes
-        if key.method == "linear":
-            return head
         if not key.adapts:
-            return self.parameters + head
+            return head + (self.parameters if key.entry.trains == "everything" else 0)
         return sum(rank * (a + b) for a, b in self.widths) + (self.biases if bias == "all" else 0) + head
 
     def state_bytes(self, components: int) -> int:
@@ -84,33 +80,25 @@ class ModelSize:
         return sum(4 * min(components, wide) * (wide + 2) for wide, _ in self.widths)
 
 
-def cache_bytes(task: str, image_size: int) -> int:
-    """Of a task's decoded images: all four splits, each of which is cached by itself."""
-    return sum(expected_size(TASKS[task], split) for split in SPLITS) * 3 * image_size**2
+def cache_bytes(task: str, image_size: int, splits: Iterable[str] = SPLITS) -> int:
+    """Of a task's decoded images, each of whose splits is cached by itself."""
+    return sum(expected_size(TASKS[task], split) for split in splits) * 3 * image_size**2
 
 
 def missing_cache_bytes(tasks: Iterable[str], image_size: int, folder: Path | None) -> int:
     """Of the decoded images that are not on disk yet."""
     if folder is None:
         return 0
-    missing = 0
-    for task in tasks:
-        for split in SPLITS:
-            if not any(folder.glob(f"{task}-{split}-{image_size}px-*.npy")):
-                missing += expected_size(TASKS[task], split) * 3 * image_size**2
-    return missing
+    return sum(
+        cache_bytes(task, image_size, [split])
+        for task in tasks
+        for split in SPLITS
+        if not any(folder.glob(f"{task}-{split}-{image_size}px-*.npy"))
+    )
 
 
-def final_bytes(size: ModelSize, key: MethodKey, task: str, grid: Grid) -> int:
-    """Of the folders of a task's and method's final runs, at the grid's largest rank."""
+def runs_bytes(size: ModelSize, key: MethodKey, task: str, grid: Grid) -> int:
+    """Of the folders of a task's and method's runs, at the grid's largest rank."""
+    tuning, final = grid.sizes(key.adapts)
     adapter = 4 * size.trained(key, max(grid.ranks), TASKS[task].classes) if key.adapts else 0
-    return len(grid.final_seeds) * (adapter + _PER_FOLDER)
-
-
-def human(n: float) -> str:
-    """Bytes as people say them: ``"1.3 GB"``."""
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 10 else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB" if n < 1000 else f"{n / 1000:.1f} TB"
+    return tuning * _TUNING_FOLDER + final * (adapter + _FINAL_FOLDER)

@@ -15,74 +15,63 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import lightning as L
 from filelock import FileLock
 
-from eva_lightning.methods.keys import StateKind
+from eva_lightning.callback import EVAInitCallback
+from eva_lightning.errors import InputError
+from eva_lightning.files import digest
+from eva_lightning.state import EVAState
+from experiments.runner.jobs import Shared
+from experiments.runner.settings import Role, identity
 from experiments.vtab import run
-from experiments.vtab.jobs import Job, digest, weights_identity
+from experiments.vtab.settings import Settings
 
-_LOGGER = logging.getLogger("experiments.vtab.states")
-
-#: Settings that do not change the inputs of a model's layers at the start of training, or how they are decomposed.
-_WITHOUT_INFLUENCE = (
-    "method", "rank", "rho", "alpha", "bias", "init", "metric", "dropout", "epochs", "warmup_epochs", "lr",
-    "weight_decay", "lora_plus_ratio", "seed", "limit_test", "eva_state", *run.INCIDENTAL,
-)  # fmt: skip
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SharedState:
+class SharedState(Shared):
     """An EVA state that a sweep needs.
 
     Attributes:
+        path: Common stem of its two files.
         settings: Those of a run that would stream it: its rank is the number of components, ρ is 1, the seed 0.
-        kind: Components of most (``"major"``) or least (``"minor"``) variance.
-        folder: Where a sweep's states lie.
     """
 
-    settings: run.Settings
-    kind: StateKind
-    folder: Path
+    settings: Settings
 
     @classmethod
-    def of(cls, job: Job) -> SharedState | None:
-        """The state `job` starts from, or None for methods without."""
-        kind = job.key.state_kind
-        if kind is None or not job.components:
+    def of(cls, single: Settings, components: int) -> SharedState | None:
+        """The state of so many components that a run starts from, or None for methods without."""
+        kind = single.key.state_kind
+        if kind is None or not components:
             return None
         method = "eva" if kind == "major" else "eva-minor"
-        settings = replace(
-            job.settings, method=method, init=run.Settings.init, rank=job.components, rho=1.0, seed=0, eva_state=None
-        )
+        settings = replace(single, method=method, init=Settings.init, rank=components, rho=1.0, seed=0, eva_state=None)
         decomposition = settings.rules.decomposition
         if decomposition is not None and kind == "major":
             settings = replace(settings, split=decomposition.split)
-        return cls(settings, kind, Path(job.settings.output) / "states")
+        model = settings.model.replace("/", "_").replace(":", "_")
+        inputs = digest(identity(settings, Role.INITIALISATION))
+        stem = f"{settings.task}-{settings.split}-{model}-{kind}-{inputs}-k{components}"
+        return cls(str(Path(settings.output) / "states" / stem), settings)
 
-    @property
-    def components(self) -> int:
-        """Components per layer."""
-        return self.settings.rank
-
-    @property
-    def path(self) -> Path:
-        """Common stem of its two files."""
-        influence = {k: v for k, v in asdict(self.settings).items() if k not in _WITHOUT_INFLUENCE}
-        influence["weights"] = weights_identity(self.settings.weights)
-        model = self.settings.model.replace("/", "_").replace(":", "_")
-        place = f"{self.settings.task}-{self.settings.split}-{model}-{self.kind}"
-        return self.folder / f"{place}-{digest(influence)}-k{self.components}"
+    def exists(self) -> bool:
+        """Whether there is a complete one."""
+        return self.find() is not None
 
     def find(self) -> Path | None:
         """A complete state of at least as many components: the smallest one, or None."""
-        stem, _, _ = self.path.name.rpartition("-k")
+        path = Path(self.path)
+        stem, _, components = path.name.rpartition("-k")
         found = []
-        for file in self.folder.glob(f"{stem}-k*.json"):
+        for file in path.parent.glob(f"{stem}-k*.json"):
             number = file.stem.rpartition("-k")[2]
-            if number.isdigit() and int(number) >= self.components and file.with_suffix(".safetensors").is_file():
+            if number.isdigit() and int(number) >= int(components) and file.with_suffix(".safetensors").is_file():
                 found.append((int(number), file.with_suffix("")))
         return min(found)[1] if found else None
 
@@ -96,12 +85,13 @@ class SharedState:
         found = self.find()
         if found is not None and _is_sound(found):
             return found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f".{self.path.name}.lock"):
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
             found = self.find()
             if found is None or not _is_sound(found):
-                # a damaged one is made again under its own name
-                found = self.path if found is None else found
+                # a damaged one is computed again under its own name
+                found = path if found is None else found
                 _compute(replace(self.settings, rank=int(found.name.rpartition("-k")[2])), found)
         return found
 
@@ -110,29 +100,22 @@ _SOUND: set[tuple[str, int]] = set()
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether the state can be read; each file is looked at once per process."""
-    from eva_lightning.state import EVAState
-
+    """Whether the state can be read; each file is checked once per process."""
     try:
         stamp = (str(path.absolute()), path.with_name(f"{path.name}.json").stat().st_mtime_ns)
         if stamp not in _SOUND:
             EVAState.load(path)
             _SOUND.add(stamp)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         _LOGGER.warning("computing the EVA state %s again: %s", path.name, error)
         return False
     return True
 
 
-def _compute(settings: run.Settings, path: Path) -> None:
+def _compute(settings: Settings, path: Path) -> None:
     """Stream the training data through the model as a run of these settings would, and save what comes out."""
-    import lightning as L
-
-    from eva_lightning.callback import EVAInitCallback
-
-    data, module, callbacks = run.build(settings)
+    data, module, callbacks = run.assemble(settings)
     (callback,) = (c for c in callbacks if isinstance(c, EVAInitCallback))
-    callback.verbose = False
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
@@ -147,6 +130,5 @@ def _compute(settings: run.Settings, path: Path) -> None:
     trainer.fit(module, datamodule=data)
     assert callback.state is not None
     callback.state.save(path)
-    log = path.parent / "computed.log"
-    with log.open("a", encoding="utf-8") as handle:
-        handle.write(f"{path.name} process {os.getpid()} {callback.state.seconds:.2f} s\n")
+    with (path.parent / "computed.log").open("a", encoding="utf-8") as log:
+        log.write(f"{path.name} process {os.getpid()} {callback.state.seconds:.2f} s\n")

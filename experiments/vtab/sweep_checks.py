@@ -1,26 +1,41 @@
-"""What is looked at before a sweep starts anything: names, data, weights, room on the disk."""
+"""What is checked before a sweep starts anything: names, data, weights, room on the disk."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from eva_lightning.errors import InputError
+from eva_lightning.files import format_bytes, free_bytes
+from eva_lightning.vision.backbone.timm_models import resolve_model
+from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.splits import TaskData, open_task
+from experiments.runner.jobs import PHASE_FOLDERS
 from experiments.runner.loggers import check_loggers, parse_loggers
-from experiments.vtab.jobs import SPLITS
-from experiments.vtab.sizes import ModelSize, final_bytes, human, missing_cache_bytes
+from experiments.vtab.sizes import ModelSize, missing_cache_bytes, runs_bytes
 from experiments.vtab.sweep_settings import Settings
 
 _ROOM_TO_LEAVE = 256 * 2**20
-#: Share of the machine's memory that workers may use to keep pre-trained models in.
+#: Share of the machine's memory that processes may use to keep pre-trained models in.
 _SHARE_FOR_MODELS = 0.25
+
+
+def check_names(settings: Settings) -> ModelSize:
+    """Refuse unknown models and options out of range; the size of the model.
+
+    Raises:
+        InputError: One is.
+    """
+    check_loggers(parse_loggers(settings.logger))
+    resolve_model(settings.model)
+    for key in settings.keys:
+        settings.run(settings.task_names[0], key, rank=min(settings.search.ranks)).adapter_options()
+    return ModelSize.of(settings.base)
 
 
 def check_everything(settings: Settings) -> None:
@@ -30,19 +45,9 @@ def check_everything(settings: Settings) -> None:
         MissingInputError, InputError: Data that is missing or wrong, an unknown model, a wrong option, too little room.
         UnreachableError: Pre-trained weights are wanted and the hub does not answer.
     """
-    if settings.backend == "ray":
-        from experiments.vtab.backend_ray import import_ray
-
-        import_ray()
-    check_loggers(parse_loggers(settings.base.logger))
+    size = check_names(settings)
     check_data(settings)
-    from eva_lightning.vision.backbone.timm_models import resolve_model
-    from eva_lightning.vision.backbone.weights import resolve_weights
-
-    resolve_weights(resolve_model(settings.base.model), settings.base.weights)
-    size = ModelSize.of(settings.base)
-    for key in settings.keys:
-        replace(settings.base, method=key.method, rho=key.rho or 1.0, rank=min(settings.search.ranks)).adapter_options()
+    resolve_weights(resolve_model(settings.model), settings.weights)
     check_room(settings, size)
 
 
@@ -52,34 +57,37 @@ def check_data(settings: Settings) -> None:
     Raises:
         MissingInputError, InputError: What the first task lacks, and how many others lack something.
     """
-    errors: list[Exception] = []
+    lacking = missing_data(settings)
+    if not lacking:
+        return
+    first = next(iter(lacking.values()))
+    if len(lacking) == 1 or not Path(settings.root).is_dir():
+        raise first
+    raise type(first)(
+        f"{len(lacking)} of {len(settings.task_names)} tasks cannot be used, the first one because {first} "
+        "(the prepare command gets data and checks all; --tasks leaves tasks out)"
+    )
+
+
+def missing_data(settings: Settings) -> dict[str, InputError]:
+    """Task -> what is wrong with its data, for the tasks that cannot be used."""
     terminal = Console(stderr=True)
     # where there is no terminal, rich would still print an empty line
     hidden = not (settings.progress and terminal.is_terminal)
-    tasks = track(settings.task_names, "checking data", transient=True, console=terminal, disable=hidden)
-    for task in tasks:
+    lacking = {}
+    for task in track(settings.task_names, "checking data", transient=True, console=terminal, disable=hidden):
         try:
-            for opened in opened_splits(settings, task):
-                settings.base.rules.batches_per_epoch(len(opened.train), settings.base.batch_size)
-        except (FileNotFoundError, ValueError) as error:
-            errors.append(error)
-            if not Path(settings.root).is_dir():
-                break
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise type(errors[0])(
-            f"{len(errors)} of {len(settings.task_names)} tasks cannot be used, the first one because {errors[0]} "
-            "(the prepare command gets data and checks all; --tasks leaves tasks out)"
-        )
+            for opened in _opened_splits(settings, task):
+                settings.rules.batches_per_epoch(len(opened.train), settings.batch_size)
+        except InputError as error:
+            lacking[task] = error
+    return lacking
 
 
-def opened_splits(settings: Settings, task: str) -> Iterator[TaskData]:
+def _opened_splits(settings: Settings, task: str) -> Iterator[TaskData]:
     """The data of tuning and of final runs of a task, checked."""
-    base = settings.base
-    phases = SPLITS.values() if settings.search.final_seeds else (SPLITS["tune"],)
-    for split in phases:
-        yield open_task(settings.root, task, split, base.limit_train, base.limit_test)
+    for split in ("train800", "train800val200") if settings.search.final_seeds else ("train800",):
+        yield open_task(settings.root, task, split, settings.limit_train, settings.limit_test)
 
 
 @dataclass(frozen=True)
@@ -90,66 +98,53 @@ class DiskUse:
     states: int
     runs: int
 
-
-def disk_use(settings: Settings, size: ModelSize) -> DiskUse:
-    """At the official sizes, at most."""
-    base, grid = settings.base, settings.search
-    limited = base.limit_train is not None or base.limit_test is not None
-    cache = 0 if limited else missing_cache_bytes(settings.task_names, base.image_size, base.cache_dir)
-    kinds = {key.state_kind: settings.components(key) for key in settings.keys if key.streams_eva}
-    per_task = sum(size.state_bytes(components) for components in kinds.values())
-    splits = 1 if base.rules.decomposition is not None or not grid.final_seeds else 2
-    runs = sum(final_bytes(size, key, task, grid) for task in settings.task_names for key in settings.keys)
-    return DiskUse(cache, per_task * splits * len(settings.task_names), runs)
+    @classmethod
+    def of(cls, settings: Settings, size: ModelSize) -> DiskUse:
+        """At the official sizes, at most."""
+        limited = settings.limit_train is not None or settings.limit_test is not None
+        images = settings.base.cache_dir
+        cache = 0 if limited else missing_cache_bytes(settings.task_names, settings.image_size, images)
+        kinds = {key.state_kind: settings.components(key) for key in settings.keys if key.state_kind is not None}
+        splits = 1 if settings.rules.decomposition is not None or not settings.search.final_seeds else 2
+        states = sum(map(size.state_bytes, kinds.values())) * splits * len(settings.task_names)
+        runs = sum(
+            runs_bytes(size, key, task, settings.search) for task in settings.task_names for key in settings.keys
+        )
+        return cls(cache, states, runs)
 
 
 def check_room(settings: Settings, size: ModelSize) -> None:
-    """Make sure that the disk has room for what a sweep leaves.
+    """Make sure that the disk has room for what a sweep leaves; of one that has begun, part is there already.
 
     Raises:
         InputError: It has not.
     """
-    use = disk_use(settings, size)
-    output = _existing(Path(settings.output))
-    cache = _existing(settings.base.cache_dir or output)
-    needs: dict[Path, int] = {output: use.states + use.runs}
-    same_disk = output.stat().st_dev == cache.stat().st_dev
-    place = output if same_disk else cache
-    needs[place] = needs.get(place, 0) + use.cache
+    output = Path(settings.output)
+    if any((output / folder).is_dir() for folder in PHASE_FOLDERS.values()):
+        return
+    use, cache = DiskUse.of(settings, size), settings.base.cache_dir or output
+    needs = {output: use.states + use.runs, cache: use.cache}
+    if _device(output) == _device(cache):
+        needs = {output: sum(needs.values())}
     for folder, needed in needs.items():
-        free = shutil.disk_usage(folder).free
-        if free < needed + _ROOM_TO_LEAVE and not _has_begun(settings):
+        free = free_bytes(folder)
+        if free < needed + _ROOM_TO_LEAVE:
             raise InputError(
-                f"the sweep needs about {human(needed)} (decoded images {human(use.cache)}, EVA states "
-                f"{human(use.states)}, final runs {human(use.runs)}) and the disk of {folder} has {human(free)} free: "
-                "make room, choose another --output or --cache, or --cache none (slow: decodes images in every epoch)"
+                f"the sweep needs about {format_bytes(needed)} (decoded images {format_bytes(use.cache)}, EVA states "
+                f"{format_bytes(use.states)}, runs {format_bytes(use.runs)}) and the disk of {folder} has "
+                f"{format_bytes(free)} free: make room, choose another --output or --cache, or --cache none (slow: "
+                "decodes images in every epoch)"
             )
 
 
-def _has_begun(settings: Settings) -> bool:
-    """Whether part of what is needed may be there already: then the disk may be as full as it gets."""
-    return settings.store_path.is_file()
+def _device(folder: Path) -> int:
+    """The disk that holds a folder, which need not exist yet."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()).stat().st_dev
 
 
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
-
-
-def expected_slots(settings: Settings) -> int:
-    """Runs at a time on this machine."""
-    from experiments.vtab.backend_local import default_workers, visible_gpus
-
-    share = 1.0 if settings.gpus_per_run is None else settings.gpus_per_run
-    gpus = len(visible_gpus()) if share > 0 and settings.base.accelerator != "cpu" else 0
-    return settings.workers or default_workers(gpus, min(1.0, share or 1.0))
-
-
-def may_keep_models(settings: Settings, slots: int) -> bool:
-    """Whether each worker may keep the pre-trained model in memory between runs."""
-    kept = 4 * ModelSize.of(settings.base).parameters * slots
+def may_keep_models(settings: Settings) -> bool:
+    """Whether each process may keep the pre-trained model in memory between runs."""
+    kept = 4 * ModelSize.of(settings.base).parameters * settings.slots_here()
     return kept <= _SHARE_FOR_MODELS * memory_bytes()
 
 

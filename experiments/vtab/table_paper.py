@@ -8,11 +8,12 @@ averages agree with the printed entries within rounding.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+
+import pandas as pd
 
 from eva_lightning.vision.data.tasks import TASKS
 from experiments.runner.statistics import Sample
@@ -40,13 +41,6 @@ HEADINGS: dict[str, str] = {
     "smallnorb_ele": "sNORB-Ele",
 }
 
-#: Group -> its tasks, in the order of the columns; "average" has all 19.
-GROUPS: dict[str, tuple[str, ...]] = {
-    **{group: tuple(task for task in HEADINGS if TASKS[task].group == group)
-       for group in ("natural", "specialized", "structured")},
-    "average": tuple(HEADINGS),
-}  # fmt: skip
-
 GROUP_HEADINGS: dict[str, str] = {
     "natural": "Natural",
     "specialized": "Specialized",
@@ -54,12 +48,15 @@ GROUP_HEADINGS: dict[str, str] = {
     "average": "Average",
 }
 
+#: Group -> its tasks, in the order of the columns; "average" has all 19.
+GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(task for task in HEADINGS if group in (TASKS[task].group, "average")) for group in GROUP_HEADINGS
+}
+
 #: Seeds behind every entry of Tables 20 and 21.
 SEEDS = 5
 #: What entries are rounded to, in percent points.
 RESOLUTION = 0.1
-
-_FILE = Path(__file__).with_name("paper_tables.csv")
 
 
 @dataclass(frozen=True)
@@ -67,54 +64,41 @@ class PaperLine:
     """A method's line of the paper's tables.
 
     Attributes:
-        method: Name, as in ``METHOD_TRAITS``. Which ρ a line of EVA has is not printed.
+        method: Name, as in the method registry. Which ρ a line of EVA has is not printed.
         samples: Task -> accuracy in percent (Table 20) with its standard deviation over five seeds (Table 21); empty
             for methods that only Table 25 has.
-        average: Mean over the 19 tasks as printed in Table 20, or None.
-        average_std: Mean standard deviation as printed in Table 21, or None.
-        groups: Group -> mean accuracy as printed in Table 25; empty for methods it lacks.
+        averages: Table (20, 21, 25) -> group or "average" -> the mean as printed there.
     """
 
     method: str
     samples: Mapping[str, Sample]
-    average: float | None
-    average_std: float | None
-    groups: Mapping[str, float]
+    averages: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)
-def paper_lines() -> tuple[PaperLine, ...]:
-    """All lines: first those of Table 20, then those that only Table 25 has, in the printed order."""
-    tables = _entries()
-    methods = list(dict.fromkeys([*tables["20"], *tables["25"]]))
-    return tuple(
-        _line(method, *(tables[number].get(method, {}) for number in ("20", "21", "25"))) for method in methods
-    )
-
-
-def paper_line(method: str) -> PaperLine | None:
-    """The line of `method`, or None."""
-    return next((line for line in paper_lines() if line.method == method), None)
+def paper_lines() -> dict[str, PaperLine]:
+    """Method -> line: first those of Table 20, then those that only Table 25 has, in the printed order."""
+    return {method: _line(method) for method in dict.fromkeys([*_entries(20).index, *_entries(25).index])}
 
 
 def table25_methods() -> list[str]:
     """Methods of Table 25, in the printed order."""
-    return list(_entries()["25"])
+    return list(_entries(25).index)
 
 
-@lru_cache(maxsize=1)
-def _entries() -> dict[str, dict[str, dict[str, float]]]:
-    """Table -> method -> column -> value."""
-    lines = [line for line in _FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    tables: dict[str, dict[str, dict[str, float]]] = {}
-    for entry in csv.DictReader(lines):
-        row = tables.setdefault(entry["table"], {}).setdefault(entry["method"], {})
-        row[entry["column"]] = float(entry["value"])
-    return tables
+@lru_cache
+def _entries(table: int) -> pd.DataFrame:
+    """One of the tables: methods x columns, both in the printed order."""
+    entries = pd.read_csv(Path(__file__).with_name("paper_tables.csv"), comment="#").query("table == @table")
+    order = {axis: entries[axis].unique() for axis in ("method", "column")}
+    values = entries.pivot(index="method", columns="column", values="value")
+    return values.reindex(index=order["method"], columns=order["column"])
 
 
-def _line(
-    method: str, means: Mapping[str, float], deviations: Mapping[str, float], groups: Mapping[str, float]
-) -> PaperLine:
+def _line(method: str) -> PaperLine:
+    tables = [table for table in (20, 21, 25) if method in _entries(table).index]
+    printed = {table: _entries(table).loc[method].to_dict() for table in tables}
+    means, deviations = printed.get(20, {}), printed.get(21, {})
     samples = {task: Sample(means[task], deviations[task], SEEDS, RESOLUTION) for task in HEADINGS if task in means}
-    return PaperLine(method, samples, means.get("average"), deviations.get("average"), dict(groups))
+    averages = {table: {k: v for k, v in row.items() if k in GROUPS} for table, row in printed.items()}
+    return PaperLine(method, samples, averages)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from eva_lightning.methods.keys import METHOD_TRAITS
-from eva_lightning.methods.vision import apply_method
+from eva_lightning.methods.apply import apply_method
+from eva_lightning.methods.registry import METHODS
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import module_options
 from experiments.vtab import run
+from experiments.vtab.settings import Settings
 from experiments.vtab.sizes import ModelSize
 
 #: What all measurements together should take at most.
@@ -56,7 +57,7 @@ def cost_class(method: str) -> str:
     return "dora" if "dora" in method else "lora"
 
 
-def measure(settings: run.Settings, methods: Iterable[str], size: ModelSize, rank: int) -> Speed:
+def measure(settings: Settings, methods: Iterable[str], size: ModelSize, rank: int) -> Speed:
     """Time steps of `methods` with the model, image size, batch and precision of `settings`, at LoRA rank `rank`."""
     device = torch.device("cuda" if run.on_gpu(settings) else "cpu")
     wanted = {method: cost_class(method) for method in methods}
@@ -84,7 +85,7 @@ def measure(settings: run.Settings, methods: Iterable[str], size: ModelSize, ran
 
 
 class _Bench:
-    def __init__(self, settings: run.Settings, rank: int, device: torch.device) -> None:
+    def __init__(self, settings: Settings, rank: int, device: torch.device) -> None:
         self.settings = settings
         self.rank = rank
         self.device = device
@@ -178,7 +179,7 @@ class _Bench:
                 if tensor.is_floating_point():
                     tensor.normal_(std=0.02)
         changed = replace(settings, method=method, eva_state=None)
-        if METHOD_TRAITS[method].adapts:
+        if METHODS[method].adapts:
             changed = replace(changed, rank=self.rank)
         apply_method(method, module, changed.adapter_options())
         return module.to(device=self.device, dtype=self.dtype)

@@ -1,18 +1,18 @@
-"""What the tests of the sweep share: tiny data, a command line, and a backend that runs in this process."""
+"""What the tests of the sweep share: tiny data, a command line, and a pool that runs in this process."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import pandas as pd
 
-from experiments.runner.run_folder import RunFolder
-from experiments.vtab import run, sweep, worker
-from experiments.vtab.jobs import Job
-from experiments.vtab.worker import Outcome, WorkerOptions, attempt
+from experiments.runner.comparison import Results, run_comparison
+from experiments.runner.jobs import Job, Outcome, attempt
+from experiments.vtab.run import experiment
+from experiments.vtab.sweep import Sweep
+from experiments.vtab.sweep_settings import parse
 from tests.eva_lightning.vision.fakes import make_task
 
 COUNTS = {"train800": 8, "val200": 8, "test": 12}
@@ -33,21 +33,19 @@ def words(root: Path, output: Path, extra: str = "") -> list[str]:
     return text.split()
 
 
-class InlineBackend:
-    """Runs in this process: the protocol without processes.
+class InlinePool:
+    """Runs in this process, without what processes do before and after runs.
 
     Args:
         work: What to do with a job.
         slots: Jobs taken at a time; they run at the next poll, the last one first.
     """
 
-    def __init__(self, work: Callable[[Job], Outcome] | None = None, slots: int = 1) -> None:
+    def __init__(self, work: Callable[[Job], Outcome] = attempt, slots: int = 1) -> None:
         self.slots = slots
         self.jobs: list[Job] = []
-        self.closed = False
         self._waiting: list[Job] = []
-        self._work = work or (lambda job: attempt(job, self.options))
-        self.options = WorkerOptions()
+        self._work = work
 
     def submit(self, job: Job) -> None:
         assert len(self._waiting) < self.slots
@@ -58,37 +56,41 @@ class InlineBackend:
         return [self._work(self._waiting.pop())]
 
     def close(self) -> None:
-        self.closed = True
+        self._waiting.clear()
 
     def describe(self) -> str:
         return "inline"
 
 
-def inline(
-    monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Outcome] | None = None, slots: int = 1
-) -> InlineBackend:
-    """Let sweeps of this test run in this process."""
-    backend = InlineBackend(work, slots)
-    monkeypatch.setattr(sweep, "open_backend", lambda *args, **kwargs: backend)
-    # in the test process, everything ever imported would be looked at
-    monkeypatch.setattr(worker, "_free_memory", lambda: None)
-    return backend
-
-
 def pretend(accuracy: Callable[[Job], float] = lambda job: 0.5) -> Callable[[Job], Outcome]:
-    """Outcomes without training."""
+    """Runs without training, which leave the folders of finished ones."""
 
     def work(job: Job) -> Outcome:
-        metrics = {"accuracy": accuracy(job), "loss": 1.0, "train_seconds": 0.1, "official_sizes": False}
-        return Outcome(job.run_id, "done", metrics)
+        metrics = fake_metrics(job, accuracy(job))
+        job.folder.start()
+        job.folder.finish(metrics)
+        return Outcome(job.id, "done", metrics)
 
     return work
 
 
-def quick(settings: run.Settings, folder: RunFolder, outputs: run.Outputs) -> dict[str, Any]:
-    """What ``run.execute`` leaves, without training."""
-    digest = hashlib.sha256(repr((settings.method, settings.lr, settings.rank, settings.seed)).encode()).digest()
-    metrics = {"accuracy": digest[0] / 255, "loss": 1.0, "train_seconds": 0.1, "official_sizes": False}
-    folder.start()
-    folder.finish(metrics)
-    return metrics
+def fake_metrics(job: Job, accuracy: float, **more: Any) -> dict[str, Any]:
+    """What a run leaves, as far as choices and tables look at it."""
+    settings = job.settings
+    names = ("task", "model", "method", "lr", "seed", *(["rank"] if settings.key.adapts else []))
+    rho = {} if settings.key.rho is None else {"rho": settings.rho}
+    return {
+        **{name: getattr(settings, name) for name in names}, **rho, "experiment": experiment(settings),
+        "evaluation_split": "test" if job.phase == "final" else "val200", "limited": False, "official_sizes": True,
+        "accuracy": accuracy, "loss": 1.0, "train_seconds": 0.1, **more,
+    }  # fmt: skip
+
+
+def sweep(line: Sequence[str], pool: InlinePool | None = None) -> Results:
+    """The sweep of a command line, in this process."""
+    return run_comparison(Sweep(parse(line)), pool=lambda: pool or InlinePool())
+
+
+def all_runs(results: Results) -> pd.DataFrame:
+    """Tuning and final runs."""
+    return pd.concat([results.tuning.assign(phase="tune"), results.runs.assign(phase="final")], ignore_index=True)

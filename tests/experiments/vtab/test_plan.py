@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from eva_lightning.methods.keys import MethodKey
-from eva_lightning.methods.vision import apply_method
+from eva_lightning.methods import MethodKey
+from eva_lightning.methods.apply import apply_method
 from eva_lightning.vision.module import ImageClassifier
+from experiments.runner.jobs import Job, Outcome
+from experiments.runner.progress import span
 from experiments.vtab import plan as planning
-from experiments.vtab import run, sweep, timing
-from experiments.vtab.schedule import cells
-from experiments.vtab.sizes import ModelSize, cache_bytes, human, missing_cache_bytes
+from experiments.vtab import timing
+from experiments.vtab.settings import Settings
+from experiments.vtab.sizes import ModelSize, cache_bytes, missing_cache_bytes
 from experiments.vtab.states import SharedState
-from experiments.vtab.sweep_progress import SweepProgress, span
-from experiments.vtab.sweep_settings import parse
+from experiments.vtab.sweep_settings import command_line, parse
 from experiments.vtab.timing import Speed, cost_class, measure
-from experiments.vtab.worker import Outcome
-from tests.experiments.vtab.sweep_fakes import inline, make_tasks, pretend, words
+from tests.experiments.vtab.sweep_fakes import InlinePool, make_tasks, pretend, sweep, words
 
 SMALL = "--tasks kitti,dmlab --methods lora,linear,eva --lrs 1e-3,1e-2 --ranks 2,4 --tune-seeds 2 --final-seeds 3"
 
 
-def tiny(**changes: object) -> run.Settings:
-    settings = run.Settings(root="x", task="kitti", model="test_vit", weights="none", image_size=32, batch_size=8,
+def tiny(**changes: object) -> Settings:
+    settings = Settings(root="x", task="kitti", model="test_vit", weights="none", image_size=32, batch_size=8,
                             accelerator="cpu")  # fmt: skip
     return replace(settings, **changes)  # type: ignore[arg-type]
 
@@ -57,7 +57,7 @@ def test_giant_is_counted_without_being_built() -> None:
 def test_state_on_disk_is_as_large_as_said(tmp_path: Path) -> None:
     make_tasks(tmp_path / "data", ["kitti"])
     settings = parse(words(tmp_path / "data", tmp_path / "out", "--tasks kitti --methods eva --ranks 4"))
-    shared = SharedState.of(cells(settings)[0].tune[0])
+    shared = SharedState.of(settings.base, 8)
     assert shared is not None
     file = shared.obtain()
     said = ModelSize.of(settings.base).state_bytes(8)
@@ -70,18 +70,6 @@ def test_cache_by_official_sizes(tmp_path: Path) -> None:
     assert missing_cache_bytes(["kitti"], 224, None) == 0
     (tmp_path / "kitti-test-224px-0123.npy").touch()
     assert missing_cache_bytes(["kitti", "dtd"], 224, tmp_path) == (2000 + 2000 + 1880) * one
-
-
-@pytest.mark.parametrize(
-    ("n", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (25e6, "25 MB"), (1.25e9, "1.2 GB"), (3e12, "3.0 TB")]
-)
-def test_bytes(n: float, text: str) -> None:
-    assert human(n) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (9000, "2.5 h"), (864_000, "10 days")])
-def test_durations(seconds: float, text: str) -> None:
-    assert span(seconds) == text
 
 
 def test_methods_cost_what_their_kind_costs() -> None:
@@ -111,12 +99,10 @@ def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fixed_speed")
-def test_plan_counts_runs_and_time_and_starts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_counts_runs_and_time_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tasks(tmp_path / "data")
     line = words(tmp_path / "data", tmp_path / "out", f"{SMALL} --epochs 2 --workers 2 --plan")
-    assert sweep.main(line) == []
+    sweep(line)
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     rows = {m[0]: m[1:] for m in re.findall(r"^  (\S+) +(\S.*?) tuning \+ +(\S.*?) final", text, re.MULTILINE)}
@@ -131,26 +117,25 @@ def test_plan_counts_runs_and_time_and_starts_nothing(
     assert f"  {'lora':<18} {lora / 3600:,.1f} CPU-hours" in text
     assert f"  {'linear':<18} {linear / 3600:,.1f} CPU-hours" in text
     states = 2 * 2 * 16 * 8 * 0.01
-    assert f"estimate: {(2 * lora + linear + states) / 3600:,.1f} CPU-hours" in text
-    assert f"2 at a time take {span((2 * lora + linear + states) / 2)}" in text
+    assert f"work: {(2 * lora + linear + states) / 3600:,.1f} CPU-hours" in text
+    assert f"estimate: {span((2 * lora + linear + states) / 2)} with 2 runs at a time" in text
 
 
 @pytest.mark.usefixtures("fixed_speed")
-def test_plan_says_what_is_done_and_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_says_what_is_done_and_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tasks(tmp_path / "data")
     done = pretend()
-    inline(
-        monkeypatch,
-        lambda job: (
-            Outcome(job.run_id, "failed", error="no") if job.key.key == "eva" and job.phase == "tune" else done(job)
-        ),
-    )
+
+    def work(job: Job) -> Outcome:
+        if job.tags["method"] != "eva" or job.phase == "final":
+            return done(job)
+        job.folder.fail("no")
+        return Outcome(job.id, "failed", error="no")
+
     line = words(tmp_path / "data", tmp_path / "out", SMALL)
-    sweep.main(line)
+    sweep(line, InlinePool(work))
     capsys.readouterr()
-    sweep.main([*line, "--plan"])
+    sweep([*line, "--plan"])
     text = capsys.readouterr().out
     rows = {m[0]: m[1:] for m in re.findall(r"^  (\S+) +(\S.*?) tuning \+ +(\S.*?) final", text, re.MULTILINE)}
     assert rows == {
@@ -165,7 +150,7 @@ def test_plan_without_data_and_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://{socket.gethostname()}:9")
-    sweep.main(words(tmp_path / "none", tmp_path / "out", f"{SMALL} --weights nowhere.pth --plan"))
+    sweep(words(tmp_path / "none", tmp_path / "out", f"{SMALL} --weights nowhere.pth --plan"))
     text = capsys.readouterr().out
     assert f"data: MISSING for 2 of 2 tasks (there is no folder {tmp_path / 'none'})" in text
     assert f"python -m experiments.vtab prepare --root {tmp_path / 'none'}" in text
@@ -173,29 +158,5 @@ def test_plan_without_data_and_weights(
 
 
 def test_wrong_names_are_wrong_in_a_plan_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sweep.command_line(words(tmp_path, tmp_path / "out", f"{SMALL} --model test_vitt --plan")) == 2
+    assert command_line(words(tmp_path, tmp_path / "out", f"{SMALL} --model test_vitt --plan")) == 2
     assert "unknown model 'test_vitt': did you mean test_vit" in capsys.readouterr().err
-
-
-def test_display_in_a_terminal_and_lines_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with SweepProgress(3, 5, live=True) as progress:
-        progress.say("worth a line")
-        progress.finished("one run")
-        picture = progress._picture()
-        assert "one run" in str(picture.renderables[-1])
-    assert "worth a line" in capsys.readouterr().out
-    clock = {"now": 1000.0}
-    monkeypatch.setattr("experiments.vtab.sweep_progress.time.monotonic", lambda: clock["now"])
-    with SweepProgress(0, 100, live=False) as progress:
-        for _ in range(100):
-            clock["now"] += 10.0
-            progress.finished("one run")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 34  # every 30 seconds, and the last
-    assert lines[1] == "[6/100] one run; 16 min to go"
-    assert lines[-1] == "[100/100] one run; 17 min in all"
-    with SweepProgress(0, 1, show=False) as progress:
-        progress.finished("one run")
-    assert capsys.readouterr().out == ""

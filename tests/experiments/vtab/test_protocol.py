@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from eva_lightning.vision.backbone.split_fused import split_layers
 from eva_lightning.vision.backbone.timm_models import create_backbone
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import AUTHORS_CODE
-from experiments.runner.run_folder import RunFolder
 from experiments.vtab import run
+from experiments.vtab.settings import Settings, command_line, main, parse
 from tests.eva_lightning.vision.fakes import make_task
 
 
@@ -33,10 +32,8 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def execute(arguments: list[str]) -> dict[str, Any]:
-    """A run without its pictures."""
-    settings = run.parse(arguments)
-    folder = RunFolder(Path(settings.output) / settings.run_name, asdict(settings))
-    return run.execute(settings, folder, run.Outputs(plots=False))
+    """A run without its figures."""
+    return main([*arguments, "--plots", "false"])
 
 
 @pytest.fixture
@@ -120,14 +117,14 @@ def test_learning_rate_is_set_at_every_step(
 def test_decomposition_is_of_train800_also_where_more_is_trained_on(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = run.parse([*arguments, "--protocol", "authors-code"])
-    data, _, callbacks = run.build(settings)
+    settings = parse([*arguments, "--protocol", "authors-code"])
+    data, _, callbacks = run.assemble(settings)
     assert len(data.data.train) == 29
     state = callbacks[0].initialiser.given  # type: ignore[attr-defined]
     assert set(state.n_samples.values()) == {21 * 5}
     assert callbacks[0].rho == 8.0  # type: ignore[attr-defined]  # all 32 components compete at rank 4
     # one for all learning rates, ranks and seeds
-    _, _, others = run.build(run.parse([*arguments, "--protocol", "authors-code", "--rank", "2", "--seed", "7"]))
+    _, _, others = run.assemble(parse([*arguments, "--protocol", "authors-code", "--rank", "2", "--seed", "7"]))
     other = others[0].initialiser.given  # type: ignore[attr-defined]
     assert {len(v) for v in other.components.values()} == {32}
     assert all(torch.equal(other.components[name], state.components[name]) for name in state.components)
@@ -136,7 +133,7 @@ def test_decomposition_is_of_train800_also_where_more_is_trained_on(
 def test_methods_without_a_state_are_not_decomposed_for(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_decompose", lambda *args: pytest.fail("decomposed"))
     for method in ("lora", "eva-minor", "fft"):
-        run.build(run.parse([*arguments, "--protocol", "authors-code", "--method", method]))
+        run.assemble(parse([*arguments, "--protocol", "authors-code", "--method", method]))
 
 
 def test_split_alone_under_the_papers_protocol(arguments: list[str], seen: dict[str, Any], tmp_path: Path) -> None:
@@ -182,7 +179,7 @@ def test_interrupted_authors_run_is_resumed(
     ("options", "message"),
     [
         (["--protocol", "authors"], "unknown protocol 'authors': did you mean authors-code"),
-        (["--pos-embed", "tim"], "unknown pos_embed 'tim': did you mean timm"),
+        (["--pos-embed", "tim"], "unknown pos embed 'tim': did you mean timm"),
         (["--protocol", "authors-code", "--batch-size", "64"], "29 training images are fewer than batch_size 64"),
         (["--protocol", "authors-code", "--rank", "40"], "rank must be at most 32, got 40"),
         (["--model", "test_convnext", "--split-fused"], "has no fused projection to split"),
@@ -191,7 +188,7 @@ def test_interrupted_authors_run_is_resumed(
 def test_bad_input_is_one_sentence(
     arguments: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run.command_line([*arguments, *options]) == 2
+    assert command_line([*arguments, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -200,12 +197,12 @@ def test_bad_input_is_one_sentence(
 
 def test_names_of_runs_tell_the_protocols_apart() -> None:
     names = {
-        run.Settings("x", "kitti", **options).run_name
+        Settings(root="x", task="kitti", **options).run_name
         for options in ({}, {"split_fused": True}, {"protocol": AUTHORS_CODE.name})  # type: ignore[arg-type]
     }
     assert len(names) == 3
 
 
 def test_module_of_the_authors_protocol_is_split(arguments: list[str]) -> None:
-    _, module, _ = run.build(run.parse([*arguments, "--protocol", "authors-code", "--method", "linear"]))
+    _, module, _ = run.assemble(parse([*arguments, "--protocol", "authors-code", "--method", "linear"]))
     assert len(split_layers(module)) == 6

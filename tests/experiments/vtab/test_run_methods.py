@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from eva_lightning import EVAInitCallback, EVAState
-from eva_lightning.methods.keys import METHOD_TRAITS
-from eva_lightning.methods.vision import AdapterOptions, apply_method
+from eva_lightning.methods import method_names
+from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
-from experiments.vtab.run import METHODS, command_line, main, parse
+from experiments.vtab.settings import command_line, main, parse
 from tests.eva_lightning.methods.test_vision import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
@@ -26,9 +26,9 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def test_every_method_can_be_asked_for() -> None:
-    assert set(METHODS) == set(METHOD_TRAITS)
-    names = {parse(["--root", "x", "--task", "kitti", "--method", method]).run_name for method in METHODS}
-    assert len(names) == len(METHODS)
+    methods = method_names("vision")
+    names = {parse(["--root", "x", "--task", "kitti", "--method", method]).run_name for method in methods}
+    assert len(names) == len(methods)
     assert "kitti-dinov2_g14-lora-redistribute-r16-rho2-lr0.001-seed0" in names
     assert "kitti-dinov2_g14-eva-minor-r16-lr0.001-seed0" in names
 
@@ -68,7 +68,7 @@ def test_a_state_serves_another_rank_and_method(arguments: list[str], tmp_path: 
         ("--method=lora --eva-state=x", "lora starts from no EVA state, but one is given: x"),
         ("--method=eva --eva-state=x", "An EVA state is two files, x.safetensors and x.json: x.safetensors is missing"),
         ("--method=eva-whiten --init=rotate", "eva-whiten has an initialisation of its own"),
-        ("--method=lora+ --lora-plus-ratio=0", "lora_plus_ratio must be a finite number above 0, got 0.0"),
+        ("--method=lora+ --lora-plus-ratio=0", "--lora-plus-ratio must be a number above 0, got 0.0"),
     ],
 )
 def test_bad_input_is_one_sentence(

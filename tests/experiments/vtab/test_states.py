@@ -8,37 +8,42 @@ from typing import Any
 
 import pytest
 
-from eva_lightning.methods.keys import MethodKey
+from eva_lightning.methods import MethodKey
 from eva_lightning.state import EVAState
-from experiments.runner.run_folder import RunFolder
+from experiments.runner.run_folder import RunFolder, perform
+from experiments.runner.settings import Role, identity
 from experiments.vtab import run, states
-from experiments.vtab.grid import Point
-from experiments.vtab.jobs import Job
+from experiments.vtab.settings import Settings
 from experiments.vtab.states import SharedState
-from experiments.vtab.worker import WorkerOptions, attempt
 from tests.experiments.vtab.sweep_fakes import make_tasks
-
-QUIET = run.Outputs(terminal=False, plots=False, adapter=False)
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> run.Settings:
+def base(tmp_path: Path) -> Settings:
     make_tasks(tmp_path / "data", ["kitti"])
-    return run.Settings(
-        root=str(tmp_path / "data"), task="kitti", model="test_vit", weights="none", image_size=32, epochs=1,
-        batch_size=8, accelerator="cpu", output=str(tmp_path / "out"), progress=False,
+    return Settings(
+        root=str(tmp_path / "data"), task="kitti", model="test_vit", weights="none", image_size=32, epochs=1, lr=1e-2,
+        batch_size=8, accelerator="cpu", output=str(tmp_path / "out"), progress=False, plots=False, save_adapter=False,
+        split="train800",
     )  # fmt: skip
 
 
-def job(base: run.Settings, method: str = "eva", rank: int = 4, seed: int = 0, phase: Any = "tune", k: int = 32) -> Job:
-    return Job.of(base, MethodKey.parse(method), "kitti", phase, Point(1e-2, rank), seed, k)
+def by(base: Settings, method: str = "eva", rank: int = 4, seed: int = 0, split: str = "train800") -> Settings:
+    """A run by a method."""
+    key = MethodKey.parse(method)
+    return replace(base, method=key.method, rho=key.rho or 2.0, rank=rank, seed=seed, split=split)
 
 
-def test_who_shares_a_state(base: run.Settings) -> None:
-    def path(*args: Any, changed: dict[str, Any] | None = None, **kwargs: Any) -> Path:
-        shared = SharedState.of(job(replace(base, **(changed or {})), *args, **kwargs))
-        assert shared is not None
-        return shared.path
+def state_of(settings: Settings, k: int = 32) -> SharedState:
+    """The state of `k` components that a run shares."""
+    shared = SharedState.of(settings, k)
+    assert shared is not None
+    return shared
+
+
+def test_who_shares_a_state(base: Settings) -> None:
+    def path(*args: Any, changed: dict[str, Any] | None = None, k: int = 32, **kwargs: Any) -> str:
+        return state_of(by(replace(base, **(changed or {})), *args, **kwargs), k).path
 
     one = path()
     assert path("eva:1", rank=16, seed=2) == one  # any ρ, rank and seed
@@ -46,7 +51,7 @@ def test_who_shares_a_state(base: run.Settings) -> None:
     assert path(changed={"epochs": 30, "alpha": 2.0, "lr": 1.0, "metric": "sum", "limit_test": 3}) == one
     assert path(changed={"root": "elsewhere", "cache": "none", "workers": 5}) == one
     different = [
-        path(phase="final"),  # all 1,000 images
+        path(split="train800val200"),  # all 1,000 images
         path("eva-minor"),
         path(k=16),
         *(
@@ -58,44 +63,45 @@ def test_who_shares_a_state(base: run.Settings) -> None:
         ),
     ]  # fmt: skip
     assert len({one, *different}) == 1 + len(different)
-    assert SharedState.of(job(base, "lora", k=0)) is None
+    assert SharedState.of(by(base, "lora"), 0) is None
     authors = replace(base, protocol="authors-code")
-    tune, final = (SharedState.of(job(authors, phase=phase)) for phase in ("tune", "final"))
-    assert tune is not None
-    assert final is not None
-    assert tune.path == final.path  # train800 for both
+    assert state_of(by(authors)).path == state_of(by(authors, split="train800val200")).path  # train800 for both
 
 
-def test_computed_once_under_concurrency(base: run.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_say_what_a_state_depends_on() -> None:
+    assert set(identity(Settings(root="x", task="kitti"), Role.INITIALISATION)) == {
+        "task", "split", "model", "weights", "pos_embed", "split_fused", "protocol", "tau", "delta", "max_batches",
+        "batch_size", "accumulate", "precision", "image_size", "normalization", "limit_train",
+    }  # fmt: skip
+
+
+def test_computed_once_under_concurrency(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[Path] = []
 
-    def slow(settings: run.Settings, path: Path) -> None:
+    def slow(settings: Settings, path: Path) -> None:
         computed.append(path)
         time.sleep(0.3)
         EVAState().save(path)
 
     monkeypatch.setattr(states, "_compute", slow)
-    shared = [SharedState.of(job(base, rank=rank, seed=seed)) for rank in (2, 4, 8, 16) for seed in (0, 1)]
+    shared = [state_of(by(base, rank=rank, seed=seed)) for rank in (2, 4, 8, 16) for seed in (0, 1)]
     with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda state: state.obtain(), shared))  # type: ignore[union-attr]
+        paths = list(pool.map(lambda state: state.obtain(), shared))
     assert len(computed) == 1
     assert set(paths) == set(computed)
 
 
-def test_the_smallest_sufficient_state_serves(base: run.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_sufficient_state_serves(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "_compute", lambda settings, path: EVAState().save(path))
 
     def obtain(k: int) -> str:
-        shared = SharedState.of(job(base, k=k))
-        assert shared is not None
-        return shared.obtain().name.rpartition("-k")[2]
+        return state_of(by(base), k).obtain().name.rpartition("-k")[2]
 
     assert [obtain(k) for k in (32, 64, 16, 48, 32)] == ["32", "64", "32", "64", "32"]
 
 
-def test_damaged_state_is_computed_again(base: run.Settings) -> None:
-    shared = SharedState.of(job(base, k=8))
-    assert shared is not None
+def test_damaged_state_is_computed_again(base: Settings) -> None:
+    shared = state_of(by(base), 8)
     path = shared.obtain()
     tensors = path.with_name(f"{path.name}.safetensors")
     whole = EVAState.load(path)
@@ -107,10 +113,12 @@ def test_damaged_state_is_computed_again(base: run.Settings) -> None:
     assert len((path.parent / "computed.log").read_text().splitlines()) == 2
 
 
-def metrics_of(job: Job) -> dict[str, Any]:
-    outcome = attempt(job, WorkerOptions())
-    assert outcome.metrics is not None, outcome.error
-    return outcome.metrics
+def metrics_of(settings: Settings, folder: Path) -> dict[str, Any]:
+    return perform(RunFolder(folder, settings), lambda: run.build(settings), terminal=False)
+
+
+def with_shared_state(settings: Settings, folder: Path) -> dict[str, Any]:
+    return metrics_of(replace(settings, eva_state=str(state_of(settings).obtain())), folder)
 
 
 RESULTS = ("accuracy", "loss", "ranks", "trainable_parameters")
@@ -128,20 +136,20 @@ RESULTS = ("accuracy", "loss", "ranks", "trainable_parameters")
     ],
 )
 def test_shared_state_gives_the_results_of_streaming_bit_for_bit(
-    base: run.Settings, tmp_path: Path, method: str, rank: int, seed: int
+    base: Settings, tmp_path: Path, method: str, rank: int, seed: int
 ) -> None:
     """Where the minibatches are the same: here the training data are one."""
-    shared = job(base, method, rank, seed)
-    with_state = metrics_of(shared)
-    alone = run.execute(shared.settings, RunFolder(tmp_path / "alone", {}), QUIET)
+    settings = by(base, method, rank, seed)
+    with_state = with_shared_state(settings, tmp_path / "shared")
+    alone = metrics_of(settings, tmp_path / "alone")
     assert {k: with_state[k] for k in RESULTS} == {k: alone[k] for k in RESULTS}
     assert with_state["eva_state"].endswith("-k32")
 
 
-def test_protocol_of_the_authors_code(base: run.Settings, tmp_path: Path) -> None:
-    shared = job(replace(base, protocol="authors-code"), rank=4, seed=1, phase="final")
-    with_state = metrics_of(shared)
-    alone = run.execute(shared.settings, RunFolder(tmp_path / "alone", {}), QUIET)
+def test_protocol_of_the_authors_code(base: Settings, tmp_path: Path) -> None:
+    settings = by(replace(base, protocol="authors-code"), rank=4, seed=1, split="train800val200")
+    with_state = with_shared_state(settings, tmp_path / "shared")
+    alone = metrics_of(settings, tmp_path / "alone")
     assert {k: with_state[k] for k in ("ranks", "trainable_parameters")} == {
         k: alone[k] for k in ("ranks", "trainable_parameters")
     }

@@ -1,0 +1,245 @@
+"""What one VTAB-1K run is asked to do: ``python -m experiments.vtab --root DIR --task caltech101``.
+
+The defaults are the protocol of the EVA paper (section D.2): 224x224 bicubic, ImageNet normalisation, no augmentation,
+AdamW with weight decay 0.05, 30 epochs, linear warm-up over 3 and cosine decay, batch 64, a linear head on [CLS];
+trained are head, LoRA matrices and biases; 1,000 training images, accuracy on the test set after the last epoch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eva_lightning.errors import InputError
+from eva_lightning.files import file_digest
+from eva_lightning.methods.registry import METHODS, MethodKey, method_names
+from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
+from eva_lightning.vision.data.splits import open_task
+from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
+from experiments.runner.cli import in_terminal
+from experiments.runner.loggers import LOGGER_HELP, check_loggers, parse_loggers
+from experiments.runner.run_folder import RunFolder, perform
+from experiments.runner.settings import Role, check_settings, option, parse_settings
+
+if TYPE_CHECKING:
+    from eva_lightning.methods.apply import AdapterOptions
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+PLACE, RESULT, INITIALISATION, PER_RUN = Role.PLACE, Role.RESULT, Role.INITIALISATION, Role.PER_RUN
+
+
+@lru_cache
+def weights_identity(weights: str) -> str:
+    """What tells weights from others, wherever they lie: the choice itself, or a file's name, size and both ends.
+
+    The ends hold a safetensors file's table and a .pth archive's checksums; reading the whole of a ViT-g would take
+    seconds at every start.
+    """
+    file = Path(weights).expanduser()
+    if weights in ("pretrained", "none") or not file.is_file():
+        return weights
+    return f"{file.name}:{file.stat().st_size}:{file_digest(file, span=1 << 20)[:16]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions:
+    """What all runs of a sweep have in common: its command line hands these on to every run."""
+
+    model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14", INITIALISATION)
+    weights: str = option(
+        "pretrained", "pretrained (Hugging Face hub), none (random), or a weight file", INITIALISATION,
+        identity=weights_identity,
+    )  # fmt: skip
+    pos_embed: str = option(
+        "official", "resampling of DINOv2's position embedding: official (its own code) or timm", INITIALISATION,
+        choices=("official", "timm"),
+    )  # fmt: skip
+    split_fused: bool = option(False, "adapt q, k, v and the two halves of SwiGLU separately", INITIALISATION)
+    protocol: str = option(
+        "paper", "paper (its text), or authors-code (what their released pipeline does differently)", INITIALISATION,
+        choices=PROTOCOLS,
+    )  # fmt: skip
+    alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank", RESULT)
+    bias: str = option(
+        "all", "biases to train with adapters: all, lora_only or none", RESULT, choices=("all", "lora_only", "none")
+    )
+    init: str = option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute", RESULT)
+    metric: str = option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance", RESULT)
+    tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]", INITIALISATION, above=0, at_most=1)
+    delta: float = option(
+        1.0, "EVA: share of the layers that must have converged, in (0, 1]", INITIALISATION, above=0, at_most=1
+    )
+    lora_plus_ratio: float = option(16.0, "LoRA+: learning rate of B over that of A", RESULT, above=0)
+    max_batches: int | None = option(
+        None, "EVA, CorDA and LoRA-GA: most minibatches to look at before training", INITIALISATION, at_least=1
+    )
+    epochs: int = option(30, "training epochs", RESULT, at_least=1)
+    warmup_epochs: float = option(3.0, "epochs of linear warm-up", RESULT, at_least=0)
+    weight_decay: float = option(0.05, "AdamW's weight decay", RESULT, at_least=0)
+    dropout: float = option(0.0, "dropout on the adapters' inputs", RESULT)
+    batch_size: int = option(64, "images per optimizer step", INITIALISATION, at_least=1)
+    # how a machine does it: part of what comes out in the last bits only
+    accumulate: int = option(
+        1, "split a batch into this many passes, for small memories", INITIALISATION | PLACE, at_least=1
+    )
+    precision: str = option(
+        "auto", "auto (bf16-mixed on a GPU, else 32-true), or a Lightning precision", INITIALISATION | PLACE,
+        choices=PRECISIONS,
+    )  # fmt: skip
+    image_size: int = option(224, "height and width of the images, in pixels", INITIALISATION, at_least=1)
+    normalization: str = option("imagenet", "imagenet or none", INITIALISATION, choices=("imagenet", "none"))
+    limit_train: int | None = option(
+        None, "use only the first so many training images; marked in the metrics", INITIALISATION, at_least=1
+    )
+    limit_test: int | None = option(
+        None, "use only the first so many test images; marked in the metrics", RESULT, at_least=1
+    )
+    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
+    cache: str | None = option(None, "folder for decoded images, or none; OUTPUT/cache if not given", PLACE)
+    logger: str = option("none", LOGGER_HELP, PLACE)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.batch_size % self.accumulate:
+            message = f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}"
+            raise InputError(message, setting="accumulate")
+        parse_loggers(self.logger)
+
+    @property
+    def rules(self) -> Protocol:
+        """What ``protocol`` and ``split_fused`` ask for."""
+        protocol = get_protocol(self.protocol)
+        return replace(protocol, split_fused=protocol.split_fused or self.split_fused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SharedOptions):
+    """Everything one run is asked to do; also the layout of ``config.yaml``."""
+
+    root: str = option(MISSING, "folder that holds the VTAB-1K task folders", PLACE)
+    task: str = option(MISSING, "task, such as caltech101", INITIALISATION | PER_RUN)
+    method: str = option("eva", ", ".join(method_names("vision")), RESULT | PER_RUN, choices=method_names("vision"))
+    rank: int = option(16, "LoRA rank; EVA's mean rank per layer", RESULT | PER_RUN, at_least=1)
+    rho: float = option(
+        2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", RESULT | PER_RUN, at_least=1
+    )
+    lr: float = option(
+        1e-3, "peak learning rate (the paper searches 2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)", RESULT | PER_RUN, above=0
+    )
+    seed: int = option(0, "seed of head, data order and EVA's random parts", RESULT | PER_RUN, at_least=0, below=2**32)
+    split: str = option(
+        "train800val200", "train800val200 (tested on test) or train800 (on val200, for tuning)",
+        INITIALISATION | PER_RUN, choices=SPLITS,
+    )  # fmt: skip
+    eva_state: str | None = option(
+        None, "EVA: file of a saved state to start from, instead of streaming", RESULT | PER_RUN
+    )
+    devices: int = option(1, "number of devices", PLACE, at_least=1)
+    workers: int = option(0, "image decoding threads", PLACE, at_least=0)
+    output: str = option("runs", "folder that holds the runs", PLACE)
+    name: str | None = option(None, "name of the run's folder; made of task, model, method, lr and seed", PLACE)
+    overwrite: bool = option(False, "delete a run of this name first; else runs are resumed or reported", PLACE)
+    progress: bool = option(True, "show progress bars", PLACE)
+    validate: bool = option(True, "evaluate val200 after every epoch, with --split train800", PLACE)
+    plots: bool = option(True, "draw the curves", PLACE)
+    save_adapter: bool = option(True, "keep the trained adapter", PLACE)
+    checkpoint_minutes: float = option(
+        0.0, "least time between checkpoints to resume from; 0: after every epoch", PLACE, at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
+            raise InputError(f"name must be the plain name of a folder, got {self.name!r}", setting="name")
+
+    @property
+    def key(self) -> MethodKey:
+        """The method with its ρ."""
+        return MethodKey(self.method, self.rho if METHODS[self.method].redistributes else None)
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder."""
+        if self.name is not None:
+            return self.name
+        adapter = f"-r{self.rank}" if self.key.adapts else ""
+        adapter += f"-rho{self.rho:g}" if self.key.rho is not None else ""
+        tuning = "-train800" if self.split == "train800" else ""
+        model = self.model.replace("/", "_").replace(":", "_") + ("-split" if self.split_fused else "")
+        protocol = "" if self.protocol == "paper" else f"-{self.protocol}"
+        return f"{self.task}-{model}-{self.method}{adapter}-lr{self.lr:g}-seed{self.seed}{tuning}{protocol}"
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder for decoded images, or None to do without."""
+        if self.cache is None:
+            return Path(self.output) / "cache"
+        return None if self.cache == "none" else Path(self.cache)
+
+    def adapter_options(self) -> AdapterOptions:
+        """The settings that concern adapters.
+
+        Raises:
+            InputError: One of them is out of range.
+        """
+        # torch, which a mistyped name need not wait for
+        from eva_lightning.methods.apply import AdapterOptions
+
+        rules, own = self.rules, ("state", "rho", "rescale_alpha")
+        shared = {item.name: getattr(self, item.name) for item in fields(AdapterOptions) if item.name not in own}
+        rho = self.rho
+        if rules.decomposition is not None and self.key.rho is not None:
+            rho = rules.decomposition.rho(self.rank, rho)
+        return AdapterOptions(**shared, rho=rho, rescale_alpha=rules.rescale_alpha, state=self.eva_state)
+
+
+def parse(args: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
+    return parse_settings(Settings, "python -m experiments.vtab", (__doc__ or "").splitlines()[0], args)
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line `args` (``sys.argv`` for None) and return what ``metrics.json`` holds.
+
+    A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
+
+    Raises:
+        MissingInputError: Something of the data, or the weight file, is missing.
+        InputError: A setting or the data is wrong, or the folder holds a run of other settings.
+        UnreachableError: Pre-trained weights are wanted and the hub does not answer.
+    """
+    settings = parse(args)
+    folder = RunFolder(Path(settings.output) / settings.run_name, settings)
+    result = None if settings.overwrite else folder.result()
+    if result is not None:
+        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(result)}")
+        return result
+    check_loggers(parse_loggers(settings.logger))
+    open_task(settings.root, settings.task, settings.split, settings.limit_train, settings.limit_test)
+    # all that can be said of names and data has been said: now torch, Lightning and timm
+    from experiments.vtab.run import build
+
+    return perform(folder, lambda: build(settings), overwrite=settings.overwrite)
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """A finished run in one line."""
+    return (
+        f"{metrics['task']} {metrics['evaluation_split']} accuracy {metrics['accuracy']:.2%} "
+        f"({metrics['evaluation_images']} images{', limited' if metrics['limited'] else ''}), "
+        f"{metrics['model']}, {metrics['method']}"
+    )
+
+
+def command_line(args: Sequence[str] | None = None) -> int:
+    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
+    return in_terminal(main, args)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,110 @@
+"""The paper's whole grid, tiny, by real processes: killed in the middle, resumed, the same by both backends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments.vtab.sweep_settings import command_line
+from tests.experiments.vtab.sweep_fakes import all_runs, make_tasks, sweep, words
+from tests.paths import ROOT
+
+CHECKOUT = ROOT
+GRID = "--grid configs/vtab/grid_paper.yaml --tasks kitti,dmlab --methods eva"
+RUNS = 2 * (5 * 4 * 3 + 5)
+
+
+def journal(output: Path, what: str) -> list[tuple[str, int]]:
+    """Runs and processes of the journal's lines of one kind."""
+    file = output / "journal.log"
+    if not file.is_file():
+        return []
+    return [(run, int(pid)) for run, pid in re.findall(rf" {what} (\w{{16}}) process (\d+) ", file.read_text())]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def killed_and_resumed(root: Path, output: Path, backend: str) -> None:
+    """A sweep that loses a worker, then its own life, and is resumed with another number of workers."""
+    arguments = words(root, output, f"{GRID} --backend {backend}")
+    command = [sys.executable, "-m", "experiments.vtab", "sweep", *arguments]
+    first = subprocess.Popen(
+        [*command, "--workers", "2"], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for(lambda: len(journal(output, "end")) >= 10 or first.poll() is not None)
+        victim = journal(output, "begin")[-1][1]
+        os.kill(victim, signal.SIGKILL)
+        # another process has taken its place, and the runs go on
+        wait_for(lambda: len({pid for _, pid in journal(output, "begin")}) >= 3 or first.poll() is not None)
+        wait_for(lambda: len(journal(output, "end")) >= 40 or first.poll() is not None)
+        assert first.poll() is None, first.communicate()[0]
+        assert command_line([*arguments, "--workers", "1"]) == 2  # in use
+    finally:
+        first.kill()
+        out, _ = first.communicate()
+    assert re.search(r"a worker process was .*; its run starts again", out), out
+    workers = {pid for _, pid in journal(output, "begin")}
+    wait_for(lambda: not any(map(is_running, workers)), 60)  # the workers die with the sweep
+    assert 39 <= len(list(output.glob("*/*/metrics.json"))) < RUNS
+    second = subprocess.run([*command, "--workers", "1"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"taking over from process {first.pid} on " in second.stdout
+    assert f"{RUNS} of {RUNS} runs are done" in second.stdout
+
+
+def finished(root: Path, output: Path) -> pd.DataFrame:
+    """All runs of the sweep, by asking for its report."""
+    return all_runs(sweep(words(root, output, f"{GRID} --report")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_papers_grid_by_both_backends_killed_and_resumed(tmp_path: Path) -> None:
+    make_tasks(tmp_path / "data")
+    results = {}
+    for backend in ("local", "ray"):
+        output = tmp_path / backend
+        killed_and_resumed(tmp_path / "data", output, backend)
+        runs = finished(tmp_path / "data", output)
+        assert Counter(zip(runs["task"], runs["phase"], strict=True)) == {
+            ("kitti", "tune"): 60, ("kitti", "final"): 5, ("dmlab", "tune"): 60, ("dmlab", "final"): 5,
+        }  # fmt: skip
+        # Each run was brought to its end once. Only those that a signal hit were begun again: one by the worker's, two
+        # by the sweep's.
+        ends = Counter(run for run, _ in journal(output, "end"))
+        begins = Counter(run for run, _ in journal(output, "begin"))
+        assert set(begins) == set(runs["id"])
+        assert max(ends.values()) == 1
+        assert sum(begins.values()) - RUNS <= 3
+        assert RUNS - sum(ends.values()) <= 3  # killed after the metrics, before the line
+        # one EVA state per task and training split
+        computed = [line.split()[0] for line in (output / "states/computed.log").read_text().splitlines()]
+        assert len(computed) == len(set(computed)) == 4
+        assert len(list((output / "tuning").iterdir())) == 120
+        assert len(list((output / "runs").iterdir())) == 10
+        results[backend] = {run["id"]: (run["accuracy"], run["loss"], run["ranks"]) for run in runs.to_dict("records")}
+    assert results["local"] == results["ray"]
