@@ -7,7 +7,6 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -73,10 +72,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
-    return get_type_hints(kind)
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass, evaluated once: a sweep makes thousands of objects of one class."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def check_settings(settings: Any) -> None:
@@ -85,7 +88,7 @@ def check_settings(settings: Any) -> None:
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = _hints(settings.__class__)
+    hints = _hints(type(settings))
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
