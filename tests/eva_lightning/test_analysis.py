@@ -162,7 +162,7 @@ def test_mistakes_are_named(model: TwoLayers) -> None:
     a = orthonormal(8)
     with pytest.raises(ValueError, match="at least one minibatch"):
         convergence_curve(model, [], layers(model), K)
-    with pytest.raises(ValueError, match="tau must be in"):
+    with pytest.raises(ValueError, match="tau must be a number above 0 and of at most 1, got 0"):
         convergence_curve(model, [torch.ones(2, DIM)], layers(model), K, tau=0)
     with pytest.raises(ValueError, match="equal shapes"):
         component_cosines(a, a[:2])

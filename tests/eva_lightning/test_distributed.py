@@ -45,7 +45,7 @@ class Saving(EVAInitCallback):
 
 
 def fit(strategy: str, folder: Path, engine: str) -> None:
-    callback = Saving(rho=2, r=4, engine=engine, tau=1.0, verbose=False)
+    callback = Saving(rho=2, r=4, streaming=StreamingOptions(engine=engine, tau=1.0), verbose=False)
     callback.folder = folder
     start = DDPStrategy(start_method="spawn", process_group_backend="gloo", find_unused_parameters=strategy == "unused")
     run = trainer(callback, strategy=start, devices=2, max_epochs=2)
@@ -85,7 +85,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from tests.modules import Classifier, dataset, mlp
-from eva_lightning import EVAInitCallback
+from eva_lightning import EVAInitCallback, StreamingOptions
 
 class Sharded(Classifier):
     def configure_model(self):
@@ -97,7 +97,7 @@ class Sharded(Classifier):
 torch.manual_seed(0)
 module = Sharded(mlp())
 module.net[1] = torch.nn.Identity()
-callback = EVAInitCallback(rho=2, r=4, tau=1.0, verbose=False)
+callback = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(tau=1.0), verbose=False)
 strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, callbacks=[callback],
                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
