@@ -55,7 +55,7 @@ class Protocol:
     Attributes:
         name: What ``--protocol`` calls it.
         split_fused: Adapt q, k, v and the two halves of SwiGLU separately. Authors: yes (``adapters/split_qkv.py``,
-            ``adapters/split_swigluffn.py``); the text does not say.
+            ``adapters/split_swigluffn.py``); not in the text.
         decomposition: EVA's decomposition by one pass, or None to stream training batches until the components have
             converged (section 3.2, Algorithm 1). Authors: one pass (``trainers/eva_pca_trainer.py``).
         rescale_alpha: Keep α/r in layers whose rank changes, by rescaling α (section 4.1). Authors: α stays, so the
@@ -67,7 +67,7 @@ class Protocol:
             Authors: yes (``adapters/lora_linear.py``, ``train``; no autocast in ``trainers/finetune_trainer.py``). The
             text: bfloat16, no word on merging.
         drop_last: Leave out the last, smaller batch of an epoch. Authors: yes (``trainers/finetune_trainer.py``), 12
-            steps per epoch of 800 images and 15 of 1,000 at batch 64; the text does not say.
+            steps per epoch of 800 images and 15 of 1,000 at batch 64; not in the text.
         decay_matrices_only: No weight decay on biases and other parameters of one dimension. Authors: yes
             (``utils/param_groups.py``); the text: weight decay 0.05.
     """
