@@ -22,6 +22,7 @@ from eva_lightning.errors import InputError, InputTypeError, check_choice, check
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
 from eva_lightning.ranks import METRICS
+from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.trainer_state import after_configure_model, refresh_averages
@@ -84,6 +85,8 @@ class EVAInitCallback(pl.Callback):
         forward_fn: ``forward_fn(module, batch)`` runs the forward pass where the batch's type does not tell how.
         mask_fn: ``mask_fn(batch)`` returns a bool tensor, True for tokens that count (padding left out).
         verbose: print what was done, once.
+        options: single options of ``streaming`` and ``lora`` by their own names, where one or two are all that is
+            wanted: ``EVAInitCallback(tokens_per_sample=None)``, ``EVAInitCallback(bias="all", use_dora=True)``.
 
     Attributes:
         state: the :class:`EVAState` after ``on_fit_start``.
@@ -112,14 +115,14 @@ class EVAInitCallback(pl.Callback):
         forward_fn: ForwardFn | None = None,
         mask_fn: MaskFn | None = None,
         verbose: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
-        streaming = StreamingOptions() if streaming is None else streaming
+        own = [name for name in EVAInitCallback.__init__.__annotations__ if name not in ("options", "return")]
+        streaming, lora = with_single_options(streaming, lora, options, own)
         check_number("rho", rho, at_least=1)
         check_choice("metric", metric, METRICS)
         check_choice("init", init, INITS)
-        if not isinstance(streaming, StreamingOptions):
-            raise InputTypeError(f"streaming must be StreamingOptions or None, got {streaming!r}", setting="streaming")
         for name, function in (("forward_fn", forward_fn), ("mask_fn", mask_fn)):
             if function is not None and not callable(function):
                 raise InputTypeError(f"{name} must be a function or None, got {function!r}", setting=name)

@@ -26,7 +26,7 @@ _PASSED_ON = (
     "use_rslora",
 )  # fmt: skip
 _TRANSLATED = ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "bias")
-_HONOURED = (*_TRANSLATED, *_PASSED_ON)
+HONOURED = (*_TRANSLATED, *_PASSED_ON)
 # about the file a config was read from, or of no consequence
 _DESCRIPTIVE = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
@@ -98,10 +98,10 @@ def _refuse_unsupported(options: Mapping[str, Any]) -> None:
             "itself: leave it at True",
             setting="lora",
         )
-    others = [name for name in options if name not in (*_HONOURED, *_DESCRIPTIVE, "init_lora_weights")]
+    others = [name for name in options if name not in (*HONOURED, *_DESCRIPTIVE, "init_lora_weights")]
     if others:
         raise InputError(
-            f"lora: {unknown('option', others[0], _HONOURED, list_all=False)}; adapters with options that EVA does not "
+            f"lora: {unknown('option', others[0], HONOURED, list_all=False)}; adapters with options that EVA does not "
             "know are made with peft.get_peft_model before fit, and EVA uses them",
             setting="lora",
         )
