@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -71,13 +72,23 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass, evaluated once: a sweep makes thousands of objects of one class."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
+
+
 def check_settings(settings: Any) -> None:
     """Check the values of a settings dataclass against the choices and bounds of its options.
 
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
@@ -86,7 +97,11 @@ def check_settings(settings: Any) -> None:
             if metadata["choices"] is not None:
                 # of a list `methods` each item is a method
                 name = item.name.removesuffix("s") if isinstance(value, tuple) else item.name
-                check_choice(name, each, metadata["choices"])
+                try:
+                    check_choice(name, each, metadata["choices"])
+                except InputError as error:
+                    error.setting = item.name
+                    raise
             if metadata["bounds"]:
                 check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
 
@@ -158,9 +173,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    import sys
-
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
