@@ -31,8 +31,8 @@ class DecisionTransformerModule(L.LightningModule):
 
     A batch is a mapping with ``states`` ``(B, K, state_dim)``, ``actions`` ``(B, K, action_dim)``, ``rewards``,
     ``returns_to_go`` and ``timesteps`` ``(B, K)``, in raw units, ``mask`` ``(B, K)`` (True for real steps, which come
-    first) and, for targets other than ``actions``, ``target_actions``. Nothing here knows of adapters. Every argument
-    is a hyper-parameter, so a checkpoint says all there is to say. The defaults are the paper's (section E.2).
+    first) and, for targets other than ``actions``, ``target_actions``. Nothing here depends on adapters. Every
+    argument is a hyper-parameter, so a checkpoint is complete. The defaults are the paper's (section E.2).
 
     Logged: ``train_loss`` per step; ``val_loss/<task>`` (by the batch's ``task`` index) and their mean ``val_loss``.
 
@@ -205,7 +205,7 @@ class DecisionTransformerModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, else by this module's ``gradient_clip``."""
+        """Clip by the trainer's value, else by this module's ``gradient_clip``."""
         value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
         if value is not None:
             self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
