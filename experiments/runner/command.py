@@ -5,12 +5,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from experiments.runner.cli import in_terminal
 from experiments.runner.settings import parse_settings
 
 S = TypeVar("S")
+
+
+@runtime_checkable
+class HasExitStatus(Protocol):
+    """What work may return to say how a command ends, such as the results of a comparison."""
+
+    @property
+    def exit_status(self) -> int:
+        """0: all is well; 1: something failed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,5 +52,7 @@ class SettingsCommand(Generic[S]):
         return getattr(importlib.import_module(module), function)(settings)
 
     def command_line(self, args: Sequence[str] | None = None) -> int:
-        """:meth:`main` for a terminal, giving the exit status."""
-        return in_terminal(self.main, args)
+        """:meth:`main` for a terminal, giving the exit status: 2 for wrong input, 130 for Ctrl-C, else the work's."""
+        results: list[Any] = []
+        status = in_terminal(lambda words: results.append(self.main(words)), args)
+        return status or max((each.exit_status for each in results if isinstance(each, HasExitStatus)), default=0)

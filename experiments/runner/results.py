@@ -61,6 +61,11 @@ class Results:
         )
 
     @property
+    def exit_status(self) -> int:
+        """Of a command: 1 where something failed."""
+        return int(bool(self.failures or self.without_choice))
+
+    @property
     def is_complete(self) -> bool:
         """Whether everything that was asked for is done."""
         return not (self.left or self.failures or self.held_up or self.without_choice)
