@@ -7,7 +7,6 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -73,10 +72,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
-    return get_type_hints(kind)
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass, evaluated once: a sweep makes thousands of objects of one class."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def check_settings(settings: Any) -> None:
@@ -85,7 +88,7 @@ def check_settings(settings: Any) -> None:
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
-    hints = _hints(settings.__class__)
+    hints = _hints(type(settings))
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
@@ -170,7 +173,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
