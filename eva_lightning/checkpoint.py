@@ -1,4 +1,4 @@
-"""Lightning checkpoints with redistributed ranks: save what a fresh module needs to take them, and make it so.
+"""Lightning checkpoints with redistributed ranks: save what a fresh module needs to load them, and fit it to them.
 
 Lightning restores the weights of a module before the state of its callbacks, so a module built with uniform ranks
 would meet weights of other shapes. Here the module's LoRA layers are made to fit the checkpoint first: created,
@@ -97,7 +97,7 @@ class _DescribedSaving:
 
 
 def describe_on_save(module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool = False) -> None:
-    """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can take it.
+    """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can load it.
 
     Args:
         module: with adapters, now or by the time it is saved.

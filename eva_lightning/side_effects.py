@@ -1,4 +1,4 @@
-"""Run something on a model and a data loader and leave no trace: RNG, modes, buffers, samplers."""
+"""Run a model and a data loader without side effects on generators, modes, buffers and samplers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def isolated_rng() -> Iterator[None]:
 
 
 def snapshot_rng() -> Callable[[], None]:
-    """Note the state of the global generators; returns a function that brings it back."""
+    """Record the state of the global generators; returns a function that restores it."""
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""What EVA found out about a model, in memory and on disk: compute once, inspect, reuse with any rank."""
+"""The result of EVA's decompositions, in memory and on disk: compute once, inspect, reuse with any rank."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class EVAState:
         for part in (tensor_path, json_path):
             if not part.is_file():
                 raise MissingInputError(
-                    f"an EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing"
+                    f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing"
                 )
         document = _read_document(json_path)
         if document.pop("tensor_checksum", None) != _checksum(tensor_path):

@@ -1,4 +1,4 @@
-"""Which tokens of a minibatch go into the decompositions: all would cost as much as the forward pass itself."""
+"""Which tokens of a minibatch are decomposed: all would cost as much as the forward pass itself."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def is_adalora(module: nn.Module) -> bool:
 
 
 class RankAllocation:
-    """Which components of AdaLoRA layers live on: PEFT's ``RankAllocator``, without a PeftModel around the module.
+    """Which components of AdaLoRA layers are kept: PEFT's ``RankAllocator``, without a PeftModel around the module.
 
     Args:
         module: With AdaLoRA layers.

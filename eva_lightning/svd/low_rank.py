@@ -1,4 +1,4 @@
-"""Streaming SVD that keeps a low-rank factorization of the tokens: what the incremental and the sketch engine share."""
+"""Streaming SVD that keeps a low-rank factorization of the tokens: shared by the incremental and the sketch engine."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class FactoredSVD(StreamingSVD):
         return factor
 
     def _current(self) -> Factor | None:
-        """The factorization with the waiting tokens in it, computed aside: looking must not change the stream."""
+        """The factorization with the waiting tokens in it, computed on a copy: this must not change the stream."""
         if not self._waiting:
             return self._condensed()
         aside = self.clone()
@@ -158,7 +158,7 @@ class FactoredSVD(StreamingSVD):
         return aside._condensed()
 
     def _set(self, factor: Factor | None) -> None:
-        """Stand for `factor` and nothing else from here on, but for the waiting tokens."""
+        """Make `factor` the state; waiting tokens stay."""
         self._factor = factor
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Solve the SVDs of many layers together, and of many processes, at the price of small messages."""
+"""Solve the SVDs of many layers together, and of many processes with small messages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Ranks:
         return tensor
 
     def all(self, flags: Tensor) -> Tensor:
-        """True where it is on every rank: ranks of unequal hardware must not part ways over a rounding."""
+        """True where it is on every rank: ranks of unequal hardware must not diverge over a rounding."""
         if not self.across:
             return flags
         return self.sum(flags.to(torch.int32)) == dist.get_world_size(self.group)

@@ -1,4 +1,4 @@
-"""When has a stream been seen long enough? The doubling rule, and the paper's cosine rule."""
+"""Stopping rules for a stream: the doubling rule, and the paper's cosine rule."""
 
 from __future__ import annotations
 

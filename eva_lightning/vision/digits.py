@@ -17,8 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.optim.parameter_groups import parameter_groups
 
 PIXEL_MAX = 16.0
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of all 1,797 images once scaled to [0, 1]
@@ -202,16 +204,12 @@ class DigitsClassifier(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        accuracy = multiclass_accuracy(logits, labels, logits.shape[1], average="micro")
         self.log_dict({"val_loss": F.cross_entropy(logits, labels), "val_accuracy": accuracy}, batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        parameters, lr = self.named_parameters(), self.learning_rate
+        optimizer = torch.optim.AdamW(parameter_groups(parameters, lr, self.weight_decay, decay_matrices_only=True))
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, round(self.warmup_share * steps))
         schedule = torch.optim.lr_scheduler.SequentialLR(

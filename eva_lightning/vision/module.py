@@ -89,7 +89,7 @@ class ImageClassifier(L.LightningModule):
             options=model_options,
         )
         # 0.7 ms a step, 0.2 ms by sums of our own: far below 5% of an epoch. Neither metric waits for the device, as no
-        # argument is checked and no NaN looked for.
+        # argument is checked, nor NaN removed.
         self._means = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self._means[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
@@ -133,7 +133,7 @@ class ImageClassifier(L.LightningModule):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Start the means anew, without what an interrupted epoch left behind."""
+        """Reset the means, which an interrupted epoch may have left half-way."""
         self._reset_means("train")
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -142,7 +142,7 @@ class ImageClassifier(L.LightningModule):
             self._log_means("train")
 
     def on_validation_epoch_start(self) -> None:
-        """Start the means anew."""
+        """Reset the means."""
         self._reset_means("val")
 
     def on_validation_epoch_end(self) -> None:
@@ -150,7 +150,7 @@ class ImageClassifier(L.LightningModule):
         self._log_means("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start the means anew."""
+        """Reset the means."""
         self._reset_means("test")
 
     def on_test_epoch_end(self) -> None:

@@ -281,7 +281,7 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
 
 
 def _fetch(folder: Path) -> Path:
-    """Download by the parts of the hub's client: its ``hf_hub_download`` begins anew after every interruption."""
+    """Download by parts of the hub's client, as its ``hf_hub_download`` restarts after every interruption."""
     url = hf_hub_url(REPOSITORY, ARCHIVE_NAME, repo_type="dataset", endpoint=endpoint())
     found = get_hf_file_metadata(url)
     # bytes of another version of the file are another file

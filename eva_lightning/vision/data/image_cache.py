@@ -143,7 +143,7 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _write(file: Path, split: Split, image_size: int, workers: int, progress: bool) -> None:
-    """Decode `split` into `file`. Only for who holds its lock."""
+    """Decode `split` into `file`. To be called with its lock held."""
     for leftover in file.parent.glob(f"{file.stem}.*.part"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
     temporary = file.with_name(f"{file.stem}.{os.getpid()}.part")

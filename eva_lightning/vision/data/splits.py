@@ -1,7 +1,7 @@
 """Reading and checking a VTAB-1K folder: everything that can be wrong with it is reported before a model is built.
 
 Layout: ``<root>/<task>/{train800,val200,train800val200,test}.txt``, each line ``relative_path int_label``, paths
-relative to the task folder. Only text files are read and files looked for: 7,000 images take about 0.1 s.
+relative to the task folder. Only text files are read, and images are only found to exist: 7,000 of them take about 0.1 s.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class TaskData:
     Attributes:
         warnings: One sentence per thing that is unusual but can be worked with.
         limited: Only the first images of a split are used (quick trials).
-        comparable: The files have the official sizes and nothing is limited. It cannot be told from the folder whether
-            they hold the official images.
+        comparable: The files have the official sizes and nothing is limited. Whether they hold the official
+            images is not checked.
     """
 
     task: VTABTask

@@ -17,7 +17,7 @@ from eva_lightning.methods import METHODS, MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.module import ImageClassifier
-from tests.eva_lightning.methods.test_vision import fit, plain
+from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 INITS = {

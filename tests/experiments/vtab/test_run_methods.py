@@ -11,7 +11,7 @@ from eva_lightning.methods.keys import METHOD_TRAITS
 from eva_lightning.methods.vision import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from experiments.vtab.run import METHODS, command_line, main, parse
-from tests.eva_lightning.methods.test_vision import fit, plain
+from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 
