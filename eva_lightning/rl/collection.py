@@ -1,7 +1,7 @@
 """Demonstrations by metaworld's scripted experts, over processes, resumable at any moment.
 
 Episode `i` of a task has goal number `i` (modulo 50) and noise from a generator of its own, made of the seed, the task
-and `i`: its bits do not depend on how many processes work, in what order, or after which interruption.
+and `i`: its bits do not depend on the number of processes, their order, or interruptions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ExpertRunner:
                 chunk.task, seed=conditions.seed, split="train", horizon=conditions.horizon
             )
         with warnings.catch_warnings():
-            # experts ask for more than a step can do all the time; the action is clipped
+            # experts often ask for more than a step can do; the action is clipped
             warnings.filterwarnings("ignore", message="Constant.*may be too high")
             return join([self._episode(self._environment, number) for number in range(chunk.start, chunk.stop)])
 
@@ -195,7 +195,7 @@ def _run_all(
                 chunk = queue.next(chunk.task)
         return
     with contextlib.ExitStack() as stack:
-        # a pool for each process: who has a task's environment gets more of that task
+        # a pool for each process: one that has a task's environment gets more of that task
         pools = [stack.enter_context(process_pool(1)) for _ in range(workers)]
         busy: dict[Future[TaskDemonstrations], tuple[ProcessPoolExecutor, Chunk]] = {}
 

@@ -175,11 +175,11 @@ class DecisionTransformer(nn.Module):
     the sequence, so in the context window; without it every token gets place 0. It is a flag besides the embedding of
     the episode's time step (Chen et al.), which its released configurations use, the flag being off in them.
     ``"global"`` is the former alone, the default here; ``"timestep"`` is the latter alone, one vector per step of the
-    episode, shared by its four tokens. The former knows nothing of the time of the episode, so it has no place that it
-    was not trained on.
+    episode, shared by its four tokens. The former does not depend on the time of the episode, so every place was
+    trained.
 
     Size: the paper's architecture has 12,741,124 parameters here: 12,609,536 of them in the four blocks, the paper's
-    "12M" (Table 24). Its other figure, "16M" (section E.2), is not what four layers of width 512 come to; with the
+    "12M" (Table 24). Its other figure, "16M" (section E.2), is not the size of four layers of width 512; with the
     larger tables of Schmied et al. (1,024 places, 1,000 time steps) it would be 13.7M.
 
     Example::

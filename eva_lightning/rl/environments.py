@@ -152,7 +152,12 @@ def _make(task: str, render_size: int | None) -> Any:
     kind = ALL_V3_ENVIRONMENTS[task]
     if render_size is None:
         return kind(reward_function_version="v2")
-    camera = {"render_mode": "rgb_array", "camera_name": _CAMERA, "width": render_size, "height": render_size}
+    camera: dict[str, Any] = {
+        "render_mode": "rgb_array",
+        "camera_name": _CAMERA,
+        "width": render_size,
+        "height": render_size,
+    }
     return kind(reward_function_version="v2", **camera)
 
 

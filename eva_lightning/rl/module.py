@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
-from eva_lightning.optim.schedules import warmup_cosine
+from eva_lightning.optim.schedules import set_per_step, warmup_cosine
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 
 Batch = Mapping[str, Tensor]
@@ -31,8 +31,8 @@ class DecisionTransformerModule(L.LightningModule):
 
     A batch is a mapping with ``states`` ``(B, K, state_dim)``, ``actions`` ``(B, K, action_dim)``, ``rewards``,
     ``returns_to_go`` and ``timesteps`` ``(B, K)``, in raw units, ``mask`` ``(B, K)`` (True for real steps, which come
-    first) and, for targets other than ``actions``, ``target_actions``. Nothing here knows of adapters. Every argument
-    is a hyper-parameter, so a checkpoint says all there is to say. The defaults are the paper's (section E.2).
+    first) and, for targets other than ``actions``, ``target_actions``. Nothing here depends on adapters. Every
+    argument is a hyper-parameter, so a checkpoint is complete. The defaults are the paper's (section E.2).
 
     Logged: ``train_loss`` per step; ``val_loss/<task>`` (by the batch's ``task`` index) and their mean ``val_loss``.
 
@@ -192,12 +192,12 @@ class DecisionTransformerModule(L.LightningModule):
         """AdamW over the trainable parameters and a learning rate set per step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(self.warmup_steps, total // 10)
-        multipliers = () if self.lr_multipliers is None else (self.lr_multipliers,)
-        groups = parameter_groups(self.named_parameters(), self.lr, self.weight_decay, multipliers=multipliers)
+        groups = parameter_groups(
+            self.named_parameters(), self.lr, self.weight_decay, multipliers=[self.lr_multipliers]
+        )
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         lowest = self.min_lr / self.lr
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total, lowest))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return set_per_step(optimizer, lambda step: warmup_cosine(step, warmup, total, lowest))
 
     def configure_gradient_clipping(
         self,
@@ -205,7 +205,7 @@ class DecisionTransformerModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, else by this module's ``gradient_clip``."""
+        """Clip by the trainer's value, else by this module's ``gradient_clip``."""
         value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
         if value is not None:
             self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
@@ -247,8 +247,9 @@ class DecisionTransformerModule(L.LightningModule):
 
 def running_mean(device: torch.device) -> MeanMetric:
     """A weighted mean in double precision, which a NaN makes NaN: torchmetrics would leave it out by default."""
-    # in this order: moving a metric takes it back to single precision
-    return MeanMetric(nan_strategy=math.nan).to(device).set_dtype(torch.float64)
+    mean = MeanMetric(nan_strategy=math.nan).to(device)
+    mean.set_dtype(torch.float64)  # after moving it, which would take it back to single precision
+    return mean
 
 
 def _check_overrides(checkpoint: str | Path, hparams: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ class DecisionTransformerPolicy:
     forward pass. Once the window slides it no longer is: what a token holds in a deep layer depends on tokens that have
     left the window.
 
-    - ``"exact"``: the window of the last `context` steps is computed anew at each step. Equal to the module's forward
+    - ``"exact"``: the window of the last `context` steps is recomputed at each step. Equal to the module's forward
       on that window. Embedded tokens are kept, and behind the last attention only one token is computed.
     - ``"streaming"``: a full cache is started over with the last half of the context, then grows again. Each action is
       the module's forward on the last ``context // 2 + 1`` to `context` steps: shorter windows than exact ones, but
@@ -163,7 +163,7 @@ class DecisionTransformerPolicy:
         model, cache = self.module.model, self._cache
         assert cache is not None
         end = TOKENS_PER_STEP * (self._step - self._start) + _KNOWN
-        # an exact window is computed anew once it slides: nothing to keep
+        # an exact window is recomputed once it slides: nothing to keep
         filling = self.mode == "streaming" or self._start == 0
         begin = cache.length if filling else 0
         steps = torch.arange(self._start, self._step + 1, device=self._tokens.device)[None]

@@ -1,4 +1,4 @@
-"""Which OpenGL draws the simulator without a display: EGL, else OSMesa, else none.
+"""Which OpenGL renders the simulator without a display: EGL, else OSMesa, else none.
 
 A broken driver can end the process that tries it, so each is tried in a process of its own, once, and only when a
 picture is asked for: everything but video works without any.
@@ -31,10 +31,10 @@ renderer.close()
 
 
 def rendering_backend() -> Backend | None:
-    """What MuJoCo can draw with on this machine: ``"egl"``, ``"osmesa"`` or None.
+    """What MuJoCo can render with on this machine: ``"egl"``, ``"osmesa"`` or None.
 
     EGL, which is about twice as fast, is tried first, unless ``MUJOCO_GL`` names the other one. ``MUJOCO_GL`` is set to
-    the result, which must happen before something is drawn for the first time.
+    the result, which must happen before the first frame.
     The first call takes about a second.
     """
     backend = _probed(os.environ.get("MUJOCO_GL", "").strip().lower())

@@ -28,9 +28,9 @@ class RolloutCallback(L.Callback):
 
     Logged are ``rollout/<task>/success`` (share of the episodes solved at any step), ``rollout/<task>/return``, and
     with several tasks their means ``rollout/success`` and ``rollout/return``. Videos go, as GIF, to a WandbLogger
-    (online or offline) and a TensorBoardLogger, if the trainer has one. Training goes on as if nothing had happened:
+    (online or offline) and a TensorBoardLogger, if the trainer has one. Training is not affected:
     the module's modes, its weights and every random state stay. With several devices the first one rolls out. Where
-    MuJoCo cannot draw, a warning says what to install and the rest works.
+    MuJoCo cannot render, a warning names what to install and the rest works.
 
     Example::
 
@@ -105,7 +105,7 @@ class RolloutCallback(L.Callback):
         return {"last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self._last_step = int(state_dict.get("last_step", -1))
 
     def _due(self, step: int) -> bool:

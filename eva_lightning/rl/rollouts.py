@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class RolloutResult:
-    """What N episodes of one task came to.
+    """Results of N episodes of one task.
 
     Attributes:
         task: Full name of the task.

@@ -13,7 +13,7 @@ from eva_lightning.errors import InputError, check_number, unknown
 
 #: Steps of an episode, as in the paper.
 HORIZON = 200
-#: Steps after which metaworld itself refuses to go on.
+#: Steps after which metaworld itself stops.
 MAX_HORIZON = 500
 #: Seeds of goals are below this.
 MAX_SEED = 2**31

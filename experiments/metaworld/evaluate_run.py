@@ -72,7 +72,7 @@ def run(settings: Settings) -> list[RolloutResult]:
 def load_module(
     checkpoint: str | Path, init: str | Path | None = None
 ) -> tuple[DecisionTransformerModule, dict[str, Any]]:
-    """The module of a checkpoint, and what the checkpoint says about itself.
+    """The module of a checkpoint, and what the checkpoint has under ``"about"``.
 
     Args:
         checkpoint: A checkpoint file, or the folder of a run.
@@ -107,7 +107,7 @@ def target_return(settings: Settings, task: str, about: Mapping[str, Any]) -> fl
     """The return to ask for: given, said by the checkpoint, or the largest of the demonstrations.
 
     Raises:
-        MissingInputError: There are no demonstrations of the task, and nothing else says it.
+        MissingInputError: There are no demonstrations of the task, and the checkpoint has no target return.
     """
     known = about.get("max_return") or {}
     mean = (about.get("mean_return") or {}).get(task)

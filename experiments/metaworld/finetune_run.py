@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run_all(settings: Settings) -> list[dict[str, Any]]:
     results = []
     for run in settings.runs():
         folder = RunFolder(Path(run.output) / run.run_name, run)
-        results.append(perform_or_report(folder, lambda run=run: build(run), headline, run.overwrite))  # type: ignore[misc]
+        results.append(perform_or_report(folder, partial(build, run), headline, run.overwrite))
     if settings.seeds > 1:
         print(summary(results))
     return results

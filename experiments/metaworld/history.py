@@ -60,7 +60,7 @@ class StepHistory(L.Callback):
 
     @property
     def utilisation(self) -> float:
-        """Share of the device's peak that the steps' floating-point operations come to."""
+        """Floating-point operations of the steps as a share of the device's peak."""
         return self.updates_per_second * self.flops / self.peak
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
