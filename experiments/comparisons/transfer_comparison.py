@@ -66,7 +66,8 @@ class Transfer(Comparison):
         held_out = decoded(parts.held_out, IMAGE_SIZE, settings.cache, progress)
         for split in (parts.train, parts.test, parts.tuning, parts.validation):
             decoded(split, IMAGE_SIZE, settings.cache, progress)
-        _LOGGER.info("pre-training on %d images of %d classes", len(train), parts.classes[0])
+        if not settings.weights.is_file():
+            _LOGGER.info("pre-training on %d images of %d classes", len(train), parts.classes[0])
         metrics = pretrain(self._recipe, parts.classes[0], train, held_out, settings.weights, progress)
         accuracy = metrics["evaluations"][-1]["accuracy"]
         _LOGGER.info("pre-trained: held-out accuracy %.1f%%, %.0f s", 100 * accuracy, metrics["seconds"])
