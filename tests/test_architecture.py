@@ -17,7 +17,7 @@ FLOORS = (
     ("eva_lightning.methods", "eva_lightning.optim", "eva_lightning.rl", "eva_lightning.vision"),
     ("experiments.runner",),
     ("tools", "benchmarks.harness"),
-    ("experiments.vtab", "experiments.metaworld"),
+    ("experiments.vtab", "experiments.metaworld", "experiments.report"),
     ("experiments.comparisons",),
     ("experiments", "benchmarks", "examples"),
 )

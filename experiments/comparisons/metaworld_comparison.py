@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from eva_lightning.errors import InputError
 from eva_lightning.methods import MethodKey
 from eva_lightning.rl.demonstrations import read_index
@@ -19,7 +17,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.comparisons import metaworld_report
 from experiments.comparisons.metaworld import Settings
 from experiments.comparisons.settings import method_cells
-from experiments.comparisons.timing import median_seconds, single_thread
+from experiments.comparisons.timing import single_thread, step_seconds
 from experiments.metaworld import finetune_run
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results
@@ -93,7 +91,7 @@ class MetaWorld(Comparison):
 
     def seconds(self) -> Callable[[Job], float]:
         """By steps of a method and rolled-out episodes, timed now."""
-        step = functools.cache(functools.partial(step_seconds, self.settings))
+        step = functools.cache(functools.partial(training_seconds, self.settings))
         episode = episode_seconds(self.settings) if self.settings.eval_episodes else 0.0
 
         def seconds(job: Job) -> float:
@@ -116,8 +114,8 @@ class MetaWorld(Comparison):
         print(f"report: {metaworld_report.write(self.settings, results)}")
 
 
-def step_seconds(settings: Settings, method: str) -> float:
-    """Seconds per step of a method in one thread."""
+def training_seconds(settings: Settings, method: str) -> float:
+    """Seconds per training step of a method."""
     # EVA has the cost of LoRA, and its callback needs a trainer
     like = {"eva": "lora", "eva-dora": "dora"}.get(MethodKey.parse(method).method, method)
     run = settings.run(settings.task_names[0], like, "final", 1e-3, 0)
@@ -127,16 +125,8 @@ def step_seconds(settings: Settings, method: str) -> float:
         cache_dir=run.cache,
     )  # fmt: skip
     finetune_run.prepare(run, module)
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
     batch = next(iter(data.train_dataloader()))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        module.train().loss(batch).backward()
-        optimizer.step()
-
-    with single_thread():
-        return _TRAINER * median_seconds(step)
+    return _TRAINER * step_seconds(module, lambda: module.train().loss(batch))
 
 
 def episode_seconds(settings: Settings) -> float:

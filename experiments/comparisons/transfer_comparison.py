@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_report
 from experiments.comparisons.settings import adapts, method_cells
-from experiments.comparisons.timing import median_seconds, single_thread
+from experiments.comparisons.timing import median_seconds, step_seconds
 from experiments.comparisons.transfer import Recipe, Settings
 from experiments.comparisons.transfer_data import TASK, Halves, decoded
 from experiments.comparisons.transfer_model import CROPPED_FROM, IMAGE_SIZE, MODEL, Pretraining, pretrain
@@ -66,7 +66,8 @@ class Transfer(Comparison):
         held_out = decoded(parts.held_out, IMAGE_SIZE, settings.cache, progress)
         for split in (parts.train, parts.test, parts.tuning, parts.validation):
             decoded(split, IMAGE_SIZE, settings.cache, progress)
-        _LOGGER.info("pre-training on %d images of %d classes", len(train), parts.classes[0])
+        if not settings.weights.is_file():
+            _LOGGER.info("pre-training on %d images of %d classes", len(train), parts.classes[0])
         metrics = pretrain(self._recipe, parts.classes[0], train, held_out, settings.weights, progress)
         accuracy = metrics["evaluations"][-1]["accuracy"]
         _LOGGER.info("pre-trained: held-out accuracy %.1f%%, %.0f s", 100 * accuracy, metrics["seconds"])
@@ -136,25 +137,13 @@ def kind_of(method: str) -> str:
 
 
 def measure_speed(settings: Settings, kind: str) -> tuple[float, float]:
-    """Processor seconds per training image and per evaluated image, in one thread.
-
-    Time of the processor, so that what else the machine does counts little.
-    """
+    """Seconds per training image and per evaluated image."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     labels = torch.randint(0, 50, (settings.batch_size,), generator=generator)
     module = ImageClassifier(MODEL, 50, IMAGE_SIZE)
     prepare(module, Run(method=kind, rank=settings.rank))
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(module(images), labels).backward()
-        optimizer.step()
-
-    def evaluation() -> None:
-        with torch.no_grad():
-            module(images)
-
-    with single_thread():
-        return median_seconds(step) / len(images), median_seconds(evaluation) / len(images)
+    step = step_seconds(module, lambda: F.cross_entropy(module(images), labels))
+    with torch.no_grad():
+        evaluation = median_seconds(lambda: module(images))
+    return step / len(images), evaluation / len(images)

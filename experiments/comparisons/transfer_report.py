@@ -58,7 +58,7 @@ def write(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], res
         results: Of the finished runs.
     """
     evidence = Evidence.of(settings, results.runs, "evaluations", "epoch")
-    losses = {epoch: Quantity(f"loss_{epoch}", f"test loss, epoch {epoch}") for epoch in settings.evaluated_epochs}
+    losses = {epoch: Quantity(f"loss_{epoch}", f"test loss after epoch {epoch}") for epoch in settings.evaluated_epochs}
     accuracy, class_accuracy = (
         Quantity(f"{name}_{settings.epochs}", title, "%", 1, scale=100, higher_is_better=True)
         for name, title in (("accuracy", "accuracy"), ("class_accuracy", "mean class accuracy"))

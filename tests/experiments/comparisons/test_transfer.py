@@ -170,10 +170,9 @@ def test_a_failed_run_is_reported_and_run_again_when_asked(
 
     monkeypatch.setattr(transfer_comparison, "build", breaks)
     assert transfer.command_line(line) == 1
-    assert "- From scratch, lr 0.003, seed 0: RuntimeError: out of luck" in (output / "report.md").read_text()
-    assert (
-        "Given: Linear: 0.03; Linear, random weights: 0.03; From scratch: 0.003." in (output / "report.md").read_text()
-    )
+    report = (output / "report.md").read_text()
+    assert "- From scratch, lr 0.003, seed 0: RuntimeError: out of luck" in report
+    assert "Given: Linear: 0.03; Linear, random weights: 0.03; From scratch: 0.003." in report
     (record,) = output.glob("runs/*/error.txt")
     monkeypatch.setattr(transfer_comparison, "build", transfer_run.build)
     assert transfer.command_line(line) == 1
