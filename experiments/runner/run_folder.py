@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import digest, write_json, write_text
+from eva_lightning.files import digest, writable_folder, write_json, write_text
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
@@ -114,7 +114,7 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One process works in the folder at a time; others wait here."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        writable_folder(self.path)
         lock = FileLock(self.path / ".lock")
         with suppress(NotImplementedError):  # a file system that knows no locks
             lock.acquire()

@@ -7,7 +7,6 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import types
@@ -72,10 +71,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of a dataclass; a sweep makes thousands of objects of one class."""
-    return get_type_hints(kind)
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass, evaluated once: a sweep makes thousands of objects of one class."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def check_settings(settings: Any) -> None:
