@@ -19,7 +19,7 @@ from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.options import RunnerOptions
 from experiments.runner.plan import plan
-from experiments.runner.pool import Pool, open_pool
+from experiments.runner.pool import Pool, check_pool, open_pool
 from experiments.runner.progress import Progress
 from experiments.runner.results import Results, write_choices
 from experiments.runner.run_log import logging_to
@@ -109,6 +109,7 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
         _report(comparison, results)
         return results
     refuse_if_held(output)
+    check_pool(options)
     comparison.check()
     try:
         with _sigterm_as_ctrl_c(), held(output) as hold, logging_to(output / "log.txt"):
@@ -243,7 +244,8 @@ class _Loop:
 
 
 def _report(comparison: Comparison, results: Results) -> None:
-    if results.runs.empty:
+    # a comparison that only tunes has no final runs
+    if results.runs.empty and not (results.choices and results.is_complete):
         print("nothing to report yet: no final run is finished", flush=True)
     else:
         comparison.report(results)

@@ -8,8 +8,8 @@ from typing import Protocol
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.local_pool import InlinePool, LocalPool
 from experiments.runner.options import RunnerOptions
-from experiments.runner.ray_pool import RayPool
-from experiments.runner.slurm_pool import SlurmPool
+from experiments.runner.ray_pool import RayPool, import_ray
+from experiments.runner.slurm_pool import SlurmPool, import_submitit
 from experiments.runner.worker import WorkerOptions
 
 
@@ -36,6 +36,18 @@ class Pool(Protocol):
     def describe(self) -> str:
         """What runs where, in one phrase."""
         ...
+
+
+def check_pool(options: RunnerOptions) -> None:
+    """Make sure that the packages are there, before anything that takes time.
+
+    Raises:
+        InputError: One is not installed.
+    """
+    if options.backend == "ray":
+        import_ray()
+    elif options.backend == "slurm":
+        import_submitit()
 
 
 def open_pool(options: RunnerOptions, worker: WorkerOptions) -> Pool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -96,7 +97,11 @@ def check_settings(settings: Any) -> None:
             if metadata["choices"] is not None:
                 # of a list `methods` each item is a method
                 name = item.name.removesuffix("s") if isinstance(value, tuple) else item.name
-                check_choice(name, each, metadata["choices"])
+                try:
+                    check_choice(name, each, metadata["choices"])
+                except InputError as error:
+                    error.setting = item.name
+                    raise
             if metadata["bounds"]:
                 check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
 
@@ -168,8 +173,6 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
     """
-    import sys
-
     hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)

@@ -98,7 +98,8 @@ class SlurmPool:
 
 
 def _parameters(options: RunnerOptions, worker: WorkerOptions, asked: dict[str, str]) -> dict[str, Any]:
-    gpus = options.gpu_share or 0
+    # where this process waits there may be none, so the runs' GPUs cannot be counted here
+    gpus = 1.0 if options.gpu_share is None else options.gpu_share
     if gpus != int(gpus):
         raise InputError(
             f"gpus_per_run must be a whole number with --backend slurm, got {gpus:g}", setting="gpus_per_run"

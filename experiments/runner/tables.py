@@ -75,11 +75,17 @@ def unfolded(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def show(
-    frame: pd.DataFrame, title: str, digits: Digits = 2, *, notes: Sequence[str] = (), console: Console | None = None
+    frame: pd.DataFrame,
+    title: str,
+    digits: Digits = 2,
+    *,
+    notes: Sequence[str] = (),
+    console: Console | None = None,
+    lines: bool = False,
 ) -> None:
-    """Print a table in the terminal."""
+    """Print a table in the terminal, with `lines` between its rows."""
     terminal = console or Console()
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_lines=lines)
     table.add_column(str(frame.index.name or ""))
     for name in frame.columns:
         table.add_column(str(name), justify="right")

@@ -175,7 +175,8 @@ def test_a_package_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     backend = {"ray": "ray", "submitit": "slurm"}[package]
-    assert command_line(["--output", str(tmp_path), "--backend", backend]) == 2
+    assert command_line(["--output", str(tmp_path / "out"), "--backend", backend]) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert f"needs the package {package}, which is not installed: pip install -e '.[{extra}]'" in error
     assert "--backend local" in error
@@ -194,7 +195,7 @@ def test_slurm_is_asked_for_what_is_wanted(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("submitit.AutoExecutor", Executor)
     words = "--backend slurm --workers 8 --threads 4 --slurm partition=gpu,time=4:00:00,memory=32G,account=me"
-    options = replace(parse(words.split()).settings, gpus_per_run=1.0)
+    options = parse(words.split()).settings
     monkeypatch.setattr(type(options), "uses_gpus", True)
     pool = SlurmPool(WorkerOptions(threads=4), options, tmp_path)
     assert asked == {

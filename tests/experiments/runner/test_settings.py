@@ -166,9 +166,6 @@ def test_every_setting_of_every_command_has_a_role() -> None:
     classes = settings_classes()
     assert "experiments.runner.options.RunnerOptions" in classes
     for name, kind in classes.items():
-        items = fields(kind)
-        if all(item.metadata.get("role") is None for item in items):
-            continue  # not moved to roles yet
-        for item in items:
+        for item in fields(kind):
             assert isinstance(role_of(item), Role), f"{name}.{item.name}"
             assert item.metadata["help"], f"{name}.{item.name}"

@@ -1,12 +1,28 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
+import pandas as pd
+import pandas.util._decorators
 import pytest
+from rliable.metrics import aggregate_iqm
 from scipy import stats
 
-from experiments.runner.statistics import Interval, Sample, mean_difference, mean_over, t_quantile, weighted_sum
+from experiments.runner.statistics import (
+    Interval,
+    Range,
+    Sample,
+    iqm,
+    mean_difference,
+    mean_over,
+    over_seeds,
+    over_tasks,
+    paired,
+    t_quantile,
+    weighted_sum,
+)
 
 
 def limits(interval: Interval) -> tuple[float, float]:
@@ -65,3 +81,87 @@ def test_rounding_widens_and_a_missing_deviation_leaves_no_width() -> None:
     assert mean_over([Sample(1.0, 0.0, 5)]) == Interval(1.0, 0.0, 5)
     assert mean_difference([exact], [Sample.of([69.0])]) == Interval(1.0, None, 1)
     assert weighted_sum([(2.0, exact), (1.0, Sample.of([1.0]))]).mean == 141.0
+
+
+def runs(seeds: int = 5) -> pd.DataFrame:
+    """Two methods on tasks of different scale; b lacks a run."""
+    generator = np.random.default_rng(1)
+    rows = [
+        {"method": method, "task": task, "seed": seed, "loss": scale * math.exp(0.1 * generator.standard_normal())}
+        for method in ("lora", "eva")
+        for task, scale in (("a", 1.0), ("b", 100.0))
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame([row for row in rows if (row["method"], row["task"], row["seed"]) != ("eva", "b", 3)])
+
+
+def test_over_seeds_of_each_group() -> None:
+    frame = runs()
+    found = over_seeds(frame, "loss", ["task", "method"])
+    assert list(found) == [("a", "lora"), ("b", "lora"), ("a", "eva"), ("b", "eva")]
+    values = frame[(frame.task == "b") & (frame.method == "eva")].loss
+    assert found["b", "eva"] == Interval.of(list(values))
+    assert found["b", "eva"].n == 4
+    assert over_seeds(frame, lambda run: 2 * run["loss"])["eva"].mean == pytest.approx(
+        2 * frame[frame.method == "eva"].loss.mean()
+    )
+    assert over_seeds(frame.iloc[:0], "loss") == {}
+
+
+def test_over_tasks_only_seeds_with_all_tasks_count() -> None:
+    frame = runs()
+    found = over_tasks(frame, "loss")
+    assert (found["lora"].n, found["eva"].n) == (5, 4)
+    whole = frame[(frame.method == "eva") & (frame.seed != 3)]
+    assert found["eva"].mean == pytest.approx(whole.loss.mean())
+    assert over_tasks(frame[~((frame.method == "eva") & (frame.task == "b"))], "loss").keys() == {"lora"}
+
+
+def test_pairs_are_differences_run_by_run() -> None:
+    frame = runs()
+    wide = frame.pivot(index="seed", columns=["method", "task"], values="loss").drop(index=3)
+    by_hand = [
+        statistics.fmean(wide["eva", task][seed] - wide["lora", task][seed] for task in "ab") for seed in wide.index
+    ]
+    found = paired(frame, "eva", "lora", "loss")
+    assert found is not None
+    assert found.mean == pytest.approx(statistics.fmean(by_hand))
+    reference = stats.ttest_1samp(by_hand, 0.0).confidence_interval(0.95)
+    assert limits(found) == pytest.approx(tuple(reference))
+    relative = paired(frame, "eva", "lora", "loss", relative=True)
+    assert relative is not None
+    logs = [100 * math.log(wide["eva", task][seed] / wide["lora", task][seed]) for task in "ab" for seed in wide.index]
+    assert relative.mean == pytest.approx(statistics.fmean(logs))
+    one_task = paired(frame[frame.task == "a"].drop(columns="task"), "eva", "lora", "loss")
+    assert one_task is not None
+    assert one_task.n == 5
+    assert paired(frame, "eva", "dora", "loss") is None
+    assert paired(frame[frame.seed == 3], "eva", "lora", "loss") is None
+    assert paired(frame[frame.seed == 0], "eva", "lora", "loss") == Interval(pytest.approx(by_hand[0]), None, 1)
+
+
+def test_interquartile_mean_is_rliables(monkeypatch: pytest.MonkeyPatch) -> None:
+    # arch 7, which rliable's bootstrap is built on, cannot be imported beside pandas 3
+    monkeypatch.setattr(pandas.util._decorators, "deprecate_kwarg", lambda *args, **kwargs: lambda function: function)
+    library = pytest.importorskip("rliable.library")
+    generator = np.random.default_rng(0)
+    scores = generator.random((10, 4)) + np.arange(4)
+    frame = pd.DataFrame(
+        [{"method": "eva", "task": t, "seed": s, "score": scores[s, t]} for s in range(10) for t in range(4)]
+    )
+    found = iqm(frame, "score")["eva"]
+    np.random.seed(0)  # noqa: NPY002 - rliable draws from the global generator
+    means, intervals = library.get_interval_estimates(
+        {"eva": scores}, lambda x: np.array([aggregate_iqm(x)]), reps=1_000
+    )
+    assert found.mean == pytest.approx(float(means["eva"][0]))
+    assert (found.low, found.high) == pytest.approx(tuple(map(float, intervals["eva"][:, 0])), abs=0.02)
+    assert found.n == 10
+    assert iqm(frame, "score")["eva"] == found  # the same numbers every time
+    assert found.text(2) == f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def test_intervals_scale_with_their_unit() -> None:
+    assert Interval(0.5, 0.1, 3).scaled(100) == Interval(50.0, 10.0, 3)
+    assert (Interval(0.5, 0.1, 3).low, Interval(0.5, None, 1).high) == (0.4, 0.5)
+    assert Range(0.5, 0.25, 0.75, 3).scaled(100) == Range(50.0, 25.0, 75.0, 3)
