@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.adapters import find_adapters
 from eva_lightning.batch_forward import ForwardFn, no_grad_forward
 from eva_lightning.capture import InputCapture
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_number
 from eva_lightning.layer_inputs import inputs_of
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
@@ -75,8 +76,7 @@ def convergence_curve(
     Raises:
         InputError: k or tau out of range, unknown engine, or no minibatch.
     """
-    if not 0 < tau <= 1:
-        raise InputError(f"tau must be in (0, 1], got {tau}")
+    check_number("tau", tau, above=0, at_most=1)
     points: list[ConvergencePoint] = []
     previous: dict[str, Tensor] = {}
     n_samples, started = 0, time.perf_counter()
@@ -266,8 +266,6 @@ def adapter_distances(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[
 
 def adapter_matrices(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all A matrices, ``(r, dim)``, fp32 on the CPU, by layer name: take them before and after training."""
-    from eva_lightning.adapters import find_adapters
-
     return {name: layer.a.detach().float().cpu().clone() for name, layer in find_adapters(module).items()}
 
 
@@ -280,8 +278,7 @@ def _stream(
     forward_fn: ForwardFn | None,
 ) -> Iterator[tuple[Any, dict[str, StreamingSVD]]]:
     """After every minibatch, it and the engines of all layers that have run; the model is as before at the end."""
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
+    check_number("k", k, at_least=1, whole=True)
     inputs = {name: inputs_of(layer) for name, layer in layers.items()}
     engines = {name: make_engine(engine, x.width, min(k, x.width)) for name, x in inputs.items()}
     # shared inputs are decomposed once per layer: slower, and no layer's curve can depend on another's

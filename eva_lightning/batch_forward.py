@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -91,30 +92,21 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) in _UNIMPLEMENTED and hasattr(module, "training_step")
-
-
-def _unimplemented() -> tuple[Any, ...]:
-    import lightning.pytorch as pl
-
-    return (nn.Module.forward, pl.LightningModule.forward)
-
-
-class _Lazy(tuple[Any, ...]):
-    """Lightning's base ``forward``, looked up when first asked for: this file must not need Lightning."""
-
-    def __contains__(self, item: object) -> bool:
-        return any(item is f for f in _unimplemented())
-
-
-_UNIMPLEMENTED = _Lazy()
+    # not imported for this: if Lightning is not loaded, no module is a LightningModule
+    lightning: Any = sys.modules.get("lightning.pytorch")
+    unimplemented = [nn.Module.forward, *([] if lightning is None else [lightning.LightningModule.forward])]
+    return getattr(type(module), "forward", None) in unimplemented and hasattr(module, "training_step")
 
 
 def _run_training_step(module: Any, batch: Any) -> Any:
     if not module.automatic_optimization:
         raise InputTypeError(_help(module, "manual optimisation and no forward method (its training_step would train)"))
+    return _muted_training_step(module, batch)
+
+
+def _muted_training_step(module: Any, batch: Any) -> Any:
+    arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
     with _muted(module):
-        arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
         return module.training_step(*arguments)
 
 
@@ -127,9 +119,7 @@ def training_loss(module: Any, batch: Any) -> Tensor:
     """
     if not module.automatic_optimization:
         raise InputTypeError(f"{type(module).__name__} optimises manually: its training_step returns no loss")
-    with _muted(module):
-        arguments = [batch, 0][: len(inspect.signature(module.training_step).parameters)]
-        result = module.training_step(*arguments)
+    result = _muted_training_step(module, batch)
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor):
         raise InputError(f"training_step of {type(module).__name__} returned no loss, got {type(loss).__name__}")

@@ -1,4 +1,4 @@
-"""Lightning checkpoints with redistributed ranks: save what a fresh module needs to take them, and make it so.
+"""Lightning checkpoints with redistributed ranks: save what a fresh module needs to load them, and fit it to them.
 
 Lightning restores the weights of a module before the state of its callbacks, so a module built with uniform ranks
 would meet weights of other shapes. Here the module's LoRA layers are made to fit the checkpoint first: created,
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core import saving
 from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters, inject
@@ -96,7 +97,7 @@ class _DescribedSaving:
 
 
 def describe_on_save(module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool = False) -> None:
-    """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can take it.
+    """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can load it.
 
     Args:
         module: with adapters, now or by the time it is saved.
@@ -130,8 +131,6 @@ def instantiate_cli(cls: Any, kwargs: dict[str, Any]) -> Any:
 
 def _trust_ourselves() -> None:
     # Lightning >= 2.6 asks instantiators to be allowed by name before a checkpoint may call them
-    from lightning.pytorch.core import saving
-
     allowed = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
     names = {f"{__name__}.instantiate", f"{__name__}.instantiate_cli"}
     if isinstance(allowed, set):

@@ -1,4 +1,4 @@
-"""Which engine each layer gets, where its state lives and how much memory that takes: known before any is taken."""
+"""Which engine each layer gets, where its state lives and how much memory that takes, before any is allocated."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice
 
 INITS = ("eva", "whiten", "rotate", "permute", "minor", "redistribute")
 
@@ -51,13 +51,12 @@ def initial_a(
     Raises:
         InputError: Unknown `init`, or more rows wanted than there are components.
     """
-    if init not in INITS:
-        raise InputError(f'Unknown initialisation "{init}": expected one of {", ".join(INITS)}.')
+    check_choice("init", init, INITS)
     if not 0 <= rank <= len(components):
-        raise InputError(f"The rank must be between 0 and the {len(components)} components held, got {rank}.")
+        raise InputError(f"the rank must be between 0 and the {len(components)} components held, got {rank}")
     if not len(components) == len(singular_values) == len(explained_variance_ratio):
         counts = f"{len(components)}, {len(singular_values)} and {len(explained_variance_ratio)}"
-        raise InputError(f"Components, singular values and ratios must be equally many, got {counts}.")
+        raise InputError(f"components, singular values and ratios must be equally many, got {counts}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     v = components[:rank].detach().to(dtype=torch.float32, copy=True)
     if rank == 0 or init in ("eva", "minor"):

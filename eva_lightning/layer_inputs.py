@@ -17,9 +17,6 @@ Tokens = tuple[Tensor, "Tensor | None"]
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-_PIECE = 2**24
-"""Most values to unfold at once (64 MiB in fp32): a 3 x 3 convolution's patches are nine times its input."""
-
 
 class LayerInputs:
     """The inputs of a layer that multiplies the last dimension: nn.Linear, Conv1D, quantised linear layers.
@@ -62,9 +59,13 @@ class PatchInputs(LayerInputs):
     """The inputs of a convolution: the patches its filters see, of length in_channels * prod(kernel_size).
 
     Patches are cut with the geometry of ``filters`` (LoRA's A, itself a convolution) from a zero-padded input.
+
+    Attributes:
+        piece: most values to unfold at once (64 MiB in fp32): a 3 x 3 convolution's patches are nine times its input.
     """
 
     in_one_piece = False
+    piece = 2**24
 
     def __init__(self, module: nn.Module, filters: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(module, math.prod(filters.weight.shape[1:]))
@@ -83,7 +84,7 @@ class PatchInputs(LayerInputs):
         mask = fit_mask(mask, patches.shape[: 1 + d], x.device)
         index = choice.positions(math.prod(positions), len(patches), x.device)
         count = math.prod(positions) if index is None else len(index)
-        step = max(1, _PIECE // max(1, count * self.width))
+        step = max(1, self.piece // max(1, count * self.width))
         where: Any = None if index is None else (slice(None), *torch.unravel_index(index, positions))
         for start in range(0, len(patches), step):
             piece = patches[start : start + step]

@@ -1,7 +1,8 @@
 """Figures of EVA runs: ranks, spectra, convergence of the streaming SVD, learning curves.
 
 Every function returns a :class:`matplotlib.figure.Figure` of its own. pyplot is not used, so no global state or backend
-of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``.
+of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``. ``title`` is the
+text above a figure. All functions raise :class:`~eva_lightning.errors.InputError` where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from scipy import stats
 
 from eva_lightning.errors import InputError
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
+_DARK, _GRID = "#20262b", "#e3e6e8"
+_DASHED: dict[str, Any] = {"color": _DARK, "linestyle": "--", "linewidth": 1}
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def _axes(width: float = 6.0, height: float = 3.8, grid: bool = True) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    if grid:
+        axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, axes
 
 
-def _clean(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
+def _label(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if title:
@@ -34,9 +42,66 @@ def _clean(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _legend(axes: Axes, **style: Any) -> None:
+    axes.legend(frameon=False, fontsize="small", **style)
+
+
 def _legend_outside(axes: Axes, title: str) -> None:
-    style: dict[str, Any] = {"frameon": False, "fontsize": "small", "title_fontsize": "small"}
-    axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), **style)
+    _legend(axes, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), title_fontsize="small")
+
+
+def _line(axes: Axes, x: Any, y: Any, label: str, color: str) -> None:
+    axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+
+
+def _lines_by_kind(axes: Axes, curves: Mapping[str, tuple[Any, Any]]) -> None:
+    """One thin line per layer, coloured and labelled by the kind of layer."""
+    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in curves))
+    labelled: set[str] = set()
+    for name, (x, y) in curves.items():
+        kind = split_layer_name(name)[1]
+        axes.plot(
+            x,
+            y,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            alpha=0.75,
+            color=PALETTE[kinds.index(kind) % len(PALETTE)],
+            label=None if kind in labelled else kind,
+        )
+        labelled.add(kind)
+
+
+def _colour_table(
+    figure: Figure,
+    values: np.ndarray,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    label: str,
+    write: str | None = "{:g}",
+    center: float | None = None,
+    reach: float = 1.0,
+) -> None:
+    """A table of colours with its numbers, written as `write` says; NaN stays empty.
+
+    Colours diverge from `center`, up to `reach` away from it; without a center they go from 0 to 1.
+    """
+    axes = figure.axes[0]
+    scale: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+    if center is not None:
+        scale = {"cmap": "RdBu_r", "norm": CenteredNorm(center, reach)}
+    image = axes.imshow(values, aspect="auto", **scale)
+    for (row, column), value in np.ndenumerate(values):
+        if write is not None and not math.isnan(value):
+            light = value < 0.6 if center is None else abs(value - center) > 0.65 * reach
+            color = "white" if light else _DARK
+            axes.text(column, row, write.format(value), ha="center", va="center", color=color, fontsize="small")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
 
 
 def split_layer_name(name: str) -> tuple[int | None, str]:
@@ -62,10 +127,6 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     Args:
         ranks: layer name to rank; means over runs are welcome.
         uniform_rank: rank without redistribution; it becomes the neutral colour. Default: the mean of ``ranks``.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``ranks`` is empty.
     """
     _require(ranks, "ranks")
     places = {name: split_layer_name(name) for name in ranks}
@@ -76,43 +137,28 @@ def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, 
     for name, (block, kind) in places.items():
         grid[kinds.index(kind), columns.index(block)] = ranks[name]
 
-    figure, axes = _axes(1.6 + max(4.4, 0.62 * len(columns)), 1.3 + 0.55 * len(kinds))
+    figure, axes = _axes(1.6 + max(4.4, 0.62 * len(columns)), 1.3 + 0.55 * len(kinds), grid=False)
     center = float(np.nanmean(grid)) if uniform_rank is None else float(uniform_rank)
     reach = max(float(np.nanmax(np.abs(grid - center))), 2.0)
-    norm = CenteredNorm(center, reach)
-    image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
-    for (row, column), value in np.ndenumerate(grid):
-        if not math.isnan(value):
-            color = "white" if abs(value - center) > 0.65 * reach else "#20262b"
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, fontsize="small")
-    axes.set_xticks(range(len(columns)), [str(block) if block is not None else "other" for block in columns])
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("block")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if title:
-        axes.set_title(title, fontsize="medium", loc="left")
-    figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
+    names = ["other" if block is None else str(block) for block in columns]
+    _label(axes, "block", "", title)
+    _colour_table(figure, grid, names, kinds, "rank", "{:.3g}", center, reach)
     return figure
 
 
 def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
-    """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution.
-
-    Raises:
-        InputError: ``ranks`` is empty.
-    """
+    """One horizontal bar per layer, in the order given; a dashed line marks the rank without redistribution."""
     _require(ranks, "ranks")
-    figure, axes = _axes(6.0, 1.0 + 0.2 * len(ranks))
+    figure, axes = _axes(height=1.0 + 0.2 * len(ranks), grid=False)
     names = list(ranks)
     axes.barh(range(len(names)), [ranks[name] for name in names], color=PALETTE[2])
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if uniform_rank is not None:
-        axes.axvline(uniform_rank, color="#20262b", linestyle="--", linewidth=1)
+        axes.axvline(uniform_rank, **_DASHED)
     note = "" if uniform_rank is None else f"  (dashed: {uniform_rank:g}, the rank without redistribution)"
-    _clean(axes, f"rank{note}", "", title)
+    _label(axes, f"rank{note}", "", title)
     return figure
 
 
@@ -121,39 +167,23 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
 
     Args:
         ratios: layer name to its explained-variance ratios (share of the variance of that layer's inputs), descending.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``ratios`` is empty.
     """
     _require(ratios, "ratios")
-    figure, axes = _axes(6.0, 3.8)
-    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in ratios))
-    labelled: set[str] = set()
+    figure, axes = _axes()
+    curves = {}
     for name, values in ratios.items():
-        kind = split_layer_name(name)[1]
         shares = np.asarray(values, dtype=float)
-        shares = np.where(shares > 0, shares, np.nan)  # a logarithmic axis has no place for the surplus zeros
-        axes.plot(
-            np.arange(1, len(shares) + 1),
-            shares,
-            marker="o",
-            markersize=3,
-            linewidth=1,
-            alpha=0.75,
-            color=PALETTE[kinds.index(kind) % len(PALETTE)],
-            label=None if kind in labelled else kind,
-        )
-        labelled.add(kind)
-    if any(np.any(np.asarray(values, dtype=float) > 0) for values in ratios.values()):
+        # a logarithmic axis has no place for zeros
+        curves[name] = (np.arange(1, len(shares) + 1), np.where(shares > 0, shares, np.nan))
+    _lines_by_kind(axes, curves)
+    if any(np.any(y > 0) for _, y in curves.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.2g}" if share < 1e-4 else f"{100 * share:.3g} %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
     _legend_outside(axes, "inputs of")
-    _clean(axes, "component", "share of the inputs' variance", title)
+    _label(axes, "component", "share of the inputs' variance", title)
     return figure
 
 
@@ -165,42 +195,20 @@ def convergence(
     Args:
         curves: layer name to points ``(minibatches, value)``; 1 means that nothing was left to gain.
         tau: the threshold of the stopping rule, drawn as a dashed line.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
-    figure, axes = _axes(6.0, 3.8)
-    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in curves))
-    labelled: set[str] = set()
-    ticks: set[int] = set()
-    for name, points in curves.items():
-        if not points:
-            continue
-        kind = split_layer_name(name)[1]
-        t, value = zip(*points, strict=True)
-        ticks.update(t)
-        axes.plot(
-            t,
-            value,
-            marker="o",
-            markersize=3.5,
-            linewidth=1,
-            alpha=0.75,
-            color=PALETTE[kinds.index(kind) % len(PALETTE)],
-            label=None if kind in labelled else kind,
-        )
-        labelled.add(kind)
+    figure, axes = _axes()
+    seen = {name: tuple(zip(*points, strict=True)) for name, points in curves.items() if points}
+    _lines_by_kind(axes, {name: (t, values) for name, (t, values) in seen.items()})
     if tau is not None:
-        axes.axhline(tau, color="#20262b", linestyle="--", linewidth=1, label=f"τ = {tau:g}")
+        axes.axhline(tau, label=f"τ = {tau:g}", **_DASHED)
+    ticks = {t for points in curves.values() for t, _ in points}
     if 0 < len(ticks) <= 10:
         axes.set_xticks(sorted(ticks))
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
     axes.ticklabel_format(axis="y", useOffset=False)
-    if labelled or tau is not None:
+    if seen or tau is not None:
         _legend_outside(axes, "inputs of")
-    _clean(axes, "minibatches seen", "captured variance ÷ optimum", title)
+    _label(axes, "minibatches seen", "captured variance ÷ optimum", title)
     return figure
 
 
@@ -222,12 +230,11 @@ def learning_curves(
     order: Sequence[str] = (),
     x: Sequence[float] | None = None,
 ) -> Figure:
-    """Mean over runs with a band of one standard error, one line per method.
+    """Mean over runs with its 95% confidence interval (Student's t) as a band, one line per method.
 
     Args:
         curves: method to values of shape ``(runs, epochs)``; the first column is epoch 1.
         ylabel, xlabel: what the axes show, with units.
-        title: text above the figure.
         percent: values are shares, shown as percentages.
         order: methods in the order that gives them their colours, so that figures with other methods agree.
         x: where the columns stand on the horizontal axis, if not at 1, 2, 3, ...
@@ -236,7 +243,7 @@ def learning_curves(
         InputError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
     """
     _require(curves, "curves")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = _axes()
     colours = list(dict.fromkeys([*order, *curves]))
     for label, values in curves.items():
         i = colours.index(label)
@@ -246,15 +253,15 @@ def learning_curves(
         mean, error = mean_and_standard_error(values)
         places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         color = PALETTE[i % len(PALETTE)]
-        axes.plot(places, mean, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+        _line(axes, places, mean, label, color)
         if not np.isnan(error).any():
-            axes.fill_between(places, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+            half = stats.t.ppf(0.975, len(values) - 1) * error
+            axes.fill_between(places, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="small")
-    _clean(axes, xlabel, ylabel, title)
+    _legend(axes)
+    _label(axes, xlabel, ylabel, title)
     return figure
 
 
@@ -266,17 +273,13 @@ def rate_sensitivity(
     Args:
         scores: method to its score (lower is better, positive) at every learning rate.
         ylabel, xlabel: what the axes show, with units.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``scores`` is empty.
     """
     _require(scores, "scores")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = _axes()
     for i, (label, row) in enumerate(scores.items()):
         rates = sorted(row)
         color = PALETTE[i % len(PALETTE)]
-        axes.plot(rates, [row[r] for r in rates], marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
+        _line(axes, rates, [row[rate] for rate in rates], label, color)
         best = min(rates, key=row.__getitem__)
         axes.plot([best], [row[best]], marker="o", markersize=10, fillstyle="none", color=color)
     axes.set_xscale("log")
@@ -287,9 +290,8 @@ def rate_sensitivity(
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high])
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="small")
-    _clean(axes, xlabel, ylabel, title)
+    _legend(axes)
+    _label(axes, xlabel, ylabel, title)
     return figure
 
 
@@ -327,42 +329,32 @@ def convergence_counts(
         curves: setting (such as the batch size) to points ``(x, converged components)``.
         total: number of components, drawn as a dashed line.
         xlabel, legend: what x and the settings are.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``curves`` is empty.
     """
     _require(curves, "curves")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = _axes()
     for i, (label, points) in enumerate(curves.items()):
         x, converged = zip(*points, strict=True)
         axes.plot(x, converged, linewidth=1.6, color=PALETTE[i % len(PALETTE)], label=str(label))
-    axes.axhline(total, color="#20262b", linestyle="--", linewidth=1, label="all")
+    axes.axhline(total, label="all", **_DASHED)
     axes.set_ylim(bottom=0)
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
     _legend_outside(axes, legend)
-    _clean(axes, xlabel, "converged components", title)
+    _label(axes, xlabel, "converged components", title)
     return figure
 
 
 def component_similarity(
     curves: Mapping[str, Sequence[float]], ylabel: str = "similarity", title: str | None = None
 ) -> Figure:
-    """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left).
-
-    Raises:
-        InputError: ``curves`` is empty.
-    """
+    """Agreement of runs for every component, counted from 1, one line per measure (paper Figure 12, left)."""
     _require(curves, "curves")
-    figure, axes = _axes(6.0, 3.8)
+    figure, axes = _axes()
     for i, (label, values) in enumerate(curves.items()):
         x = np.arange(1, len(values) + 1)
-        axes.plot(x, values, marker="o", markersize=3.5, linewidth=1.6, color=PALETTE[i % len(PALETTE)], label=label)
+        _line(axes, x, values, label, PALETTE[i % len(PALETTE)])
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="small", loc="lower left")
-    _clean(axes, "component", ylabel, title)
+    _legend(axes, loc="lower left")
+    _label(axes, "component", ylabel, title)
     return figure
 
 
@@ -375,7 +367,6 @@ def similarity_matrix(
         values: shape ``(n, n)``.
         labels: one per run.
         axis_label: what the labels are.
-        title: text above the figure.
 
     Raises:
         InputError: ``values`` is not ``(n, n)`` for n labels.
@@ -383,17 +374,10 @@ def similarity_matrix(
     values = np.asarray(values, dtype=float)
     if values.shape != (len(labels), len(labels)) or not len(labels):
         raise InputError(f"values must have shape (n, n) with one label each, got {values.shape}, {len(labels)} labels")
-    figure, axes = _axes(1.9 + 0.75 * len(labels), 1.2 + 0.62 * len(labels))
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        color = "white" if value < 0.6 else "#20262b"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
-    axes.set_xticks(range(len(labels)), [str(label) for label in labels])
-    axes.set_yticks(range(len(labels)), [str(label) for label in labels])
-    axes.tick_params(length=0)
-    _clean(axes, axis_label, axis_label, title)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="mean |cos|", shrink=0.9)
+    figure, axes = _axes(1.9 + 0.75 * len(labels), 1.2 + 0.62 * len(labels), grid=False)
+    names = [str(label) for label in labels]
+    _label(axes, axis_label, axis_label, title)
+    _colour_table(figure, values, names, names, "mean |cos|", "{:.2f}")
     return figure
 
 
@@ -406,28 +390,17 @@ def rank_maps(
         maps: rho to layer name to rank, or to change of rank.
         neutral: the value with the neutral colour: the uniform rank, or 0 for changes.
         label: what the colours show.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``maps`` is empty.
     """
     _require(maps, "maps")
     names = list(next(iter(maps.values())))
     grid = np.array([[ranks[name] for name in names] for ranks in maps.values()], dtype=float)
     reach = max(float(np.abs(grid - neutral).max()), 1.0)
-    figure, axes = _axes(2.0 + max(4.0, 0.36 * len(names)), 2.2 + 0.3 * len(maps))
-    image = axes.imshow(grid, cmap="RdBu_r", norm=CenteredNorm(neutral, reach), aspect="auto")
-    if len(names) <= 64:
-        for (row, column), value in np.ndenumerate(grid):
-            color = "white" if abs(value - neutral) > 0.65 * reach else "#20262b"
-            axes.text(column, row, f"{value:g}", ha="center", va="center", color=color, fontsize="x-small")
-    axes.set_yticks(range(len(maps)), [f"{rho:g}" for rho in maps])
+    figure, axes = _axes(2.0 + max(4.0, 0.36 * len(names)), 2.2 + 0.3 * len(maps), grid=False)
     short = [".".join(str(part) for part in split_layer_name(name) if part is not None) for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=90, fontsize="x-small")
-    axes.tick_params(length=0)
-    _clean(axes, "layer", "ρ", title)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    write = "{:g}" if len(names) <= 64 else None
+    _label(axes, "layer", "ρ", title)
+    _colour_table(figure, grid, short, [f"{rho:g}" for rho in maps], label, write, neutral, reach)
+    axes.tick_params(axis="x", rotation=90, labelsize="x-small")
     return figure
 
 
@@ -439,10 +412,6 @@ def grouped_bars(
     Args:
         values: method to group to value; groups a method lacks stay empty.
         ylabel, xlabel: what values and groups are.
-        title: text above the figure.
-
-    Raises:
-        InputError: ``values`` is empty.
     """
     _require(values, "values")
     groups = list(dict.fromkeys(group for row in values.values() for group in row))
@@ -453,9 +422,7 @@ def grouped_bars(
         heights = [row.get(group, np.nan) for group in groups]
         axes.bar(x, heights, 0.92 * width, color=PALETTE[i % len(PALETTE)], label=label)
     axes.set_xticks(range(len(groups)), groups)
-    axes.grid(True, axis="y", color="#e3e6e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.axhline(0, color="#20262b", linewidth=0.8)
+    axes.axhline(0, color=_DARK, linewidth=0.8)
     _legend_outside(axes, "")
-    _clean(axes, xlabel, ylabel, title)
+    _label(axes, xlabel, ylabel, title)
     return figure

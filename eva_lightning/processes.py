@@ -100,7 +100,7 @@ def process_pool(
     Args:
         workers: Number of processes.
         threads: CPU threads of each one's numerical libraries; None leaves them their default.
-        initializer: Called in each process before its first task, say to import what tasks need.
+        initializer: Called in each process before its first task, for example to import what tasks need.
     """
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, _SPAWN, _initialize, (initializer,))

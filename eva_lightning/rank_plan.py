@@ -1,4 +1,4 @@
-"""From a decomposition to a model: which rank and which A each layer gets, and putting them there."""
+"""From a decomposition to a model: which rank and which A each layer gets, and writing them."""
 
 from __future__ import annotations
 

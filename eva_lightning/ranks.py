@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice, check_number
 
 METRICS = ("ratio", "eq6", "sum", "max", "raw")
 
@@ -42,8 +42,7 @@ def explained_variance(singular_values: Tensor, total_variance: float, n_samples
     Raises:
         InputError: Unknown metric.
     """
-    if metric not in METRICS:
-        raise InputError(f'Unknown metric "{metric}": expected one of {", ".join(METRICS)}.')
+    check_choice("metric", metric, METRICS)
     sigma = singular_values.detach().cpu().double()
     variance = sigma.square()
     denominators = {
@@ -77,16 +76,15 @@ def redistribute_ranks(
     Raises:
         InputError: Negative budget or cap, or scores that are negative, NaN or infinite.
     """
-    if budget < 0:
-        raise InputError(f"The rank budget must be at least 0, got {budget}.")
+    check_number("budget", budget, at_least=0)
     candidates: list[tuple[float, int, int]] = []
     for position, (layer, values) in enumerate(scores.items()):
         numbers = [float(value) for value in values]
         if any(not 0 <= number < float("inf") for number in numbers):
-            raise InputError(f'Scores must be finite and not negative, got {numbers} for layer "{layer}".')
+            raise InputError(f"scores must be finite and not negative, got {numbers} for layer {layer!r}")
         cap = len(numbers) if max_rank is None else max_rank if isinstance(max_rank, int) else max_rank[layer]
         if cap < 0:
-            raise InputError(f'The largest rank must be at least 0, got {cap} for layer "{layer}".')
+            raise InputError(f"the largest rank must be at least 0, got {cap} for layer {layer!r}")
         if any(numbers):
             candidates += [(-number, index, position) for index, number in enumerate(numbers[:cap])]
     layers = list(scores)

@@ -1,4 +1,4 @@
-"""Run something on a model and a data loader and leave no trace: RNG, modes, buffers, samplers."""
+"""Run a model and a data loader without side effects on generators, modes, buffers and samplers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def isolated_rng() -> Iterator[None]:
 
 
 def snapshot_rng() -> Callable[[], None]:
-    """Note the state of the global generators; returns a function that brings it back."""
+    """Record the state of the global generators; returns a function that restores it."""
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -44,7 +44,7 @@ def snapshot_rng() -> Callable[[], None]:
 
 @contextmanager
 def observing(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a look at the model: flags per sub-module, buffers and metric states come back on exit.
+    """Run the model in eval mode; flags of sub-modules, buffers and metric states are restored on exit.
 
     Buffers are restored because a sub-module may keep its batch norm in train mode whatever ``eval()`` says.
     """

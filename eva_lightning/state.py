@@ -1,12 +1,11 @@
-"""What EVA found out about a model, in memory and on disk: compute once, inspect, reuse with any rank."""
+"""The result of EVA's decompositions, in memory and on disk: compute once, inspect, reuse with any rank."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eva_lightning.errors import InputError, InputTypeError, MissingInputError
+from eva_lightning.errors import InputError, InputTypeError, MissingInputError, check_number
+from eva_lightning.files import file_digest, replacing, write_text
 from eva_lightning.ranks import explained_variance, redistribute_ranks
 
 FORMAT = "eva_lightning.state"
@@ -83,18 +83,16 @@ class EVAState:
         Raises:
             InputError: r < 1, rho < 1 or NaN, unknown metric, or more components needed than the state holds.
         """
-        if not rho >= 1 or rho == float("inf"):
-            raise InputError(f"rho must be a finite number of at least 1, got {rho}.")
+        check_number("rho", rho, at_least=1)
         budget, scores = 0, {}
         for layer, sigma in self.singular_values.items():
             layer_r = r[layer] if isinstance(r, Mapping) else r
-            if layer_r < 1:
-                raise InputError(f'r must be at least 1, got {layer_r} for layer "{layer}".')
+            check_number(f"r of layer {layer!r}" if isinstance(r, Mapping) else "r", layer_r, at_least=1)
             needed = min(round(layer_r * rho), self.widths.get(layer, round(layer_r * rho)))
             if needed > len(sigma):
                 raise InputError(
                     f"r * rho = {layer_r} * {rho:g} needs {needed} components per layer, but this EVA state holds "
-                    f'{len(sigma)} for layer "{layer}": compute it again with a larger r or rho.'
+                    f"{len(sigma)} for layer {layer!r}: compute it again with a larger r or rho"
                 )
             budget += layer_r
             scores[layer] = explained_variance(
@@ -147,7 +145,6 @@ class EVAState:
             The path of the tensor file.
         """
         tensor_path, json_path = _paths(path)
-        tensor_path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{name}/{layer}": value.detach().cpu().contiguous()
             for name in _TENSOR_FIELDS
@@ -157,13 +154,10 @@ class EVAState:
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSOR_FIELDS}
 
-        def write_tensors(target: Path) -> None:
-            save_file(tensors, target)
-            document["tensor_checksum"] = _checksum(target)
-
-        _replace_atomically(tensor_path, write_tensors)
-        text = json.dumps(document, indent=1, default=_plain_number)
-        _replace_atomically(json_path, lambda target: target.write_text(text, encoding="utf-8"))
+        with replacing(tensor_path) as temporary:
+            save_file(tensors, temporary)
+            document["tensor_checksum"] = _checksum(temporary)
+        write_text(json_path, json.dumps(document, indent=1, default=_plain_number))
         return tensor_path
 
     @classmethod
@@ -181,18 +175,18 @@ class EVAState:
         for part in (tensor_path, json_path):
             if not part.is_file():
                 raise MissingInputError(
-                    f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing."
+                    f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing"
                 )
         document = _read_document(json_path)
         if document.pop("tensor_checksum", None) != _checksum(tensor_path):
             raise InputError(
                 f"{tensor_path} is truncated or does not belong to {json_path.name} (checksum differs): "
-                "copy both files again or compute the state anew."
+                "copy both files again or compute the state again"
             )
         try:
             tensors = load_file(tensor_path)
         except SafetensorError as error:
-            raise InputError(f"{tensor_path} is not a readable safetensors file: {error}.") from error
+            raise InputError(f"{tensor_path} is not a readable safetensors file: {error}") from error
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in document.items() if name in known}
         values["convergence"] = {
@@ -219,34 +213,20 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is truncated or not JSON: {error}.") from error
+        raise InputError(f"{path} is truncated or not JSON: {error}") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise InputError(f"{path} does not describe an EVA state.")
+        raise InputError(f"{path} does not describe an EVA state")
     version = document.pop("version", None)
     if version != VERSION:
-        raise InputError(f"{path} has version {version}, this eva_lightning reads version {VERSION}.")
+        raise InputError(f"{path} has version {version}, this eva_lightning reads version {VERSION}")
     required = {f.name for f in fields(EVAState)} - set(_TENSOR_FIELDS)
     if missing := sorted(required - set(document)):
-        raise InputError(f"{path} lacks {', '.join(missing)}.")
+        raise InputError(f"{path} lacks {', '.join(missing)}")
     return document
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return f"sha256:{file_digest(path)}"
 
 
 def _plain_number(value: object) -> object:
@@ -254,4 +234,4 @@ def _plain_number(value: object) -> object:
         return value.item()
     if hasattr(value, "item"):
         return value.item()
-    raise InputTypeError(f"{type(value).__name__} cannot be saved in an EVA state.")
+    raise InputTypeError(f"{type(value).__name__} cannot be saved in an EVA state")

@@ -25,7 +25,7 @@ from eva_lightning.token_subsampling import TokenChoice
 
 
 class Progress(Protocol):
-    """Told after every minibatch how many there were and what share of the layers has converged."""
+    """Called after every minibatch with their number so far and the share of layers that have converged."""
 
     def __call__(self, n_batches: int, share_converged: float) -> None: ...
 
@@ -58,7 +58,7 @@ def compute_eva_state(
         forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.batch_forward.run_forward`.
         mask_fn: ``mask_fn(batch)`` -> bool tensor of the tokens that count, or ``None``.
         context: entered around each forward pass (autocast).
-        progress: told after every minibatch.
+        progress: called after every minibatch.
         minor: return the directions of least variance instead (EVA-minor, paper Table 12); exact engine only.
 
     Returns:

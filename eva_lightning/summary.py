@@ -1,4 +1,4 @@
-"""What the callback tells the user: a progress bar while it streams and one short table at the end."""
+"""What the callback prints: a progress bar while it streams and one short table at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map on threads that keeps the order and never runs far ahead of whoever takes the results."""
+"""A map on threads that keeps the order and stays at most a few results ahead of its consumer."""
 
 from __future__ import annotations
 

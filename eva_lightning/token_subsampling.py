@@ -1,4 +1,4 @@
-"""Which tokens of a minibatch go into the decompositions: all would cost as much as the forward pass itself."""
+"""Which tokens of a minibatch are decomposed: all would cost as much as the forward pass itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDE = 512
 
 
 def automatic(tokens: int, samples: int, width: int) -> int:
-    """Tokens to use of each of `samples` samples of `tokens` tokens, where nobody says.
+    """Tokens to use of each of `samples` samples of `tokens` tokens for ``tokens_per_sample="auto"``.
 
     32 of a sample, and at least 512 of a minibatch, in models wider than that two per dimension: there more is needed,
     and the forward pass takes long enough to hide it. All where that would leave out less than half. Tokens of one

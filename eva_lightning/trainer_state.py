@@ -1,4 +1,4 @@
-"""What a Trainer must be told when a module's parameters are replaced after it has set up its own state."""
+"""Bring a Trainer up to date when parameters of its module were replaced after it had set up its own state."""
 
 from __future__ import annotations
 

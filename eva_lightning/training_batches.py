@@ -28,7 +28,7 @@ def set_up_loader(trainer: pl.Trainer) -> int | float:
         _refuse_one_shot(part)
     n = trainer.num_training_batches
     if n == 0:
-        raise InputError("the training data loader is empty (0 batches); EVA needs at least one batch to look at")
+        raise InputError("the training data loader is empty (0 batches); EVA needs at least one batch")
     return n
 
 
@@ -86,7 +86,7 @@ def _refuse_one_shot(loader: Any) -> None:
     if one_shot:
         what = loader if isinstance(loader, Iterator) else dataset
         raise InputError(
-            f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches EVA looks at would "
+            f"the training data is a one-shot iterator ({type(what or loader).__name__}): batches that EVA reads would "
             "be lost to training; pass a loader that can be iterated again, or EVAInitCallback(state=...) with a "
             "precomputed state"
         )

@@ -8,7 +8,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 from unittest import mock
 
@@ -22,6 +22,7 @@ from eva_lightning.batch_forward import run_forward
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.capture import InputCapture
 from eva_lightning.side_effects import observing
+from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.training_batches import set_up_loader, training_batches
 from experiments.runner.run_folder import _LOGGERS
 
@@ -128,7 +129,7 @@ class Runner:
         Args:
             max_batches: cap on the minibatches.
             watch_engines: also measure the state the engines hold; keeps them alive, so not while timing.
-            options: further arguments of :class:`EVAInitCallback`.
+            options: further arguments of :class:`EVAInitCallback` and of its :class:`StreamingOptions`.
         """
         timings: list[Timing] = []
 
@@ -138,7 +139,9 @@ class Runner:
                 super().on_fit_start(trainer, pl_module)
                 timings.append(watch.read())
 
-        callback = Timed(self.rho, self.r, max_batches=max_batches, verbose=False, **options)
+        streaming = {field.name: options.pop(field.name) for field in fields(StreamingOptions) if field.name in options}
+        options["streaming"] = StreamingOptions(**{"max_batches": max_batches, **streaming})
+        callback = Timed(self.rho, self.r, verbose=False, **options)
         module = copy.deepcopy(self.classifier)
         captures: list[InputCapture] = []
         with _recorded_captures(captures) if watch_engines else contextlib.nullcontext():

@@ -47,6 +47,28 @@ def feed(engine: StreamingSVD, batches: Iterable[Tensor]) -> StreamingSVD:
     return engine
 
 
+def held_tensors(value: object) -> list[Tensor]:
+    """All tensors that an engine holds in its attributes, each once."""
+    found: dict[tuple[int, torch.Size], Tensor] = {}
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            found[item.data_ptr(), item.shape] = item
+        elif isinstance(item, (list, tuple)):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+        elif hasattr(item, "__dict__"):
+            waiting.extend(vars(item).values())
+    return list(found.values())
+
+
+def held_bytes(value: object, least: int) -> int:
+    """Bytes of :func:`held_tensors` of at least `least` numbers."""
+    return sum(tensor.nbytes for tensor in held_tensors(value) if tensor.numel() >= least)
+
+
 def assert_orthonormal(rows: Tensor) -> None:
     """Rows are orthonormal to fp32 rounding."""
     assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=2e-6)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.adapters.registry import lora_layers
 from eva_lightning.errors import InputError
 
 #: Start rank over final rank, as in AdaLoRA's section 4 and PEFT's defaults (12 and 8).
@@ -27,7 +28,7 @@ def is_adalora(module: nn.Module) -> bool:
 
 
 class RankAllocation:
-    """Which components of AdaLoRA layers live on: PEFT's ``RankAllocator``, without a PeftModel around the module.
+    """Which components of AdaLoRA layers are kept: PEFT's ``RankAllocator``, without a PeftModel around the module.
 
     Args:
         module: With AdaLoRA layers.
@@ -39,8 +40,6 @@ class RankAllocation:
 
     def __init__(self, module: nn.Module, total_steps: float) -> None:
         from peft.tuners.adalora.layer import RankAllocator
-
-        from eva_lightning.adapters.registry import lora_layers
 
         layers = [layer for layer in lora_layers(module) if hasattr(layer.module, "lora_E")]
         if not layers:

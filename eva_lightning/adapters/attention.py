@@ -2,8 +2,8 @@
 
 Its layer adds B A to the packed query, key and value weights and to those of the output projection before every call,
 and subtracts them afterwards, because torch's attention function reads weights and calls no layers. PEFT adds the
-output projection's B A twice in doing so; EVA sets A alone and leaves that, so that stock PEFT computes the same.
-One entry of LoraConfig stands for both pairs: the rank cannot be redistributed.
+output projection's B A twice in doing so; EVA sets A only and does not correct that, so that stock PEFT computes the
+same. One entry of LoraConfig stands for both pairs: the rank cannot be redistributed.
 """
 
 from __future__ import annotations

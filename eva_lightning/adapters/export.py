@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eva_lightning.adapters.adalora import is_adalora
@@ -40,7 +41,6 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
             module that trained in full from another.
     """
     from peft import PeftModel
-    from safetensors.torch import save_file
 
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -57,7 +57,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
         config.rank_pattern = None  # AdaLoRA's are masks; the ranks it gave up are zeros in E
     elif moved:
         _double(config)
-    # the file holds A and B: PEFT must not initialise anew on loading
+    # the file holds A and B: PEFT must not initialise them again on loading
     config.init_lora_weights = True
     config.inference_mode = True
     whole, loose = _trained_outside(model, layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Union
 
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
@@ -61,7 +62,7 @@ def injection_arguments(
         "exclude": _agreed("exclude", _names(exclude), "exclude_modules", options),
         "head": _names(head),
         "bias": options.get("bias", "none"),
-        **{name: options[name] for name in _PASSED_ON if name in options},
+        **{name: _plain(options[name]) for name in _PASSED_ON if name in options},
     }
     if options.get("modules_to_save") is not None:
         given = None if head == "auto" else _names(head)
@@ -126,6 +127,13 @@ def _names(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def _plain(value: Any) -> Any:
+    """Without enumerations (``task_type``) and special mappings, which a checkpoint cannot hold either."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _check_values(arguments: Mapping[str, Any]) -> None:

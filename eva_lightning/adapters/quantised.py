@@ -1,4 +1,4 @@
-"""bitsandbytes layers: what PEFT must be told of them, and what an evaluation before training does to them."""
+"""bitsandbytes layers: the attributes PEFT reads, and protection from being repacked by an evaluation."""
 
 from __future__ import annotations
 

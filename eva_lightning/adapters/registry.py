@@ -1,4 +1,4 @@
-"""The LoRA layers of a module: find, add and remove them, and keep PEFT's configs true."""
+"""The LoRA layers of a module: find, add and remove them, and keep PEFT's configs up to date."""
 
 from __future__ import annotations
 

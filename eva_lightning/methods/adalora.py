@@ -20,7 +20,7 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where) ->
 
 
 class AdaLoRACallback(L.Callback):
-    """AdaLoRA's schedule in a Trainer: ranks shrink from 1.5 r to r where gradients say they matter least.
+    """AdaLoRA's schedule in a Trainer: ranks shrink from 1.5 r to r where gradients show that they matter least.
 
     Warm-up, the cubic schedule and the orthogonality penalty (weight 0.5, as in PEFT) are laid over the number of
     optimizer steps of this ``fit``: the first tenth keeps all components, after half of them the choice is final.

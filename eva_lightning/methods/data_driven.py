@@ -28,7 +28,7 @@ from eva_lightning.training_batches import set_up_loader, training_batches
 
 Kind = Literal["corda", "lora-ga"]
 
-#: Minibatches to read where nobody says. CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128: at the
+#: Minibatches to read by default. CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128: at the
 #: VTAB protocol's 64 images a minibatch, these.
 DEFAULT_BATCHES: dict[Kind, int] = {"corda": 4, "lora-ga": 2}
 
@@ -57,9 +57,9 @@ class DataDrivenStart(pl.Callback):
     Args:
         kind: ``"corda"`` or ``"lora-ga"``.
         max_batches: Most minibatches to read; None for `DEFAULT_BATCHES`.
-        mask_fn: ``mask_fn(batch)``: True for the tokens that count; CorDA only, a loss has its own way.
+        mask_fn: ``mask_fn(batch)``: True for the tokens that count; CorDA only, as a loss masks its tokens itself.
         seed: Of LoRA-GA's randomized SVD.
-        verbose: Say what was done, in one line.
+        verbose: Print what was done, in one line.
 
     Raises:
         InputError: `max_batches` is below 1; in ``setup``: a strategy that shards weights.

@@ -15,9 +15,9 @@ from eva_lightning.methods.apply import AdapterOptions, Where
 
 
 class AdapterCheckpoints(L.Callback):
-    """Checkpoints that say what their adapters are and, where that is enough, leave the frozen weights out.
+    """Describe the adapters in checkpoints and, where that is enough, leave the frozen weights out.
 
-    30 copies of a ViT-g are 140 GB written. A module without adapters, but with the same pre-trained weights, takes
+    30 checkpoints of a whole ViT-g take 140 GB. A module without adapters, but with the same pre-trained weights, takes
     such a checkpoint.
 
     Args:

@@ -1,7 +1,7 @@
 """Every fine-tuning method in one table, and how users write one: ``lora``, ``eva``, ``eva:1``.
 
 Nothing heavy is imported here, so that a mistyped name is reported before torch is loaded. A new method is one entry
-in :data:`METHODS` and one prepare function (:mod:`eva_lightning.methods.apply` says what that is given).
+in :data:`METHODS` and one prepare function (:class:`eva_lightning.methods.apply.Prepare`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ _TABLE = (
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),
     _ablation("eva-rotate", "EVA-rot", init="rotate"),
     _ablation("eva-permute", "EVA-perm", init="permute"),
-    # uniform ranks: that a component explains least says nothing of where rank is needed (paper, Table 12)
+    # uniform ranks: the least explained variance is no sign of where rank is needed (paper, Table 12)
     _ablation("eva-minor", "EVA-minor", state_kind="minor", init="minor", rho=1.0),
     _ablation("lora-redistribute", "LoRA-redist", init="redistribute"),
 )

@@ -98,8 +98,8 @@ def weight_gradients(
 ) -> dict[str, Mean]:
     """Gradients of a LightningModule's training loss with respect to `weights`, summed over minibatches.
 
-    The module computes as in training, in the modes it has; of what ``training_step`` does besides, logs and metrics
-    come to nothing. No other parameter gets a gradient, and ``grad`` is not touched.
+    The module computes as in training, in the modes it has; what ``training_step`` logs, and metrics it updates, are
+    discarded. No other parameter gets a gradient, and ``grad`` is not touched.
 
     Args:
         module: The LightningModule.
@@ -165,7 +165,7 @@ def _hooked(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def _closed(batches: Iterable[Any]) -> Iterator[Iterator[Any]]:
-    """Close a generator now: left to the garbage collector, it would restore random states in mid-training."""
+    """Close a generator now: the garbage collector would do it, and restore random states, during training."""
     iterator = iter(batches)
     with closing(iterator) if hasattr(iterator, "close") else nullcontext():  # type: ignore[type-var]
         yield iterator

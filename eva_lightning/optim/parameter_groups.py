@@ -18,7 +18,7 @@ def parameter_groups(
     lr: float,
     weight_decay: float,
     *,
-    multipliers: Iterable[Multiplier] = (),
+    multipliers: Iterable[Multiplier | None] = (),
     decay_matrices_only: bool = False,
 ) -> list[dict[str, Any]]:
     """An optimizer's groups ``{"params", "lr", "weight_decay"}``, one per pair of values, in order of appearance.
@@ -27,14 +27,14 @@ def parameter_groups(
         named_parameters: Names and parameters; those without ``requires_grad`` are passed over.
         lr: Learning rate where all multipliers are 1.
         weight_decay: For all, or for those with two or more dimensions.
-        multipliers: Their product is the factor on `lr`; 0 keeps the parameter where it is.
+        multipliers: Their product is the factor on `lr`; 0 keeps the parameter where it is, None is a factor of 1.
         decay_matrices_only: No weight decay on parameters of one dimension or none (biases, norms, LayerScale, DoRA's
             magnitudes).
 
     Raises:
         InputError: A multiplier gives a negative number or NaN; names the parameter.
     """
-    chosen = list(multipliers)
+    chosen = [multiplier for multiplier in multipliers if multiplier is not None]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
@@ -62,7 +62,7 @@ def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
     Raises:
         InputError: The model does not say in which order its layers come.
     """
-    from timm.models import group_parameters
+    from timm.models import group_parameters  # a second of import that only timm models need
 
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):

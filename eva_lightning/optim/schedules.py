@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from eva_lightning.errors import check_choice
+
 Schedule = Callable[[int, int, int], float]
 """``schedule(step, warmup_steps, total_steps)``: the factor on the learning rate of step 0, 1, ..., total_steps - 1."""
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear from ``1 / warmup_steps`` to 1, then a half cosine towards 0 (EVA paper, section D.2)."""
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, lowest: float = 0.0) -> float:
+    """Linear from ``1 / warmup_steps`` to 1, then a half cosine towards `lowest` (EVA paper, sections D.2 and E.2)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def warmup_cosine_authors(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -30,3 +36,18 @@ def warmup_cosine_authors(step: int, warmup_steps: int, total_steps: int) -> flo
 
 
 SCHEDULES: dict[str, Schedule] = {"cosine": warmup_cosine, "cosine-authors": warmup_cosine_authors}
+
+
+def named_schedule(name: str) -> Schedule:
+    """The schedule called `name`.
+
+    Raises:
+        InputError: No such schedule; names the nearest.
+    """
+    check_choice("schedule", name, SCHEDULES)
+    return SCHEDULES[name]
+
+
+def set_per_step(optimizer: Optimizer, factor: Callable[[int], float]) -> OptimizerLRSchedulerConfig:
+    """What ``configure_optimizers`` returns for learning rates times ``factor(step)``, set at every step."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -1,5 +1,6 @@
 """Streaming SVD of mean-centred tokens: pure torch, no Lightning, no PEFT."""
 
+from eva_lightning.svd.engine import StreamingSVD, SVDResult
 from eva_lightning.svd.exact import ExactSVD
 from eva_lightning.svd.incremental import IncrementalSVD
 from eva_lightning.svd.memory import (
@@ -11,7 +12,6 @@ from eva_lightning.svd.memory import (
     place_engines,
     total_bytes,
 )
-from eva_lightning.svd.protocol import StreamingSVD, SVDResult
 from eva_lightning.svd.sketch import SketchSVD
 from eva_lightning.svd.solver import Solution, solve
 from eva_lightning.svd.stopping import CosineRule, DoublingRule, StoppingRule, make_stopping_rule

@@ -140,7 +140,7 @@ def batched_top_eigenpairs(
     k is missing, which keeps the captured variance above ``1 - tolerance`` (tested over flat, decaying, spiked and
     rank-deficient spectra), and less than 1e-4 of every tail ``sum_{i<=j<=k}``, so that one dominating direction cannot
     hide that those below it are still unresolved. From a tolerance of 1e-4 on, when only the sum matters, the tails are
-    not looked at, and the extrapolation is trusted from the second product on. Directions of nearly equal eigenvalues
+    not checked, and the extrapolation is trusted from the second product on. Directions of nearly equal eigenvalues
     may stay rotated among each other: that changes no captured variance.
 
     Args:

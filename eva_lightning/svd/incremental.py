@@ -21,13 +21,7 @@ class IncrementalSVD(FactoredSVD):
 
     Tokens wait in a buffer until there are at least k of them; :meth:`result` counts those waiting too.
 
-    Args:
-        dim: Width of the inputs.
-        k: Components kept, 1 <= k <= dim.
-        device: Where the state lives; None: where the first batch is.
-
-    Raises:
-        InputError: k outside [1, dim].
+    Args and errors: see :class:`~eva_lightning.svd.engine.StreamingSVD`.
     """
 
     @staticmethod

@@ -40,8 +40,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Check one update's input and flatten it to tokens.
+def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Check one update's input and flatten it to the tokens that count.
 
     Args:
         x: Shape ``(..., dim)``, any floating dtype and strides.
@@ -49,7 +49,7 @@ def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Te
         dim: Width the engine was built for.
 
     Returns:
-        Tokens of shape ``(n, dim)``, at least fp32, and the boolean mask of shape ``(n,)`` or None.
+        Shape ``(n, dim)``, at least fp32.
 
     Raises:
         InputTypeError: `x` is not floating point, or `mask` is.
@@ -57,19 +57,20 @@ def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Te
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise InputTypeError(f"The SVD needs a floating-point tensor, got {kind}.")
+        raise InputTypeError(f"the SVD needs a floating-point tensor, got {kind}")
     if x.ndim == 0 or x.shape[-1] != dim:
-        raise InputError(f"The SVD expects inputs of shape (..., {dim}), got {tuple(x.shape)}.")
+        raise InputError(f"the SVD expects inputs of shape (..., {dim}), got {tuple(x.shape)}")
     tokens = x.detach().reshape(-1, dim)
     if tokens.dtype not in (torch.float32, torch.float64):
         tokens = tokens.float()
     if mask is None:
-        return tokens, None
+        return tokens
     if mask.is_floating_point():
-        raise InputTypeError(f"A token mask must be boolean (True: the token counts), got {mask.dtype}.")
+        raise InputTypeError(f"a token mask must be boolean (True: the token counts), got {mask.dtype}")
     if mask.shape != x.shape[:-1]:
-        raise InputError(f"A token mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}.")
-    return tokens, mask.to(device=x.device, dtype=torch.bool).reshape(-1)
+        raise InputError(f"a token mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+    # Dropping masked tokens rather than zeroing them: what padding holds, NaN included, never matters.
+    return tokens[mask.to(device=x.device, dtype=torch.bool).reshape(-1)]
 
 
 def token_mean(tokens: Tensor) -> Tensor:

@@ -1,27 +1,24 @@
-"""Streaming SVD that keeps a low-rank factorization of the tokens: what the incremental and the sketch engine share."""
+"""Streaming SVD that keeps a low-rank factorization of the tokens: shared by the incremental and the sketch engine."""
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from eva_lightning.errors import InputError
 from eva_lightning.svd import distributed
 from eva_lightning.svd.eigensolver import canonical_sign, complete_rows, orthonormal_columns, top_eigenpairs
-from eva_lightning.svd.inputs import flatten_tokens, full_precision, require_finite, squared_norm, wide_dtype
-from eva_lightning.svd.protocol import SVDResult
+from eva_lightning.svd.engine import EPS, StreamingSVD, SVDResult, without_rounding
+from eva_lightning.svd.inputs import full_precision, require_finite, squared_norm, wide_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _DENSE_MAX_ROWS = 256
-_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -41,27 +38,16 @@ class Factor:
     total_variance: float
 
 
-class FactoredSVD(ABC):
+class FactoredSVD(StreamingSVD):
     """A streaming SVD whose state is a :class:`Factor`; subclasses say how a batch is absorbed into it.
 
-    Args:
-        dim: Width of the inputs.
-        k: Components wanted, 1 <= k <= dim.
-        device: Where the state lives; None: where the first batch is.
-
-    Raises:
-        InputError: k outside [1, dim].
+    Args and errors: see :class:`StreamingSVD`.
     """
 
     def __init__(self, dim: int, k: int, device: torch.device | str | None = None) -> None:
-        if not 1 <= k <= dim:
-            raise InputError(f"The SVD needs 1 <= k <= dim, got k={k} for inputs of width {dim}.")
-        self.dim = dim
-        self.k = k
-        self._device = None if device is None else torch.device(device)
+        super().__init__(dim, k, device)
         self._factor: Factor | None = None
         self._waiting: list[Tensor] = []
-        self._result: SVDResult | None = None
 
     @staticmethod
     @abstractmethod
@@ -79,36 +65,11 @@ class FactoredSVD(ABC):
         return 4 * dim * cls.kept(dim, k) + 8 * (dim + 1)
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes the engine holds once it has seen tokens."""
-        return self.estimate_bytes(self.dim, self.k)
-
-    @property
     def n_samples(self) -> int:
         """Tokens seen, masked ones left out, waiting ones included."""
         return self._counted() + sum(len(tokens) for tokens in self._waiting)
 
-    @full_precision
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the tokens of one batch.
-
-        Args:
-            x: Tokens, shape ``(..., dim)``, any floating dtype and strides.
-            mask: True where a token counts, shape ``x.shape[:-1]``.
-
-        Raises:
-            FloatingPointError: NaN or Inf among the tokens that count. The engine is left as it was.
-            InputTypeError: `x` is not floating point, or `mask` is.
-            InputError: Shapes that do not fit.
-        """
-        tokens, keep = flatten_tokens(x, mask, self.dim)
-        if keep is not None:
-            tokens = tokens[keep]
-        if tokens.shape[0] == 0:
-            return
-        if self._device is None:
-            self._device = tokens.device
-        tokens = tokens.to(self._device)
+    def _take_in(self, tokens: Tensor) -> None:
         waiting = [*self._waiting, tokens]
         if sum(len(batch) for batch in waiting) < self.k:
             require_finite(float(squared_norm(tokens)))
@@ -117,10 +78,6 @@ class FactoredSVD(ABC):
         else:
             self._add(_joined(waiting))
             self._waiting = []
-        self._result = None
-
-    def verify(self) -> None:  # noqa: B027  # nothing to do where updates wait for the GPU anyway
-        """Raise FloatingPointError if earlier updates on a GPU met NaN or Inf."""
 
     @full_precision
     def merge(self, other: Self) -> Self:
@@ -132,9 +89,7 @@ class FactoredSVD(ABC):
         Raises:
             InputError: The two engines differ in `dim` or `k`.
         """
-        if (other.dim, other.k) != (self.dim, self.k):
-            mine, theirs = f"({self.dim}, {self.k})", f"({other.dim}, {other.k})"
-            raise InputError(f"Only engines of equal (dim, k) can be merged, got {mine} and {theirs}.")
+        self._require_same_size(other)
         self._result = None
         if self._device is None:
             self._device = other._device
@@ -150,11 +105,9 @@ class FactoredSVD(ABC):
 
     @full_precision
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Self:
-        """Make every rank hold the union of what all ranks have seen; collective, in place.
+        """Make every rank hold the union of what all ranks have seen; collective, in place, once per stream.
 
-        Every rank receives all factorizations (:meth:`message_bytes` each; never activations) and merges them in rank
-        order, so that the state is identical on all ranks. Call it once per stream, or on a :meth:`clone`: a second
-        call would count the union once per rank.
+        Every rank receives all factorizations and merges them in rank order.
         """
         device = self._device or distributed.default_device(group)
         local = self._current()
@@ -178,48 +131,26 @@ class FactoredSVD(ABC):
         self._waiting, self._result = [], None
         return self
 
-    @full_precision
-    def clone(self) -> Self:
-        """An independent copy."""
-        return copy.deepcopy(self)
+    def _decompose(self) -> SVDResult:
+        return _pack(self._seen(), self.k)
 
-    @full_precision
-    def result(self) -> SVDResult:
-        """The top k components of everything seen so far, waiting tokens included.
-
-        Raises:
-            RuntimeError: No token seen yet.
-        """
-        if self._result is None:
-            self._result = _pack(self._seen(), self.k)
-        return self._result
-
-    @full_precision
-    def captured(self, components: Tensor) -> float:
-        """Variance captured by orthonormal rows `components`, shape ``(m, dim)``, relative to the best k directions.
-
-        An estimate, and no bound: the covariance is known through the kept factorization only, which is below the true
-        one, so numerator and denominator both lack what was truncated. 1 when nothing varies.
-
-        Raises:
-            RuntimeError: No token seen yet.
+    def _variance_along(self, components: Tensor) -> float:
+        """An estimate, and no bound: the covariance is known through the kept factorization only, which is below the
+        true one.
         """
         result = self.result()
-        wide = wide_dtype(result.components.device)
-        optimum = float(result.singular_values.to(wide).square().sum())
-        if optimum == 0:
-            return 1.0
         scaled = self._seen().scaled if not self._waiting else result.singular_values[:, None] * result.components
-        return float((scaled @ components.to(scaled.device, scaled.dtype).T).to(wide).square().sum()) / optimum
+        wide = wide_dtype(scaled.device)
+        return float((scaled @ components.to(scaled.device, scaled.dtype).T).to(wide).square().sum())
 
     def _seen(self) -> Factor:
+        self._require_tokens()
         factor = self._current()
-        if factor is None:
-            raise RuntimeError("The SVD has seen no tokens yet: call update() first.")
+        assert factor is not None
         return factor
 
     def _current(self) -> Factor | None:
-        """The factorization with the waiting tokens in it, computed aside: looking must not change the stream."""
+        """The factorization with the waiting tokens in it, computed on a copy: this must not change the stream."""
         if not self._waiting:
             return self._condensed()
         aside = self.clone()
@@ -227,7 +158,7 @@ class FactoredSVD(ABC):
         return aside._condensed()
 
     def _set(self, factor: Factor | None) -> None:
-        """Stand for `factor` and nothing else from here on, but for the waiting tokens."""
+        """Make `factor` the state; waiting tokens stay."""
         self._factor = factor
 
     @abstractmethod
@@ -285,7 +216,7 @@ def _truncate(rows: Tensor, kept: int, warm: Factor | None) -> Tensor:
                 start = (warm.scaled / norms).T
         values, vectors = top_eigenpairs(lambda q: rows.T @ (rows @ q), dim, kept, rows.device, start)
         sigma, v = values.sqrt().float(), vectors[:, :kept].T
-    strong = sigma > _EPS * sigma[0]
+    strong = sigma > EPS * sigma[0]
     return (sigma[:, None] * canonical_sign(v))[strong]
 
 
@@ -298,21 +229,11 @@ def _to(factor: Factor, device: torch.device | None) -> Factor:
 
 
 def _pack(factor: Factor, k: int) -> SVDResult:
-    wide = wide_dtype(factor.scaled.device)
-    rounding = _EPS**2 * float(factor.mean.square().sum()) * factor.n
-    total = factor.total_variance if factor.total_variance > rounding else 0.0
+    total = without_rounding(factor.total_variance, factor.mean, factor.n)
     # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
     scaled = factor.scaled[: min(max(factor.n - 1, 0), k)] if total > 0 else factor.scaled[:0]
-    sigma = torch.linalg.vector_norm(scaled.to(wide), dim=1)
+    sigma = torch.linalg.vector_norm(scaled.to(wide_dtype(scaled.device)), dim=1)
     # Weak rows carry rounding of the strong ones: orthonormalise from the strongest down.
     v = orthonormal_columns((scaled / sigma[:, None]).float().T).T if len(scaled) else scaled
     values = torch.cat([sigma, sigma.new_zeros(k - len(sigma))])
-    ratio = (values.square() / total).clamp_max(1.0) if total > 0 else torch.zeros_like(values)
-    return SVDResult(
-        components=canonical_sign(complete_rows(v, k)).contiguous(),
-        singular_values=values.float(),
-        explained_variance_ratio=ratio.float(),
-        mean=factor.mean.float(),
-        n_samples=factor.n,
-        total_variance=total,
-    )
+    return SVDResult.of(values.square(), complete_rows(v, k), total, factor.mean, factor.n)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.files import format_bytes
+from eva_lightning.svd.engine import StreamingSVD
 from eva_lightning.svd.exact import ExactSVD
 from eva_lightning.svd.incremental import IncrementalSVD
-from eva_lightning.svd.protocol import StreamingSVD
 from eva_lightning.svd.sketch import SketchSVD
 
-EngineClass = type[ExactSVD] | type[IncrementalSVD] | type[SketchSVD]
-ENGINES: dict[str, EngineClass] = {"exact": ExactSVD, "incremental": IncrementalSVD, "sketch": SketchSVD}
+ENGINES: dict[str, type[StreamingSVD]] = {"exact": ExactSVD, "incremental": IncrementalSVD, "sketch": SketchSVD}
 # Narrower than this, a sketch takes as long as the covariance.
 _SKETCH_MIN_DIM = 512
 
@@ -95,14 +95,13 @@ def choose_engines(
     if engine != "auto":
         _engine_class(engine)
         return dict.fromkeys(dims, engine)
-    if not budget_bytes >= 0:
-        raise InputError(f"The memory budget must be at least 0 bytes, got {budget_bytes}.")
+    check_number("memory_budget", budget_bytes, at_least=0)
     chosen = {layer: _smallest(dim, k) for layer, dim in dims.items()}
     used = total_bytes(chosen, dims, k)
     if used > budget_bytes and not offload:
         raise InputError(
-            f"EVA needs at least {_mib(used)} for {len(dims)} layers with k={k}, but the memory budget is "
-            f"{_mib(budget_bytes)}: raise the budget, adapt fewer layers, or lower r or rho."
+            f"EVA needs at least {format_bytes(used)} for {len(dims)} layers with k={k}, but the memory budget is "
+            f"{format_bytes(budget_bytes)}: raise the budget, adapt fewer layers, or lower r or rho"
         )
     limit = float("inf")
     if dims and thrifty and torch.device(device).type == "cpu":
@@ -148,11 +147,6 @@ def _smallest(dim: int, k: int) -> str:
     return min(("exact", "sketch"), key=lambda name: estimate_bytes(name, dim, kept))
 
 
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _engine_class(name: str) -> EngineClass:
-    if name not in ENGINES:
-        raise InputError(f'Unknown SVD engine "{name}": expected "auto", "exact", "incremental" or "sketch".')
+def _engine_class(name: str) -> type[StreamingSVD]:
+    check_choice("engine", name, ENGINES)
     return ENGINES[name]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from eva_lightning.svd.eigensolver import gaussian, orthonormal_columns
+from eva_lightning.svd.engine import EPS
 from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
 from eva_lightning.svd.low_rank import Factor, FactoredSVD
 
 FRESH = 16
-_EPS = torch.finfo(torch.float32).eps
 _DEPENDENT = 1e-6
 
 
@@ -49,13 +49,7 @@ class SketchSVD(FactoredSVD):
     State and messages between ranks are O(k * dim). What is truncated is lost, so the result depends slightly on the
     order of the batches.
 
-    Args:
-        dim: Width of the inputs.
-        k: Components wanted, 1 <= k <= dim.
-        device: Where the state lives; None: where the first batch is.
-
-    Raises:
-        InputError: k outside [1, dim].
+    Args and errors: see :class:`~eva_lightning.svd.engine.StreamingSVD`.
     """
 
     _block: _Block | None = None
@@ -162,7 +156,7 @@ def _nystrom(basis: Tensor, product: Tensor, kept: int) -> Tensor:
     core = basis.T.to(wide) @ z
     core = (core + core.T) / 2
     scale = core.diagonal().clamp_min(0)
-    scale = torch.where(scale > _EPS**2 * scale.max(), scale, float("inf")).rsqrt()
+    scale = torch.where(scale > EPS**2 * scale.max(), scale, float("inf")).rsqrt()
     core = scale[:, None] * core * scale
     factor, info = torch.linalg.cholesky_ex(core)
     if int(info) == 0 and float(factor.diagonal().min()) > _DEPENDENT**0.5:
@@ -173,5 +167,5 @@ def _nystrom(basis: Tensor, product: Tensor, kept: int) -> Tensor:
         whiten = scale[:, None] * vectors[:, sound] * values[sound].rsqrt()
     values, rotation = torch.linalg.eigh(whiten.T @ (z.T @ z) @ whiten)
     values, rotation = values.flip(0)[:kept], rotation.flip(1)[:, :kept]
-    strong = values > _EPS**2 * values[:1]
+    strong = values > EPS**2 * values[:1]
     return ((whiten @ rotation[:, strong]).T.to(product.dtype) @ product.T).contiguous()

@@ -1,4 +1,4 @@
-"""Solve the SVDs of many layers together, and of many processes, at the price of small messages."""
+"""Solve the SVDs of many layers together, and of many processes with small messages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from eva_lightning.svd import distributed
 from eva_lightning.svd.eigensolver import CAPTURED_TOLERANCE, batched_top_eigenpairs, complete_rows
+from eva_lightning.svd.engine import StreamingSVD, SVDResult
 from eva_lightning.svd.exact import ExactSVD, decomposition
 from eva_lightning.svd.inputs import full_precision
-from eva_lightning.svd.protocol import StreamingSVD, SVDResult
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Ranks:
         return tensor
 
     def all(self, flags: Tensor) -> Tensor:
-        """True where it is on every rank: ranks of unequal hardware must not part ways over a rounding."""
+        """True where it is on every rank: ranks of unequal hardware must not diverge over a rounding."""
         if not self.across:
             return flags
         return self.sum(flags.to(torch.int32)) == dist.get_world_size(self.group)
@@ -155,8 +155,6 @@ def _solve_batch(
             if layer in components:
                 optimum = float(values.sum())
                 solution.captured[layer] = float(pairs.start_variance[at]) / optimum if optimum > 0 else 1.0
-            # n centred samples span at most n - 1 directions: what is left of the rest is rounding.
-            values[max(n - 1, 0) :] = 0
         else:
             values, basis = mean.new_zeros(engine.k), complete_rows(mean.new_zeros(0, engine.dim).float(), engine.k).T
             if layer in components:

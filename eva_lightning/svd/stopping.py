@@ -1,4 +1,4 @@
-"""When has a stream been seen long enough? The doubling rule, and the paper's cosine rule."""
+"""Stopping rules for a stream: the doubling rule, and the paper's cosine rule."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import check_choice, check_number
 from eva_lightning.svd.eigensolver import CAPTURED_TOLERANCE
-from eva_lightning.svd.protocol import StreamingSVD, SVDResult
+from eva_lightning.svd.engine import StreamingSVD, SVDResult
 from eva_lightning.svd.solver import solve
 
 
@@ -42,11 +42,11 @@ class DoublingRule:
     data that the components at t capture: V is fitted to one half of C and held out from the other.
 
     On a shuffled stream ``1 - q`` falls like 1/t. Where that promises the last layer's convergence half-way to the next
-    doubling, layers are looked at there too, with V of the last power of two s. What V misses grows like
+    doubling, layers are checked there too, with V of the last power of two s. What V misses grows like
     ``1/s - 1/t``, so ``1 - q`` is scaled by ``s / (t - s)`` to what V of t/2 would have missed.
 
     A layer has converged if ``q(t) >= tau`` and the value before was ``>= 1 - 3 (1 - tau)``, not before `min_batches`.
-    On a shuffled stream the second condition costs nothing. On one sorted by class it asks for two quiet looks in a
+    On a shuffled stream the second condition costs nothing. On one sorted by class it asks for two such checks in a
     row, so that a class that fills the last minibatches cannot stand for all. (Comparing with the second half of the
     minibatches alone would not be sharper: by Ky Fan's inequality its ratio is at most ``(q D - a) / (D - a)``, with D
     and a the optima at t and t/2, which is 2 q - 1 while D = 2 a.) Nothing in a stream tells of classes that come after
@@ -61,7 +61,8 @@ class DoublingRule:
     """
 
     def __init__(self, tau: float = 0.99, min_batches: int = 8) -> None:
-        self.tau = _check_tau(tau)
+        check_number("tau", tau, above=0, at_most=1)
+        self.tau = tau
         self.min_batches = min_batches
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._previous: dict[str, Tensor] = {}
@@ -114,7 +115,8 @@ class CosineRule:
     """
 
     def __init__(self, tau: float = 0.99) -> None:
-        self.tau = _check_tau(tau)
+        check_number("tau", tau, above=0, at_most=1)
+        self.tau = tau
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._previous: dict[str, SVDResult] = {}
 
@@ -147,19 +149,33 @@ def smallest_cosine(previous: Tensor, result: SVDResult) -> float:
     return float(cosines.min()) if len(cosines) else 1.0
 
 
-def make_stopping_rule(name: str, tau: float = 0.99) -> DoublingRule | CosineRule:
-    """Build the stopping rule called `name`: "captured" (doubling) or "cosine" (paper).
+class NeverRule:
+    """Stream all minibatches there are."""
+
+    def __init__(self, tau: float = 0.99) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = {}
+
+    def due(self, n_batches: int) -> bool:
+        """False."""
+        return False
+
+    def check(self, n_batches: int, engines: Mapping[str, StreamingSVD], across_ranks: bool = False) -> dict[str, bool]:
+        """No layer has converged."""
+        return dict.fromkeys(engines, False)
+
+
+RULES: dict[str, type[DoublingRule | CosineRule | NeverRule]] = {
+    "captured": DoublingRule,
+    "cosine": CosineRule,
+    "never": NeverRule,
+}
+
+
+def make_stopping_rule(name: str, tau: float = 0.99) -> StoppingRule:
+    """Build the stopping rule called `name`: "captured" (doubling), "cosine" (paper) or "never".
 
     Raises:
         InputError: Unknown name, or tau outside (0, 1].
     """
-    rules: dict[str, type[DoublingRule] | type[CosineRule]] = {"captured": DoublingRule, "cosine": CosineRule}
-    if name not in rules:
-        raise InputError(f'Unknown stopping rule "{name}": expected "captured" or "cosine".')
-    return rules[name](tau)
-
-
-def _check_tau(tau: float) -> float:
-    if not 0 < tau <= 1:
-        raise InputError(f"tau must be in (0, 1], got {tau}.")
-    return float(tau)
+    check_choice("stopping", name, RULES)
+    return RULES[name](tau)

@@ -17,8 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_accuracy
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.optim.parameter_groups import parameter_groups
 
 PIXEL_MAX = 16.0
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of all 1,797 images once scaled to [0, 1]
@@ -47,7 +49,7 @@ def load_digits_split(
         raise InputError(f"classes must be distinct digits between 0 and 9, got {list(classes)}")
     if min(tune_share, test_share) < 0 or tune_share + test_share >= 1:
         raise InputError(f"tune_share + test_share must stay below 1, got {tune_share} + {test_share}")
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # an extra
 
     bunch = load_digits()
     images = (torch.from_numpy(bunch.images).float() / PIXEL_MAX - PIXEL_MEAN) / PIXEL_STD
@@ -75,8 +77,7 @@ def draw_labels(pool: TensorDataset, n_labels: int, seed: int) -> TensorDataset:
     """
     images, labels = pool.tensors
     classes = labels.unique().tolist()
-    if n_labels < len(classes):
-        raise InputError(f"n_labels must be at least the number of classes, {len(classes)}, got {n_labels}")
+    check_number("n_labels", n_labels, at_least=len(classes), whole=True)
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for i, label in enumerate(classes):
@@ -130,8 +131,7 @@ class DigitsDataModule(L.LightningDataModule):
         test_share: float = 0.3,
     ) -> None:
         super().__init__()
-        if evaluate_on not in ("test", "tune"):
-            raise InputError(f"evaluate_on must be 'test' or 'tune', got {evaluate_on!r}")
+        check_choice("evaluate_on", evaluate_on, ("test", "tune"))
         self.classes = tuple(classes)
         self.n_labels = n_labels
         self.evaluate_on = evaluate_on
@@ -204,16 +204,12 @@ class DigitsClassifier(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        accuracy = multiclass_accuracy(logits, labels, logits.shape[1], average="micro")
         self.log_dict({"val_loss": F.cross_entropy(logits, labels), "val_accuracy": accuracy}, batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        parameters, lr = self.named_parameters(), self.learning_rate
+        optimizer = torch.optim.AdamW(parameter_groups(parameters, lr, self.weight_decay, decay_matrices_only=True))
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, round(self.warmup_share * steps))
         schedule = torch.optim.lr_scheduler.SequentialLR(

@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning as L
 
+from eva_lightning.files import replacing
+
 logger = logging.getLogger(__name__)
 
 #: Columns of a row; ``val_…`` stay empty where nothing is validated. Accuracies in [0, 1], times in
-#: seconds; ``lr`` is the rate after the last step of the epoch.
+#: seconds; ``lr`` is the learning rate after the last step of the epoch.
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 
@@ -21,6 +23,7 @@ class EpochHistory(L.Callback):
     """Collect the epoch means that a module logs, and keep ``metrics.csv`` up to date.
 
     The rows travel in checkpoints, so a resumed run continues its history, whatever an interrupted epoch wrote.
+    Lightning's ``CSVLogger`` cannot do that: it deletes the file that it finds when a run is resumed.
 
     Args:
         file: CSV file to write after every epoch; None for none.
@@ -55,12 +58,10 @@ class EpochHistory(L.Callback):
             self._write(self.file)
 
     def _write(self, file: Path) -> None:
-        temporary = file.with_suffix(".part")
-        with temporary.open("w", newline="", encoding="utf-8") as handle:
+        with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(file)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""

@@ -9,40 +9,16 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
 
-from eva_lightning.errors import InputError, unknown
 from eva_lightning.optim.parameter_groups import Multiplier, layer_decay, parameter_groups
-from eva_lightning.optim.schedules import SCHEDULES
+from eva_lightning.optim.schedules import named_schedule, set_per_step
 from eva_lightning.vision.backbone.position_embedding import PositionEmbedding
 from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
 from eva_lightning.vision.backbone.weights import Weights
 from eva_lightning.vision.data.datamodule import Batch
-
-
-class EpochMeans:
-    """Mean loss and accuracy of an epoch, summed on the device: what a step costs is two additions and no transfer."""
-
-    def __init__(self) -> None:
-        self._loss: Tensor | None = None
-        self._correct: Tensor | None = None
-        self._count = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: mean loss ``()``, logits ``(B, classes)``, labels ``(B,)``."""
-        loss = loss.detach() * len(labels)
-        correct = (logits.detach().argmax(dim=1) == labels).sum()
-        self._loss = loss if self._loss is None else self._loss + loss
-        self._correct = correct if self._correct is None else self._correct + correct
-        self._count += len(labels)
-
-    def totals(self) -> Tensor | None:
-        """Loss, correct answers and examples, shape ``(3,)``, fp32; None before any batch. Starts anew."""
-        loss, correct, count = self._loss, self._correct, self._count
-        self.__init__()  # type: ignore[misc]
-        if loss is None or correct is None:
-            return None
-        return torch.stack([loss.float(), correct.float(), correct.new_tensor(count).float()])
 
 
 class ImageClassifier(L.LightningModule):
@@ -102,9 +78,7 @@ class ImageClassifier(L.LightningModule):
         self.layer_decay = layer_decay
         self.decay_matrices_only = decay_matrices_only
         self.lr_multipliers: Multiplier | None = None
-        if schedule not in SCHEDULES:
-            raise InputError(unknown("schedule", schedule, SCHEDULES))
-        self.schedule = SCHEDULES[schedule]
+        self.schedule = named_schedule(schedule)
         self.model = create_backbone(
             model,
             num_classes,
@@ -114,7 +88,12 @@ class ImageClassifier(L.LightningModule):
             split=split_fused,
             options=model_options,
         )
-        self._means = {stage: EpochMeans() for stage in ("train", "val", "test")}
+        # 0.7 ms a step, 0.2 ms by sums of our own: far below 5% of an epoch. Neither metric waits for the device, as no
+        # argument is checked, nor NaN removed.
+        self._means = nn.ModuleDict()
+        for stage in ("train", "val", "test"):
+            self._means[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
+            self._means[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
     @property
     def head_name(self) -> str:
@@ -148,12 +127,14 @@ class ImageClassifier(L.LightningModule):
         # the loss in fp32 also under bf16-true: 8 bits of mantissa are too few for a log-sum-exp over 397 classes
         logits = self(images).float()
         loss = F.cross_entropy(logits, labels)
-        self._means[stage].add(loss, logits, labels)
+        # once per example, as batches differ in size
+        self._mean(stage, "loss").update(loss.detach().expand(len(labels)))
+        self._mean(stage, "accuracy").update(logits.detach(), labels)
         return loss
 
     def on_train_epoch_start(self) -> None:
-        """Leave what an interrupted epoch counted behind."""
-        self._means["train"] = EpochMeans()
+        """Reset the means, which an interrupted epoch may have left half-way."""
+        self._reset_means("train")
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the epoch's means with its last batch: callbacks see them at the end of the epoch, before the module."""
@@ -161,33 +142,37 @@ class ImageClassifier(L.LightningModule):
             self._log_means("train")
 
     def on_validation_epoch_start(self) -> None:
-        """Start to count."""
-        self._means["val"] = EpochMeans()
+        """Reset the means."""
+        self._reset_means("val")
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` and ``val_accuracy``."""
         self._log_means("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start to count."""
-        self._means["test"] = EpochMeans()
+        """Reset the means."""
+        self._reset_means("test")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test_loss`` and ``test_accuracy``."""
         self._log_means("test")
 
+    def _mean(self, stage: str, kind: str) -> Metric:
+        metric = self._means[f"{stage}_{kind}"]
+        assert isinstance(metric, Metric)
+        return metric
+
+    def _reset_means(self, stage: str) -> None:
+        # a Trainer of precision bf16-true turns the sums into bf16 too
+        self._mean(stage, "loss").set_dtype(torch.float32).reset()
+        self._mean(stage, "accuracy").reset()
+
     def _log_means(self, stage: str) -> None:
-        totals = self._means[stage].totals()
-        if totals is None:
-            return
-        if self.trainer.world_size > 1:
-            gathered = self.all_gather(totals)
-            assert isinstance(gathered, Tensor)
-            totals = gathered.sum(dim=0)
-        loss, correct, count = totals
-        # batch_size: Lightning would look for one in the batch
-        self.log(f"{stage}_loss", loss / count, on_step=False, on_epoch=True, batch_size=1)
-        self.log(f"{stage}_accuracy", correct / count, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+        for kind in ("loss", "accuracy"):
+            # compute() gathers from all processes; batch_size: Lightning would look for one in the batch
+            mean = self._mean(stage, kind).compute()
+            in_bar = kind == "accuracy"
+            self.log(f"{stage}_{kind}", mean, on_step=False, on_epoch=True, prog_bar=in_bar, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters and a learning rate set per step."""
@@ -195,11 +180,10 @@ class ImageClassifier(L.LightningModule):
         epochs = max(1, self.trainer.max_epochs or 1)
         warmup = min(total, round(total * self.warmup_epochs / epochs))
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.lr, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, warmup, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return set_per_step(optimizer, lambda step: self.schedule(step, warmup, total))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        multipliers: list[Multiplier] = [] if self.lr_multipliers is None else [self.lr_multipliers]
+        multipliers = [self.lr_multipliers]
         if self.layer_decay is not None:
             by_layer = layer_decay(self.model, self.layer_decay)
             multipliers.append(lambda name: by_layer[name.removeprefix("model.")])

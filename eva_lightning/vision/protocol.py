@@ -1,10 +1,10 @@
-"""Where the authors' released vision pipeline does other than the paper says, as one table of named fields.
+"""Where the authors' released vision pipeline differs from the paper's text, as one table of named fields.
 
 The paper's text (sections 3, 4.4 and D.2) is the default. The authors' code is ``BenediktAlkin/vtab1k-pytorch`` on
 GitHub, named by the paper's repository ``ml-jku/EVA``; file names below are of its folder ``src/vtab``. Programs read
 the fields and never the name, so that a protocol of one's own is ``dataclasses.replace(PAPER, ...)``.
 
-Two things that the text leaves open are done as that code does them under both: the learning rate is set at every step,
+Two things that the text leaves open follow that code under both protocols: the learning rate is set at every step,
 and EVA-whiten divides by the square root of the explained-variance ratio (:mod:`eva_lightning.initialization`). Its
 runs of DoRA and full fine-tuning at batch 32 and twice the learning rate are not followed.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class OnePassPCA:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a run is done beyond its hyperparameters.
+    """How a run is done beyond its hyperparameters; the defaults are the paper's text.
 
     Attributes:
         name: What ``--protocol`` calls it.
         split_fused: Adapt q, k, v and the two halves of SwiGLU separately. Authors: yes (``adapters/split_qkv.py``,
-            ``adapters/split_swigluffn.py``); the text does not say.
+            ``adapters/split_swigluffn.py``); not in the text.
         decomposition: EVA's decomposition by one pass, or None to stream training batches until the components have
             converged (section 3.2, Algorithm 1). Authors: one pass (``trainers/eva_pca_trainer.py``).
         rescale_alpha: Keep α/r in layers whose rank changes, by rescaling α (section 4.1). Authors: α stays, so the
@@ -67,19 +67,19 @@ class Protocol:
             Authors: yes (``adapters/lora_linear.py``, ``train``; no autocast in ``trainers/finetune_trainer.py``). The
             text: bfloat16, no word on merging.
         drop_last: Leave out the last, smaller batch of an epoch. Authors: yes (``trainers/finetune_trainer.py``), 12
-            steps per epoch of 800 images and 15 of 1,000 at batch 64; the text does not say.
+            steps per epoch of 800 images and 15 of 1,000 at batch 64; not in the text.
         decay_matrices_only: No weight decay on biases and other parameters of one dimension. Authors: yes
             (``utils/param_groups.py``); the text: weight decay 0.05.
     """
 
     name: str
-    split_fused: bool
-    decomposition: OnePassPCA | None
-    rescale_alpha: bool
-    schedule: str
-    merged_evaluation: bool
-    drop_last: bool
-    decay_matrices_only: bool
+    split_fused: bool = False
+    decomposition: OnePassPCA | None = None
+    rescale_alpha: bool = True
+    schedule: str = "cosine"
+    merged_evaluation: bool = False
+    drop_last: bool = False
+    decay_matrices_only: bool = False
 
     def batches_per_epoch(self, images: int, batch_size: int) -> int:
         """Optimizer steps of an epoch.
@@ -97,16 +97,7 @@ class Protocol:
         return images // batch_size
 
 
-PAPER = Protocol(
-    name="paper",
-    split_fused=False,
-    decomposition=None,
-    rescale_alpha=True,
-    schedule="cosine",
-    merged_evaluation=False,
-    drop_last=False,
-    decay_matrices_only=False,
-)
+PAPER = Protocol("paper")
 
 AUTHORS_CODE = Protocol(
     name="authors-code",
@@ -128,8 +119,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         InputError: No such protocol; names the nearest.
     """
-    if name not in PROTOCOLS:
-        raise InputError(unknown("protocol", name, PROTOCOLS))
+    check_choice("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 

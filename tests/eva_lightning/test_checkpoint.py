@@ -22,8 +22,12 @@ X = correlated(16, seed=9)
 class NoStreaming(EVAInitCallback):
     """Fails if anything is streamed."""
 
-    def _stream(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("streamed again after a checkpoint was restored")
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, forward_fn=fail)
+
+
+def fail(module: nn.Module, batch: Any) -> None:
+    raise AssertionError("streamed again after a checkpoint was restored")
 
 
 class WithPeft(Classifier):
@@ -112,7 +116,7 @@ def test_five_and_five_steps_equal_ten(use_dora: bool, adapter_only: bool, tmp_p
         return DataLoader(loader(80).dataset, 16)
 
     def eva(kind: type[EVAInitCallback] = EVAInitCallback) -> EVAInitCallback:
-        return kind(rho=2, r=4, use_dora=use_dora, adapter_only_checkpoints=adapter_only)
+        return kind(rho=2, r=4, lora={"use_dora": use_dora}, adapter_only_checkpoints=adapter_only)
 
     whole = Halves()
     trainer(eva(), max_epochs=2).fit(whole, data())

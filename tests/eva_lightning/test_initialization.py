@@ -104,7 +104,7 @@ def test_redistribute_draws_loras_default(result: SVDResult) -> None:
 
 
 def test_errors(result: SVDResult) -> None:
-    with pytest.raises(ValueError, match='"evva"'):
+    with pytest.raises(ValueError, match="unknown init 'evva': did you mean eva"):
         build("evva", result)
     with pytest.raises(ValueError, match="12 components held, got 13"):
         build("eva", result, rank=13)

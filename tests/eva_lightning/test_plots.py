@@ -57,14 +57,14 @@ def test_convergence_shows_points_and_threshold() -> None:
     assert axes.get_xlabel() == "minibatches seen"
 
 
-def test_learning_curves_draw_mean_and_standard_error_band() -> None:
+def test_learning_curves_draw_mean_and_confidence_band() -> None:
     values = np.array([[1.0, 0.5], [3.0, 1.5]])
     axes = plots.learning_curves({"LoRA": values}, "loss").axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 2.0], [2, 1.0]])
     band = axes.collections[0].get_paths()[0].vertices
-    # Two runs one standard deviation of sqrt(2) apart: the standard error of epoch 1 is exactly 1.
-    assert band[band[:, 0] == 1][:, 1].min() == pytest.approx(1.0)
-    assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(3.0)
+    # Two runs, standard deviation sqrt(2): the standard error is 1, and t(0.975) with 1 degree of freedom 12.7.
+    assert band[band[:, 0] == 1][:, 1].min() == pytest.approx(2 - 12.7062, abs=1e-3)
+    assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(2 + 12.7062, abs=1e-3)
 
 
 def test_learning_curves_of_one_run_have_no_band() -> None:

@@ -167,9 +167,9 @@ def test_redistribute_refuses_rho_below_one(state: EVAState, rho: float) -> None
 
 
 def test_redistribute_refuses_r_below_one(state: EVAState) -> None:
-    with pytest.raises(ValueError, match="r must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="r must be a number of at least 1, got 0"):
         state.redistribute(0, 1.0)
-    with pytest.raises(ValueError, match="Unknown metric"):
+    with pytest.raises(ValueError, match="unknown metric"):
         state.redistribute(4, 1.0, "ration")
 
 

@@ -1,12 +1,11 @@
 """Getting VTAB-1K into its folder: download of the archive in common use, and unpacking of that or of per-task zips.
 
-Whatever ends a run, the next one goes on: the download resumes, a task folder appears under its name only when
+Safe to interrupt; rerun to continue: the download resumes, a task folder appears under its name only when
 complete, and of a task that is there already only what is missing or differs is taken from the archive.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import stat
 import sys
@@ -17,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlparse
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
+from huggingface_hub.file_download import http_get
+
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
+from eva_lightning.files import file_digest, format_bytes, free_bytes
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
 from eva_lightning.vision.data.tasks import SPLITS, TASKS
@@ -41,16 +44,16 @@ class Member:
     path: PurePosixPath
 
 
-def find_archives(given: str | Path) -> list[Path]:
-    """The zip files that `given` names: a zip, several with commas between them, or a folder of zips.
+def find_archives(given: Iterable[str | Path]) -> list[Path]:
+    """The zip files that `given` names: zips, or folders of zips.
 
     Raises:
         MissingInputError: No such file or folder, or a folder without zips.
         InputError: The folder is VTAB-1K itself, already unpacked.
     """
     archives: list[Path] = []
-    for name in str(given).split(","):
-        path = Path(name.strip()).expanduser()
+    for name in given:
+        path = Path(name).expanduser()
         if path.is_file():
             archives.append(path)
             continue
@@ -161,14 +164,15 @@ def unpack(
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
-    """
+    """Make sure that the disk of `folder` has `needed` bytes and a reserve free.
+
     Raises:
-        InputError: `folder` lies on a disk with less than `needed` bytes and a reserve free.
+        InputError: It has less.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed and free < needed + _ROOM_TO_LEAVE:
         raise InputError(
-            f"{what} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or choose a "
+            f"{what} needs {format_bytes(needed)} and {folder} has {format_bytes(free)} free: make room, or choose a "
             "root on another disk"
         )
 
@@ -212,6 +216,7 @@ def _unpack_task(
 
 def _write(target: Path, member: Member, opened: zipfile.ZipFile) -> int:
     file = target / member.path
+    # not files.replacing, which waits for the disk: here 200,000 times
     temporary = file.with_name(f".{file.name}.part")
     try:
         with opened.open(member.info) as source, temporary.open("wb") as destination:
@@ -232,7 +237,7 @@ def downloaded(root: str | Path) -> Path | None:
 
 
 def download(root: str | Path, missing: str, progress: bool = True) -> Path:
-    """Get the archive from the Hugging Face hub, going on where an earlier download broke off.
+    """Get the archive from the Hugging Face hub, continuing an earlier download that broke off.
 
     Args:
         root: The archive goes to a hidden folder in it.
@@ -251,8 +256,6 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
         return file
     remedy = f"download {ARCHIVE_NAME} (data set {REPOSITORY}) where there is a network, and pass it as --archive FILE"
     require_hub(f"datasets/{REPOSITORY}/resolve/main/README.md", missing, remedy)
-    from huggingface_hub import utils
-
     folder = Path(root) / _DOWNLOADS
     folder.mkdir(parents=True, exist_ok=True)
     partial = sum(part.stat().st_size for part in folder.glob("*.incomplete"))
@@ -278,10 +281,7 @@ def download(root: str | Path, missing: str, progress: bool = True) -> Path:
 
 
 def _fetch(folder: Path) -> Path:
-    """Download by the parts of the hub's client: its ``hf_hub_download`` begins anew after every interruption."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
-    from huggingface_hub.file_download import http_get
-
+    """Download by parts of the hub's client, as its ``hf_hub_download`` restarts after every interruption."""
     url = hf_hub_url(REPOSITORY, ARCHIVE_NAME, repo_type="dataset", endpoint=endpoint())
     found = get_hf_file_metadata(url)
     # bytes of another version of the file are another file
@@ -299,18 +299,10 @@ def _fetch(folder: Path) -> Path:
             expected_size=found.size,
             displayed_filename=ARCHIVE_NAME,
         )
-    if len(tag) == 64 and _sha256(partial) != tag:
+    if len(tag) == 64 and file_digest(partial) != tag:
         partial.unlink()
         raise UnreachableError("the file that arrived is not the hub's")
     return partial.replace(folder / ARCHIVE_NAME)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def remove_download(root: str | Path) -> None:

@@ -7,7 +7,6 @@ next check decodes only what has changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eva_lightning.errors import InputError
+from eva_lightning.files import write_json, write_text
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import image_damage
-from eva_lightning.vision.data.splits import Split, read_split
+from eva_lightning.vision.data.splits import Split, files_digest, read_split
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask, expected_size, get_task
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def check_tasks(
     workers: int | None = None,
     advance: Callable[[str, int, int], None] | None = None,
 ) -> list[TaskStatus]:
-    """Look at `tasks` in `root`, decoding every image whose file has not been seen before.
+    """Check `tasks` in `root`, decoding every image whose file was not decoded before.
 
     Args:
         root: Folder that holds the task folders. It need not exist.
@@ -173,8 +174,8 @@ def _read_splits(folder: Path, spec: VTABTask) -> tuple[dict[str, Split], list[s
             continue
         try:
             splits[name] = read_split(folder, name, spec.classes)
-        except ValueError as error:
-            # the sentence is written for errors far from here; here, the folder and the remedy are known
+        except InputError as error:
+            # the table names the folder, and the summary below it the remedy
             problems.append(str(error).replace(f"{folder}{os.sep}", "").partition(": take it again")[0])
             unreadable.append(f"{name}.txt")
     return splits, problems, unreadable
@@ -209,9 +210,7 @@ def join_training_splits(root: str | Path, task: str) -> bool:
     if joint.exists() or not all(part.is_file() for part in parts):
         return False
     lines = [line for part in parts for line in part.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    temporary = joint.with_name(f".{joint.name}.part")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(joint)
+    write_text(joint, "\n".join(lines) + "\n")
     return True
 
 
@@ -236,7 +235,7 @@ class _Memory:
         advance: Callable[[str, int, int], None] | None,
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The broken and the truncated ones among `paths`."""
-        state = _fingerprint(folder, paths)
+        state = files_digest(folder, paths)
         known = self.tasks.get(folder.name)
         if not isinstance(known, dict) or known.get("fingerprint") != state:
             found: dict[str, list[str]] = {"broken": [], "truncated": []}
@@ -253,12 +252,10 @@ class _Memory:
         return tuple(known["broken"]), tuple(known["truncated"])
 
     def _write(self) -> None:
-        temporary = self.file.with_name(f"{self.file.name}.part")
         try:
-            temporary.write_text(json.dumps({"format": _FORMAT, "tasks": self.tasks}, indent=1), encoding="utf-8")
-            temporary.replace(self.file)
+            write_json(self.file, {"format": _FORMAT, "tasks": self.tasks})
         except OSError as error:
-            logger.debug("the check is not remembered: %s", error)
+            logger.debug("the findings of the check are not kept: %s", error)
 
 
 def _damage(path: Path) -> Literal["broken", "truncated"] | None:
@@ -266,11 +263,3 @@ def _damage(path: Path) -> Literal["broken", "truncated"] | None:
         return image_damage(path)
     except OSError:
         return "broken"
-
-
-def _fingerprint(folder: Path, paths: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = (folder / path).stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -2,13 +2,11 @@
 
 Tasks that are in the folder are checked; missing ones come from an archive (``--archive``), from the original data
 (``--from-originals``), or else from the Hugging Face hub. A table says what is there: counts and classes beside the
-official ones, and whether every image can be decoded. Interrupted, the same command continues.
+official ones, and whether every image can be decoded. Safe to interrupt; rerun to continue.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +14,25 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
+from rich.table import Table
+
 from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.files import is_disk_full, write_json
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
 from experiments.runner.cli import in_terminal
-from experiments.runner.settings import option, parse_settings
+from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 from tools.vtab.archive import download, find_archives, find_members, remove_download, unpack
 from tools.vtab.dataset_check import TaskStatus, check_tasks, join_training_splits
 from tools.vtab.originals import ORIGINALS
@@ -32,22 +45,21 @@ Advance = Callable[[str, int, int], None]
 class Settings:
     """Everything one preparation is asked to do."""
 
-    root: str = option(MISSING, "folder for the task folders")
-    task: str | None = option(None, "task names with commas between them; all 19 if not given")
-    archive: str | None = option(None, "vtab-1k.zip, zips of tasks with commas between them, or a folder of zips")
-    from_originals: str | None = option(None, "folder of the original data sets, to build tasks from")
-    check: bool = option(False, "only check what is there")
-    keep_archive: bool = option(False, "keep the downloaded archive after it was unpacked")
-    workers: int | None = option(None, "threads that unpack and decode; all cores if not given")
-    json: str | None = option(None, "file for the table as JSON")
-    progress: bool = option(True, "show progress bars")
+    root: str = option(MISSING, "folder for the task folders", Role.PLACE)
+    task: tuple[str, ...] | None = option(None, "task names; all 19 if not given", Role.SELECTION)
+    archive: tuple[str, ...] | None = option(None, "vtab-1k.zip, zips of tasks, or a folder of zips", Role.PLACE)
+    from_originals: str | None = option(None, "folder of the original data sets, to build tasks from", Role.PLACE)
+    check: bool = option(False, "only check what is there", Role.SELECTION)
+    keep_archive: bool = option(False, "keep the downloaded archive after it was unpacked", Role.PLACE)
+    workers: int | None = option(None, "threads that unpack and decode; all cores if not given", Role.PLACE, at_least=1)
+    json: str | None = option(None, "file for the table as JSON", Role.PLACE)
+    progress: bool = option(True, "show progress bars", Role.PLACE)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         given = [name for name in ("archive", "from_originals", "check") if getattr(self, name)]
         if len(given) > 1:
-            raise InputError(f"choose one of {' and '.join('--' + name.replace('_', '-') for name in given)}")
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers must be at least 1, got {self.workers}")
+            raise InputError(f"choose one of {' and '.join(map(flag, given))}")
 
     @property
     def tasks(self) -> list[str]:
@@ -58,9 +70,9 @@ class Settings:
         """
         if self.task is None:
             return list(TASKS)
-        named = {get_task(name.strip()).name for name in self.task.split(",") if name.strip()}
+        named = {get_task(name).name for name in self.task}
         if not named:
-            raise InputError(f"task must name at least one task, got {self.task!r}")
+            raise InputError("task must name at least one task", setting="task")
         return [name for name in TASKS if name in named]
 
     @property
@@ -96,10 +108,7 @@ def main(args: Sequence[str] | None = None) -> list[TaskStatus]:
             statuses = _prepare(settings, root, tasks)
     _report(settings, root, statuses)
     if settings.json is not None:
-        file = Path(settings.json)
-        temporary = file.with_name(f"{file.name}.part")
-        temporary.write_text(json.dumps([status.as_json() for status in statuses], indent=2) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_json(settings.json, [status.as_json() for status in statuses])
     return statuses
 
 
@@ -120,8 +129,6 @@ def _require_root(root: Path, settings: Settings) -> None:
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Keep a second preparation of the same folder away; the end of this process, however it ends, lets it in."""
-    from filelock import FileLock, Timeout
-
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".prepare.lock", timeout=0):
@@ -136,7 +143,7 @@ def _prepare(settings: Settings, root: Path, tasks: list[str]) -> list[TaskStatu
     if settings.from_originals is not None:
         _build(settings, root, tasks, Path(settings.from_originals).expanduser())
         return _check(settings, root, tasks)
-    # before anything that takes minutes: is what is missing to be had?
+    # before anything that takes minutes: what is missing must be obtainable
     archives = find_archives(settings.archive) if settings.archive is not None else []
     absent = [task for task in tasks if not (root / task).is_dir()]
     if absent and not archives:
@@ -210,17 +217,6 @@ def _check(settings: Settings, root: Path, tasks: list[str]) -> list[TaskStatus]
 @contextmanager
 def _bar(what: str, settings: Settings, unit: str) -> Iterator[Advance | None]:
     """A progress bar on standard error, one row per task, or nothing where it is unwanted or no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     console = Console(stderr=True)
     if not (settings.progress and console.is_terminal):
         yield None
@@ -246,9 +242,6 @@ def _bar(what: str, settings: Settings, unit: str) -> Iterator[Advance | None]:
 
 
 def _report(settings: Settings, root: Path, statuses: Sequence[TaskStatus]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=f"VTAB-1K in {root}")
     for name in ("task", "group"):
         table.add_column(name, no_wrap=True)
@@ -282,8 +275,6 @@ def _row(status: TaskStatus) -> list[str]:
         "-" if not status.images else f"{status.images}" if not bad else f"{status.images - bad} of {status.images}"
     )
     cells.append(f"[{colour}]{status.verdict}[/]")
-    from rich.markup import escape
-
     cells.append(escape("; ".join((*status.problems, *status.notes))))
     return cells
 
@@ -310,12 +301,12 @@ def command_line(args: Sequence[str] | None = None) -> int:
     try:
         status = in_terminal(lambda words: statuses.extend(main(words)), args)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        print(f"error: {reason}; what was finished is kept, the same command continues", file=sys.stderr)
+        reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        reason = "the disk is full" if is_disk_full(error) else reason
+        print(f"error: {reason}; what was finished is kept, rerun to continue", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept, the same command continues", file=sys.stderr)
+        print("interrupted: what was finished is kept, rerun to continue", file=sys.stderr)
         return 130
     return status or (0 if all(found.usable for found in statuses) else 1)
 

@@ -1,4 +1,4 @@
-"""Copies of a backbone instead of builds, for processes that train the same model many times.
+"""Copying a backbone instead of building it again, for processes that train the same model many times.
 
 Building a ViT-g draws 1.1 billion random numbers and reads 4.5 GB; copying it takes seconds less. Off unless asked for,
 because the original stays in memory.

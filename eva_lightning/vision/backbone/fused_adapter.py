@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eva_lightning.adapters import save_pretrained
+from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.errors import InputError
+from eva_lightning.files import write_json
 from eva_lightning.vision.backbone.split_fused import split_layers
 
 _ROOT = "base_model.model."
@@ -35,17 +40,11 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         InputError: AdaLoRA (its scale depends on the ranks of single layers), or what ``save_pretrained`` refuses.
     """
-    from peft import LoraConfig
-    from safetensors.torch import load_file, save_file
-
-    from eva_lightning.adapters import save_pretrained
-    from eva_lightning.adapters.adalora import is_adalora
-
     if is_adalora(model):
         raise InputError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
     folder = save_pretrained(model, directory)
     file = folder / "adapter_model.safetensors"
-    config: Any = LoraConfig.from_pretrained(str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(file)
     for path, layer in split_layers(model).items():
         parts = {name: _Part.take(tensors, f"{path}.{name}", part, config) for name, part in layer.named_children()}
@@ -53,9 +52,9 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
         _put(tensors, path, list(parts.values()), config)
     suffix = ".lora_A.weight"
     names = {key.removeprefix(_ROOT).removesuffix(suffix) for key in tensors if key.endswith(suffix)}
-    config.target_modules = "|".join(re.escape(name) for name in sorted(names))
+    config["target_modules"] = "|".join(re.escape(name) for name in sorted(names))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-    config.save_pretrained(str(folder))
+    write_json(folder / "adapter_config.json", config)
     return folder
 
 
@@ -79,7 +78,7 @@ class _Part:
         return self.b if self.scaling == scaling else self.b * (self.scaling / scaling)
 
     @classmethod
-    def take(cls, tensors: dict[str, Tensor], path: str, module: nn.Module, config: Any) -> _Part:
+    def take(cls, tensors: dict[str, Tensor], path: str, module: nn.Module, config: dict[str, Any]) -> _Part:
         """Move what the file holds of the layer at `path` out of `tensors`."""
         mine = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{_ROOT}{path}.")}
         found = {key.removeprefix(f"{_ROOT}{path}."): tensor for key, tensor in mine.items()}
@@ -100,12 +99,12 @@ class _Part:
         )
 
 
-def _scaling(config: Any, path: str, rank: int) -> float:
-    alpha = config.alpha_pattern.get(_anchored(path), config.lora_alpha)
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
+    alpha = config["alpha_pattern"].get(_anchored(path), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
 
 
-def _put(tensors: dict[str, Tensor], path: str, parts: list[_Part], config: Any) -> None:
+def _put(tensors: dict[str, Tensor], path: str, parts: list[_Part], config: dict[str, Any]) -> None:
     """Put the parts into `tensors` as one layer at `path`, and its rank and alpha into `config`."""
     adapted = [part for part in parts if part.a is not None and part.b is not None]
     prefix = f"{_ROOT}{path}"
@@ -120,9 +119,9 @@ def _put(tensors: dict[str, Tensor], path: str, parts: list[_Part], config: Any)
     tensors[f"{prefix}.lora_A.weight"] = a
     tensors[f"{prefix}.lora_B.weight"] = torch.block_diag(*blocks).to(a.dtype)
     rank = len(a)
-    config.rank_pattern[_anchored(path)] = rank
-    config.alpha_pattern[_anchored(path)] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
-    if config.use_dora:
+    config["rank_pattern"][_anchored(path)] = rank
+    config["alpha_pattern"][_anchored(path)] = scaling * (math.sqrt(rank) if config["use_rslora"] else rank)
+    if config["use_dora"]:
         tensors[f"{prefix}.lora_magnitude_vector"] = torch.cat([part.magnitude for part in parts])
     biases_of_b = [part.b_bias for part in parts]
     if any(bias is not None for bias in biases_of_b):
@@ -130,9 +129,9 @@ def _put(tensors: dict[str, Tensor], path: str, parts: list[_Part], config: Any)
         tensors[f"{prefix}.lora_B.bias"] = torch.cat(biases)
 
 
-def _drop_patterns(config: Any, paths: list[str]) -> None:
+def _drop_patterns(config: dict[str, Any], paths: list[str]) -> None:
     for path in paths:
-        for pattern in (config.rank_pattern, config.alpha_pattern):
+        for pattern in (config["rank_pattern"], config["alpha_pattern"]):
             pattern.pop(_anchored(path), None)
 
 

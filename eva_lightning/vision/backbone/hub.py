@@ -41,7 +41,7 @@ def _silence(path: str) -> object:
         with urllib.request.urlopen(request, timeout=_WAIT_SECONDS):
             return None
     except urllib.error.HTTPError as error:
-        # whatever it objects to below 500, its client will say better
+        # the client explains other statuses better
         return None if error.code < 500 else f"HTTP status {error.code}"
     except (OSError, ValueError) as error:
         return getattr(error, "reason", error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from timm.layers import GluMlp  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from eva_lightning.errors import InputError, InputTypeError
@@ -98,8 +99,6 @@ def _joined(parts: list[nn.Module]) -> nn.Linear:
 
 def _fused_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, tuple[str, ...]]]:
     """Parent, name in it, path, and names of the parts in the order of their outputs."""
-    from timm.layers import GluMlp  # type: ignore[attr-defined]
-
     for prefix, parent in model.named_modules():
         names: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v")}
         if isinstance(parent, GluMlp):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, check_choice, unknown
 from eva_lightning.side_effects import isolated_rng
 from eva_lightning.vision.backbone.backbone_cache import built_or_copied
 from eva_lightning.vision.backbone.position_embedding import (
@@ -41,8 +44,6 @@ def resolve_model(name: str) -> str:
     Raises:
         InputError: No such model, or no such set of weights (the part after the dot); names the nearest.
     """
-    import timm
-
     model = ALIASES.get(name, name)
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
@@ -87,76 +88,69 @@ def create_backbone(
         InputError: Unknown model, image size no multiple of the patch size, unreadable weight file, weights of another
             architecture (the message names keys), a model without a linear head, or without anything to split.
     """
-    if position_embedding not in CHOICES:
-        raise InputError(unknown("position embedding", position_embedding, CHOICES))
-    source = weights or Weights(pretrained=False)
-    key = (name, num_classes, image_size, source, position_embedding, split, repr(sorted((options or {}).items())))
-    model = built_or_copied(
-        key, lambda: _build(name, num_classes, image_size, source, position_embedding, split, options or {})
-    )
+    check_choice("position_embedding", position_embedding, CHOICES)
+    weights = weights or Weights(pretrained=False)
+    options = dict(sorted((options or {}).items()))
+    recipe = _Recipe(name, num_classes, image_size, weights, position_embedding, split, options)
+    model = built_or_copied(repr(recipe), lambda: _build(recipe))
     _initialise_head(model, name)
     return model
 
 
-def _build(
-    name: str,
-    num_classes: int,
-    image_size: int,
-    weights: Weights,
-    position_embedding: PositionEmbedding,
-    split: bool,
-    options: Mapping[str, Any],
-) -> nn.Module:
-    """The model before its head is drawn: a function of the arguments alone."""
+@dataclass(frozen=True)
+class _Recipe:
+    """All that decides a backbone before its head is drawn: the arguments of :func:`create_backbone`."""
+
+    name: str
+    num_classes: int
+    image_size: int
+    weights: Weights
+    position_embedding: PositionEmbedding
+    split: bool
+    options: Mapping[str, Any]
+
+
+def _build(recipe: _Recipe) -> nn.Module:
     with isolated_rng():
         torch.manual_seed(0)
-        model = _created(name, num_classes, image_size, weights, position_embedding, options)
-    _check_patches(model, name, image_size)
+        model = _created(recipe)
+    _check_patches(model, recipe.name, recipe.image_size)
     _call_fused_projections(model)
-    if split:
+    if recipe.split:
         split_fused(model)
     return model
 
 
-def _created(
-    name: str,
-    num_classes: int,
-    image_size: int,
-    weights: Weights,
-    position_embedding: PositionEmbedding,
-    options: Mapping[str, Any],
-) -> nn.Module:
-    import timm
-    from timm.models import get_pretrained_cfg
-
-    model_name = resolve_model(name)
+def _created(recipe: _Recipe) -> nn.Module:
+    image_size, weights = recipe.image_size, recipe.weights
+    model_name = resolve_model(recipe.name)
     config = get_pretrained_cfg(model_name)
-    arguments = dict(options)
+    arguments = dict(recipe.options)
     if config is not None and config.fixed_input_size:
         arguments["img_size"] = image_size
     if not weights.pretrained:
         try:
-            return timm.create_model(model_name, num_classes=num_classes, **arguments)
+            return timm.create_model(model_name, num_classes=recipe.num_classes, **arguments)
         except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-            raise InputError(f"{name} cannot be built for images of {image_size} pixels: {error}") from error
-    official = position_embedding == "official" and differs_from_timm(model_name)
+            raise InputError(f"{recipe.name} cannot be built for images of {image_size} pixels: {error}") from error
+    official = recipe.position_embedding == "official" and differs_from_timm(model_name)
     file = weights.file
     if file is None and official and config is not None:
         # timm would resample on its way from the hub into the model
         file = download(config.hf_hub_id, config.hf_hub_filename)
     if file is None:
-        return timm.create_model(model_name, pretrained=True, num_classes=num_classes, **arguments)
+        return timm.create_model(model_name, pretrained=True, num_classes=recipe.num_classes, **arguments)
     state = read_weights(file)
     if official:
         state = resample_state(state, image_size)
     if not weights.strict:
         overlay = {"state_dict": state, "custom_load": False}
         return timm.create_model(
-            model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **arguments
+            model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=recipe.num_classes, **arguments
         )
     classifiers = config.classifier if config is not None else None
     model = _with_weights(model_name, file, state, classifiers, arguments)
-    model.reset_classifier(num_classes)  # type: ignore[operator]  # every timm model has it
+    model.reset_classifier(recipe.num_classes)  # type: ignore[operator]  # every timm model has it
     return model
 
 
@@ -170,8 +164,6 @@ def _with_weights(
     model_name: str, file: Path, state: dict[str, Tensor], classifiers: Any, arguments: dict[str, Any]
 ) -> nn.Module:
     """Load a user's file strictly: with a head of another size, timm would accept any file and load what fits."""
-    import timm
-
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers or ():
         for parameter in ("weight", "bias"):
             state.pop(f"{classifier}.{parameter}", None)

@@ -1,4 +1,4 @@
-"""Tensors out of a weight file that anybody may have sent: no code in it is run, and what it is instead is said."""
+"""Reading untrusted weight files: no code in them is run, and what is no weight file is named for what it is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 from torch import Tensor
 
 from eva_lightning.errors import InputError
@@ -34,8 +37,6 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise InputError(f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected")
     if _LIGHTNING_KEY in found:
         raise _lightning(file)
-    from timm.models import clean_state_dict
-
     container = next((key for key in CONTAINERS if isinstance(found.get(key), Mapping)), None)
     state = clean_state_dict(dict(found if container is None else found[container]))
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
@@ -58,9 +59,6 @@ def _refuse_impostors(file: Path) -> None:
 
 
 def _read_safetensors(file: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -84,7 +82,7 @@ def _read_torch(file: Path) -> Any:
 
 
 def _is_lightning(file: Path) -> bool:
-    """Looks at the names in the pickle without unpickling it."""
+    """Read the names in the pickle without unpickling it."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -92,13 +90,13 @@ def _is_lightning(file: Path) -> bool:
         return any(_LIGHTNING_KEY.encode() in archive.read(name) for name in names)
 
 
-def _lightning(file: Path) -> ValueError:
-    return ValueError(
+def _lightning(file: Path) -> InputError:
+    return InputError(
         f"{file} is a Lightning checkpoint of a whole module, not a weight file of a backbone: load it with "
         "ImageClassifier.load_from_checkpoint, or pass the weights its training started from"
     )
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
+def _unreadable(file: Path, error: Exception) -> InputError:
     reason = str(error).splitlines()[0].strip() if str(error).strip() else type(error).__name__
-    return ValueError(f"weight file {file} cannot be read ({reason[:160]}): download it again")
+    return InputError(f"weight file {file} cannot be read ({reason[:160]}): download it again")

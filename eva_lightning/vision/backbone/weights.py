@@ -1,9 +1,12 @@
-"""Where a backbone's weights come from: nowhere, a file, or the Hugging Face hub. Settled before a model is built."""
+"""Where a backbone's weights come from: nowhere, a file, or the Hugging Face hub. Resolved before a model is built."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from timm.models import get_pretrained_cfg
 
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.backbone.hub import require_hub
@@ -40,8 +43,6 @@ def resolve_weights(model: str, weights: str) -> Weights:
         return Weights(pretrained=False)
     if weights != "pretrained":
         return Weights(pretrained=True, file=_weight_file(weights), strict=True)
-    from timm.models import get_pretrained_cfg
-
     config = get_pretrained_cfg(model)
     if config is None or not config.has_weights:
         raise InputError(f"timm has no pre-trained weights of {model}: pass --weights FILE or --weights none")
@@ -67,8 +68,6 @@ def _weight_file(path: str) -> Path:
 def _cached(repository: str | None, filename: str | None) -> Path | None:
     if not repository:
         return None
-    from huggingface_hub import try_to_load_from_cache
-
     for name in (filename,) if filename else _HUB_FILES:
         found = try_to_load_from_cache(repository, name)
         if isinstance(found, str):
@@ -81,8 +80,6 @@ def download(repository: str | None, filename: str | None) -> Path | None:
     found = _cached(repository, filename)
     if found is not None or not repository:
         return found
-    from huggingface_hub import file_exists, hf_hub_download
-
     for name in (filename,) if filename else _HUB_FILES:
         if file_exists(repository, name):
             return Path(hf_hub_download(repository, name))

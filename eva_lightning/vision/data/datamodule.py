@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import check_choice, check_number
 
 from eva_lightning.vision.data.image_cache import cached_images, decode_all
 from eva_lightning.vision.data.images import load_image
@@ -163,12 +163,10 @@ class VTAB1K(L.LightningDataModule):
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
         ):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if workers < 0:
-            raise InputError(f"workers must be at least 0, got {workers}")
-        if normalization not in NORMALIZATIONS:
-            raise InputError(unknown("normalization", normalization, NORMALIZATIONS))
+            if value is not None:
+                check_number(name, value, at_least=1, whole=True)
+        check_number("workers", workers, at_least=0, whole=True)
+        check_choice("normalization", normalization, NORMALIZATIONS)
         self.data = open_task(root, task, split, limit_train, limit_test, evaluation)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -187,7 +185,7 @@ class VTAB1K(L.LightningDataModule):
 
     @property
     def validates(self) -> bool:
-        """Whether there is something to look at after every epoch without touching test images."""
+        """Whether there are images to evaluate on after every epoch that are not test images."""
         return self.data.evaluation.name != "test"
 
     def setup(self, stage: str) -> None:

@@ -3,18 +3,15 @@
 VTAB-1K trains 30 epochs on 1,000 images, and a search trains hundreds of times on the same ones: JPEGs are decoded
 once. The file name holds a fingerprint of the image list, sizes and modification times, so changed data never
 meets an old cache. Behind the pixels, the file holds a CRC-32 of each image: what a failing disk or an interrupted copy
-changed is noticed when the file is opened, and decoded again. Of many processes that want the same cache at once, one
+changed is found when the file is opened, and decoded again. Of many processes that want the same cache at once, one
 decodes and the others wait; files appear under their final name only when complete.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import logging
 import os
-import shutil
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -24,12 +21,14 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 
+from eva_lightning.files import format_bytes, free_bytes, is_disk_full
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import load_image
-from eva_lightning.vision.data.splits import Split
+from eva_lightning.vision.data.splits import Split, files_digest
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +50,7 @@ class _CannotWrite(Exception):
 
 def fingerprint(split: Split, image_size: int) -> str:
     """16 hexadecimal digits that change when the list of images, a file's size or time, or the resolution changes."""
-    digest = hashlib.sha256(f"{_FORMAT} {image_size}\n".encode())
-    for path in split.paths:
-        stat = (split.folder / path).stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    return files_digest(split.folder, split.paths, f"{_FORMAT} {image_size}\n")[:16]
 
 
 def decoded(
@@ -125,8 +120,6 @@ def cached_images(
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Hold the lock of a cache file. It is the kernel's: the end of a process, however it ends, sets it free."""
-    from filelock import FileLock, Timeout
-
     lock = FileLock(file.with_name(f".{file.name}.lock"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,13 +137,13 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed + _ROOM_TO_LEAVE:
-        raise _CannotWrite(f"it needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free")
+        raise _CannotWrite(f"it needs {format_bytes(needed)} and {folder} has {format_bytes(free)} free")
 
 
 def _write(file: Path, split: Split, image_size: int, workers: int, progress: bool) -> None:
-    """Decode `split` into `file`. Only for who holds its lock."""
+    """Decode `split` into `file`. To be called with its lock held."""
     for leftover in file.parent.glob(f"{file.stem}.*.part"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
     temporary = file.with_name(f"{file.stem}.{os.getpid()}.part")
@@ -174,7 +167,7 @@ def _write(file: Path, split: Split, image_size: int, workers: int, progress: bo
 
 
 def _put(stream: FileIO, data: bytes | memoryview, file: Path) -> None:
-    # plain writes, not a map of the new file: where the disk is full, a map kills the process
+    # plain writes, not a memory map of the new file: on a full disk, writing to a map kills the process
     rest = memoryview(data).cast("B")
     with _writing(file):
         while rest:
@@ -190,9 +183,9 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return "the disk is full"
+    number = getattr(error, "errno", None)
     return os.strerror(number) if number else str(error)
 
 

@@ -6,8 +6,6 @@ antialiasing (Pillow), no crop. Alpha is dropped and EXIF rotation ignored, as `
 
 from __future__ import annotations
 
-from eva_lightning.errors import InputError
-
 import io
 import logging
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from eva_lightning.errors import InputError
 
 logger = logging.getLogger(__name__)
 

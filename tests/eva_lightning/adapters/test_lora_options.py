@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, TaskType, inject_adapter_in_model
 
 from eva_lightning import EVAInitCallback
 from eva_lightning.adapters import find_adapters
@@ -28,6 +29,13 @@ def test_a_lora_config_says_its_rank_and_alpha() -> None:
         "use_dora": True, "task_type": "FEATURE_EXTRACTION",
     }  # fmt: skip
     assert injection_arguments(LoraConfig())["r"] == LoraConfig().r
+
+
+def test_checkpoints_can_hold_them(tmp_path: Path) -> None:
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, rank_pattern={"0": 2}, target_modules={"0", "3"})
+    arguments = injection_arguments(config)
+    torch.save(arguments, tmp_path / "arguments")
+    assert torch.load(tmp_path / "arguments", weights_only=True) == arguments
 
 
 def test_a_mapping_says_only_what_it_holds() -> None:

@@ -30,6 +30,7 @@ from eva_lightning.adapters import (
     merge_and_unload,
     save_pretrained,
 )
+from eva_lightning.layer_inputs import PatchInputs
 from tests.modules import correlated, trainer
 
 K = 4
@@ -220,9 +221,7 @@ def test_a_is_written_as_filters() -> None:
     torch.testing.assert_close(spread, state.singular_values[layer.name], rtol=1e-4, atol=1e-4)
 
 
-def test_patches_are_chosen_and_masked_before_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_lightning import layer_inputs as tokens_module
-
+def test_patches_are_chosen_and_masked_before_they_are_copied() -> None:
     conv, x = nn.Conv2d(3, 4, 3, stride=2), images(nn.Conv2d)
     all_patches = patches(conv, x).flatten(1, 2)
     layers: Any = {"c": conv}
@@ -232,8 +231,9 @@ def test_patches_are_chosen_and_masked_before_they_are_copied(monkeypatch: pytes
     mask = torch.rand(32, 3, 3) > 0.5
     masked = compute_eva_state(conv, lambda: iter([x]), layers, K, mask_fn=lambda _: mask)
     assert_decomposes(masked, "c", all_patches[mask.flatten(1)])
-    monkeypatch.setattr(tokens_module, "_PIECE", 500)  # in many pieces the sums are the same
-    pieces = compute_eva_state(conv, lambda: iter([x]), layers, K, mask_fn=lambda _: mask)
+    inputs = PatchInputs(conv, conv)
+    inputs.piece = 500  # in many pieces the sums are the same
+    pieces = compute_eva_state(conv, lambda: iter([x]), {"c": inputs}, K, mask_fn=lambda _: mask)
     torch.testing.assert_close(pieces.singular_values["c"], masked.singular_values["c"], rtol=1e-5, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from eva_lightning.methods import METHODS, MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.module import ImageClassifier
-from tests.eva_lightning.methods.test_vision import fit, plain
+from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 INITS = {
@@ -62,7 +62,7 @@ def test_one_state_serves_every_method_and_rank(
     kind = MethodKey.parse(method).state_kind
     assert kind is not None
     assert MethodKey.parse(method).components(rank) <= LARGEST
-    monkeypatch.setattr("eva_lightning.callback.compute_eva_state", lambda *_, **__: pytest.fail("streams"))
+    monkeypatch.setattr("eva_lightning.initialiser.compute_eva_state", lambda *_, **__: pytest.fail("streams"))
     module, (callback,) = started(method, AdapterOptions(rank=rank, state=states[kind], seed=3), make_data())
     assert isinstance(callback, EVAInitCallback)
     assert callback.state is not None

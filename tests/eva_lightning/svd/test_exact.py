@@ -10,7 +10,16 @@ from sklearn.decomposition import PCA
 
 from eva_lightning.svd import ExactSVD
 from eva_lightning.svd.eigensolver import gaussian, orthonormal_columns, top_eigenpairs
-from tests.svd_helpers import assert_orthonormal, captured_variance, decaying, digits, feed, reference
+from tests.svd_helpers import (
+    assert_orthonormal,
+    captured_variance,
+    decaying,
+    digits,
+    feed,
+    held_bytes,
+    held_tensors,
+    reference,
+)
 
 WIDTHS = [48, 192, 200, 640]
 
@@ -105,8 +114,7 @@ def test_takes_any_floating_dtype_and_keeps_an_fp32_state(dtype: torch.dtype) ->
     result = engine.result()
     assert captured_variance(x, result.components) >= 0.9999
     assert result.components.dtype == result.singular_values.dtype == torch.float32
-    large = [t for t in vars(engine).values() if isinstance(t, torch.Tensor) and t.ndim == 2]
-    assert {t.dtype for t in large} == {torch.float32}
+    assert {t.dtype for t in held_tensors(engine) if t.ndim == 2} == {torch.float32}
 
 
 def test_takes_any_shape_and_strides() -> None:
@@ -280,14 +288,13 @@ def test_state_bytes_are_known_before_anything_is_allocated() -> None:
     engine = ExactSVD(512, 16)
     assert engine.state_bytes == ExactSVD.estimate_bytes(512, 16) >= 4 * 512**2
     feed(engine, [decaying(40, 512)]).result()
-    held = sum(t.nbytes for t in vars(engine).values() if isinstance(t, torch.Tensor))
-    assert held <= engine.state_bytes
+    assert 4 * 512**2 <= held_bytes(engine, 512) <= engine.state_bytes
 
 
 def test_errors_name_the_expectation_and_the_value() -> None:
-    with pytest.raises(ValueError, match="k=65 for inputs of width 64"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1 and of at most 64, got 65"):
         ExactSVD(64, 65)
-    with pytest.raises(ValueError, match="k=0"):
+    with pytest.raises(ValueError, match="at least 1 and of at most 64, got 0"):
         ExactSVD(64, 0)
     engine = ExactSVD(64, 4)
     with pytest.raises(RuntimeError, match="no tokens"):
@@ -306,7 +313,7 @@ def test_errors_name_the_expectation_and_the_value() -> None:
         engine.update(torch.zeros(3, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match="equal"):
         engine.merge(ExactSVD(64, 5))
-    with pytest.raises(ValueError, match="k=99"):
+    with pytest.raises(ValueError, match="at most 64, got 99"):
         feed(ExactSVD(64, 4), [torch.zeros(3, 64)]).minor(99)
 
 

@@ -192,7 +192,7 @@ def test_merge_is_associative_and_order_free_within_k_dimensions(
 
 
 def test_errors_name_the_expectation_and_the_value() -> None:
-    with pytest.raises(ValueError, match="k=65 for inputs of width 64"):
+    with pytest.raises(ValueError, match="at most 64, got 65"):
         IncrementalSVD(64, 65)
     engine = IncrementalSVD(64, 4)
     with pytest.raises(RuntimeError, match="no tokens"):

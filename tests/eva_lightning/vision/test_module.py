@@ -123,7 +123,20 @@ def test_trains_in_bfloat16(precision: str, split: bool) -> None:
     assert {p.dtype for p in module.parameters()} == {expected}
 
 
-def test_a_step_costs_no_metric_and_logs_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_means_are_summed_in_fp32_under_bfloat16() -> None:
+    """Counted in bfloat16, there are never more than 256 images."""
+    seen = {}
+
+    class Look(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ImageClassifier) -> None:  # type: ignore[override]
+            seen.update({name: metric.weight for name, metric in pl_module._means.items() if hasattr(metric, "weight")})
+
+    module = ImageClassifier("test_vit", num_classes=5, image_size=32)
+    trainer(max_epochs=1, precision="bf16-true", callbacks=[Look()]).fit(module, data(300))
+    assert seen["train_loss"] == torch.tensor(300.0)
+
+
+def test_logs_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's log() takes about as long as the forward pass of a tiny model."""
     module = ImageClassifier("test_vit", num_classes=5, image_size=32)
     calls = []

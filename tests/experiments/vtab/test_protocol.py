@@ -120,12 +120,12 @@ def test_decomposition_is_of_train800_also_where_more_is_trained_on(
     settings = parse([*arguments, "--protocol", "authors-code"])
     data, _, callbacks = run.assemble(settings)
     assert len(data.data.train) == 29
-    state = callbacks[0]._given  # type: ignore[attr-defined]
+    state = callbacks[0].initialiser.given  # type: ignore[attr-defined]
     assert set(state.n_samples.values()) == {21 * 5}
     assert callbacks[0].rho == 8.0  # type: ignore[attr-defined]  # all 32 components compete at rank 4
     # one for all learning rates, ranks and seeds
     _, _, others = run.assemble(parse([*arguments, "--protocol", "authors-code", "--rank", "2", "--seed", "7"]))
-    other = others[0]._given  # type: ignore[attr-defined]
+    other = others[0].initialiser.given  # type: ignore[attr-defined]
     assert {len(v) for v in other.components.values()} == {32}
     assert all(torch.equal(other.components[name], state.components[name]) for name in state.components)
 

@@ -11,7 +11,7 @@ from eva_lightning.methods import method_names
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from experiments.vtab.settings import command_line, main, parse
-from tests.eva_lightning.methods.test_vision import fit, plain
+from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 

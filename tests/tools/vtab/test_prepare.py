@@ -139,14 +139,14 @@ def test_from_originals_builds_what_is_found(
     ("more", "message"),
     [
         (["--task", "kiti"], "unknown VTAB-1K task 'kiti': did you mean kitti?"),
-        (["--task", ","], "task must name at least one task, got ','"),
+        (["--task", ","], "--task must name at least one task"),
         (
             ["--archive", "none.zip"],
             "archive none.zip does not exist: pass vtab-1k.zip, zips of tasks, or their folder",
         ),
         (["--archive", "a.zip", "--check"], "choose one of --archive and --check"),
         (["--from-originals", "none"], "folder none of original data does not exist"),
-        (["--workers", "0"], "workers must be at least 1, got 0"),
+        (["--workers", "0"], "--workers must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -190,7 +190,7 @@ def test_too_little_room(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
     assert command_line(words(tmp_path / "root", "--task", "kitti", "--archive", archive)) == 2
-    assert "error: unpacking needs 0.0 GB and" in capsys.readouterr().err
+    assert "error: unpacking needs " in capsys.readouterr().err
 
 
 def test_disk_that_fills_up_while_unpacking(
@@ -202,7 +202,7 @@ def test_disk_that_fills_up_while_unpacking(
     arguments = words(tmp_path / "root", "--task", "kitti", "--archive", archive)
     monkeypatch.setattr(shutil, "copyfileobj", full)
     assert command_line(arguments) == 1
-    message = "error: the disk is full; what was finished is kept, the same command continues\n"
+    message = "error: the disk is full; what was finished is kept, rerun to continue\n"
     assert capsys.readouterr().err == message
     monkeypatch.undo()
     assert command_line(arguments) == 0

@@ -1,7 +1,7 @@
 """VTAB-1K tasks from the original public data: the images of the archive in common use, without its JPEG losses.
 
 The benchmark's subsets are slices of the order in which TFDS stores a data set, and that order follows from each
-example's key. Each module reads one data set and gives the keys that its TFDS builder gives (tensorflow/datasets,
+example's key. Each module reads data sets and gives the keys that its TFDS builder gives (tensorflow/datasets,
 ``tensorflow_datasets/``), the rules are in :mod:`~tools.vtab.originals.rules`.
 
 How far the result is known to be VTAB's: the order was compared with the published order of CIFAR-10. The 1,000
@@ -19,24 +19,10 @@ training images were compared with the list that the authors of Visual Prompt Tu
 
 from __future__ import annotations
 
-from tools.vtab.originals import (
-    camelyon,
-    cifar,
-    clevr,
-    dmlab,
-    dsprites,
-    dtd,
-    eurosat,
-    flowers,
-    kitti,
-    pets,
-    resisc45,
-    smallnorb,
-    svhn,
-)
+from tools.vtab.originals import by_torchvision, camelyon, clevr, dmlab, dsprites, kitti, resisc45, smallnorb
 from tools.vtab.originals.pool import Original
 
-_MODULES = (cifar, dtd, flowers, pets, svhn, camelyon, eurosat, resisc45, clevr, dmlab, kitti, dsprites, smallnorb)
+_MODULES = (by_torchvision, camelyon, resisc45, clevr, dmlab, kitti, dsprites, smallnorb)
 
 #: Task -> how it is made from its original data.
 ORIGINALS: dict[str, Original] = {original.task: original for module in _MODULES for original in module.ORIGINALS}

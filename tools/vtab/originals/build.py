@@ -47,7 +47,7 @@ def build_task(
     """Make ``root/<task>``: images under ``images/{train800,val200,test}`` and the four split files.
 
     Image files are taken over as they are (linked where the file system can, else copied), pixels become PNG. The
-    folder appears under its name when it is complete; a build that was broken off goes on with the same call.
+    folder appears under its name when it is complete; safe to interrupt; the same call continues.
 
     Args:
         original: What to make.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.vtab.originals.pool import Image, Original, Pool
+from tools.vtab.originals.pool import Original, Pool
 
 _NAMES = {"train": "train", "validation": "valid", "test": "test"}
 
@@ -31,14 +31,8 @@ def _pool(folder: Path, name: str) -> Pool:
     def opened(part: str) -> Any:
         return h5py.File(folder / f"camelyonpatch_level_2_split_{name}_{part}.h5", "r")[part]
 
-    images = opened("x")
     labels = opened("y")[:].reshape(-1).tolist()
-
-    def image(index: int) -> Image:
-        pixels: Image = images[index]
-        return pixels
-
-    return Pool([f"{name}_{index}" for index in range(len(labels))], labels, image)
+    return Pool([f"{name}_{index}" for index in range(len(labels))], labels, opened("x").__getitem__)
 
 
 ORIGINALS = (

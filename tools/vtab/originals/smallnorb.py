@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_lightning.errors import InputError, MissingInputError
-from tools.vtab.originals.pool import Image, Original, Pool
+from tools.vtab.originals.pool import Original, Pool
 
 _FILES = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training-{}.mat",
@@ -60,13 +60,8 @@ def load(column: int, folder: Path) -> dict[str, Pool]:
 
 def _pool(column: int, folder: Path, name: str) -> Pool:
     images = _left_images(_file(folder, name.format("dat")))
-
-    def image(index: int) -> Image:
-        pixels: Image = images[index]
-        return pixels
-
     labels = label(column, read_matrix(_file(folder, name.format("info"))))
-    return Pool(range(len(labels)), labels, image)
+    return Pool(range(len(labels)), labels, images.__getitem__)
 
 
 def _file(folder: Path, name: str) -> Path:

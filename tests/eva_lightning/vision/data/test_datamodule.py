@@ -125,9 +125,9 @@ def test_loader_processes_give_the_same(root: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("image_size", 0, "image_size must be at least 1, got 0"),
-        ("batch_size", -1, "batch_size must be at least 1, got -1"),
-        ("workers", -1, "workers must be at least 0, got -1"),
+        ("image_size", 0, "image_size must be a whole number of at least 1, got 0"),
+        ("batch_size", -1, "batch_size must be a whole number of at least 1, got -1"),
+        ("workers", -1, "workers must be a whole number of at least 0, got -1"),
         ("normalization", "imagnet", "unknown normalization 'imagnet': did you mean imagenet"),
     ],
 )

@@ -45,7 +45,7 @@ def test_limits_take_the_first_images_and_are_noted(tmp_path: Path) -> None:
     assert len(limited.evaluation) == 3
     assert limited.limited
     assert not open_task(tmp_path, "kitti", limit_train=1000).limited
-    with pytest.raises(ValueError, match="limit_train must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="limit_train must be a whole number of at least 1, got 0"):
         open_task(tmp_path, "kitti", limit_train=0)
 
 
@@ -129,7 +129,7 @@ def test_paths_with_spaces_windows_line_ends_and_byte_order_mark(tmp_path: Path)
 
 
 def test_unknown_split_suggests(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown training split 'train80': did you mean train800"):
+    with pytest.raises(ValueError, match="unknown split 'train80': did you mean train800"):
         open_task(tmp_path, "kitti", "train80")
 
 
@@ -139,5 +139,5 @@ def test_evaluation_split_can_be_chosen_but_not_what_is_trained_on(tmp_path: Pat
     assert (found.train.name, found.evaluation.name) == ("train800", "test")
     with pytest.raises(ValueError, match="evaluation on val200 needs split='train800'"):
         open_task(tmp_path, "kitti", evaluation="val200")
-    with pytest.raises(ValueError, match="unknown evaluation split 'tset': did you mean test"):
+    with pytest.raises(ValueError, match="unknown evaluation 'tset': did you mean test"):
         open_task(tmp_path, "kitti", evaluation="tset")

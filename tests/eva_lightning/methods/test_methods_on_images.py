@@ -21,36 +21,18 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.module import ImageClassifier
+from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 IMAGE_METHODS = method_names("vision")
 ADAPTERS = [method for method in IMAGE_METHODS if METHODS[method].adapts]
 EDIT_BASE_WEIGHTS = ("pissa", "milora", "olora", "corda", "lora-ga")
 OPTIONS = AdapterOptions(rank=4)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "limit_val_batches": 0, "enable_checkpointing": False,
-}  # fmt: skip
-
-
-def plain(lr: float = 1e-2) -> ImageClassifier:
-    """A classifier whose head tells inputs apart, so that a change of the function shows in the logits."""
-    L.seed_everything(0, verbose=False)
-    module = ImageClassifier("test_vit", num_classes=4, image_size=32, lr=lr, warmup_epochs=1)
-    nn.init.normal_(module.model.head.weight, std=0.5)  # type: ignore[union-attr, arg-type]
-    return module
 
 
 def build(method: str, options: AdapterOptions = OPTIONS) -> tuple[ImageClassifier, list[L.Callback]]:
     module = plain()
     return module, apply_method(method, module, options)
-
-
-def fit(module: ImageClassifier, callbacks: list[L.Callback], data: VTAB1K, **options: Any) -> L.Trainer:
-    checkpoint = options.pop("ckpt_path", None)
-    trainer = L.Trainer(callbacks=callbacks, **QUIET, **options)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    return trainer
 
 
 @torch.no_grad()
