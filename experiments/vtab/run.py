@@ -35,7 +35,7 @@ from eva_lightning.vision.protocol import OnePassPCA, module_options
 from experiments.runner.loggers import open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.run_logging import RunLogging
-from experiments.runner.settings import Role, identity
+from experiments.runner.settings import Role, identity, plain
 from experiments.vtab.checkpoints import EpochCheckpoints
 from experiments.vtab.settings import Settings, headline
 
@@ -142,7 +142,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     group = f"{settings.task}-{settings.model}-{settings.method}{adapter}-lr{settings.lr:g}"
     tags = (settings.task, settings.model, settings.method, settings.split)
     names = parse_loggers(settings.logger)
-    with open_loggers(names, folder.path, settings.run_name, vars(settings), group=group, tags=tags) as loggers:
+    with open_loggers(names, folder.path, settings.run_name, plain(settings), group=group, tags=tags) as loggers:
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
         trainer = _trainer(settings, data, [*parts.callbacks, RunLogging(), history, checkpoints], loggers)

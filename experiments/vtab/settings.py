@@ -21,7 +21,7 @@ from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
 from eva_lightning.vision.data.splits import open_task
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
 from experiments.runner.cli import in_terminal
-from experiments.runner.loggers import LOGGER_HELP, check_loggers, parse_loggers
+from experiments.runner.loggers import LOGGER_HELP, LOGGERS, check_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder, perform
 from experiments.runner.settings import Role, check_settings, option, parse_settings
 
@@ -101,7 +101,7 @@ class SharedOptions:
     )
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     cache: str | None = option(None, "folder for decoded images, or none; OUTPUT/cache if not given", PLACE)
-    logger: str = option("none", LOGGER_HELP, PLACE)
+    logger: tuple[str, ...] = option(("none",), LOGGER_HELP, PLACE, choices=LOGGERS)
 
     def __post_init__(self) -> None:
         check_settings(self)

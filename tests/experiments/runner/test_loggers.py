@@ -11,7 +11,7 @@ import yaml
 
 from experiments.runner import loggers
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
-from experiments.vtab import run
+from experiments.vtab import settings as run
 from tests.eva_lightning.vision.fakes import make_task
 
 
