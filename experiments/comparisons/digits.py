@@ -190,14 +190,12 @@ class Digits(Comparison):
     def _report_tuning(self, results: Results) -> None:
         options, runs = self.options, results.tuning
         early = min(EARLY[-1], options.epochs)
-        means = (
-            runs.assign(
-                accuracy=runs["accuracy"].str[-1], loss=runs["loss"].str[-1], early_loss=runs["loss"].str[early - 1]
-            )
-            .groupby(["method", "lr"], sort=False, as_index=False)[["accuracy", "loss", "early_loss"]]
-            .mean()
-            .round(4)
-        )
+        last = {
+            "accuracy": runs["accuracy"].str[-1],
+            "loss": runs["loss"].str[-1],
+            "early_loss": runs["loss"].str[early - 1],
+        }
+        means = rates.mean_scores(runs.assign(**last), list(last))
         chosen = rates.chosen_rates(results.choices)
         show(_scores_table(means, chosen))
         tuning = {

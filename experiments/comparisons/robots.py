@@ -330,7 +330,7 @@ class Robots(Comparison):
 
     def _report_tuning(self, results: Results) -> None:
         runs = results.tuning.assign(loss_left=results.tuning["val_loss"].map(loss_left))
-        means = runs.groupby(["method", "lr"], sort=False, as_index=False)[["loss_left"]].mean().round(4)
+        means = rates.mean_scores(runs, ["loss_left"])
         chosen = rates.chosen_rates(results.choices)
         show(_scores_table(means, chosen))
         tuning = {
