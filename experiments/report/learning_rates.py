@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from eva_lightning import plots
-from eva_lightning.errors import InputError, check_number
+from eva_lightning.errors import InputError
 from eva_lightning.files import write_text
 from experiments.report.epochs import label, methods_of
 from experiments.report.page import Figure, Table, drawn
@@ -48,7 +48,8 @@ def check_rates(rates: Mapping[str, float] | None, methods: Iterable[str]) -> di
     if rates is None:
         raise InputError("learning_rates are not given: choose them with --tune")
     for method in methods:
-        check_number(f"learning_rates.{method}", rates.get(method), above=0)
+        if not rates.get(method, 0) > 0:
+            raise InputError(f"learning_rates.{method} must be a number above 0, got {rates.get(method)}")
     return {method: rates[method] for method in methods}
 
 
@@ -62,6 +63,12 @@ def write_choice(file: Path, header: str, rates: Mapping[str, float], tuning: Ma
     known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     content = {**(known or {}), "learning_rates": dict(rates), "tuning": dict(tuning)}
     write_text(file, header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
+
+
+def mean_scores(runs: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Means of `columns` over the tuning runs of every method and learning rate, with four digits."""
+    means = runs.groupby(["method", "lr"], sort=False, as_index=False)[list(columns)].mean()
+    return means.round(dict.fromkeys(columns, 4))
 
 
 def scores_of(tuning: Mapping[str, Any] | None) -> pd.DataFrame:

@@ -304,7 +304,7 @@ def test_bad_options_are_one_sentence(words: list[str], message: str, capsys: py
         ("vision", {"a": 1}, "unknown setting 'a'"),
         ("vision", {"seeds": 3}, "learning_rates are not given"),
         ("vision", {"learning_rates": {"lora": 1.0}}, "learning_rates.fft must be a number above 0, got None"),
-        ("vision", {"learning_rates": {"fft": -1.0}}, "learning_rates.fft must be a number above 0, got -1"),
+        ("vision", {"learning_rates": {"fft": -1.0}}, "learning_rates.fft must be a number above 0, got -1.0"),
         ("rl", {"task": ["push"]}, "unknown setting 'task': did you mean tasks"),
         ("rl", {"tasks": ["push-v2"]}, "push-v3"),
         ("rl", {"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),

@@ -14,6 +14,7 @@ from eva_lightning.rl.module import read_checkpoint
 from eva_lightning.rl.tasks import MT40
 from experiments.comparisons import robots, robots_film
 from experiments.comparisons.robots_film import Film, interesting_goal, make_film
+from experiments.comparisons.robots_tables import blocks, results_table
 from tests.paths import CONFIGS
 
 TASK = "handle-press-side-v3"
@@ -34,7 +35,7 @@ def test_tables_agree_with_scipy() -> None:
     after = pd.DataFrame([run("lora", 0, 0.4, True, False), run("lora", 1, 0.6, True, True)])
     before = pd.DataFrame([run("none", 0, 1.0, False, False), run("none", 1, 1.0, False, True)])
     options = robots.Settings(tasks=(TASK,), updates=1)
-    cells = robots.results_table(options, TASK, before, after).cells
+    cells = results_table(options, TASK, before, after).cells
     t = stats.t.ppf(0.975, 1)
     assert cells.loc["LoRA", "Step 1"] == f"0.5000\n± {t * stats.sem([0.4, 0.6]):.4f}"
     assert cells.loc["LoRA", "Success"] == f"0.75 ± {t * stats.sem([0.5, 1.0]):.2f}\n3 of 4"
@@ -44,8 +45,8 @@ def test_tables_agree_with_scipy() -> None:
 
 
 def test_blocks_span_the_scale() -> None:
-    assert robots.blocks([0.0, 0.5, 1.0], 0.0, 1.0) == "▁▅█"
-    assert robots.blocks([0.3], 0.3, 0.3) == "▁"
+    assert blocks([0.0, 0.5, 1.0], 0.0, 1.0) == "▁▅█"
+    assert blocks([0.3], 0.3, 0.3) == "▁"
 
 
 def test_score_is_the_share_of_the_loss_that_is_left() -> None:

@@ -1,0 +1,95 @@
+"""From the runs of the robots comparison to its tables and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from eva_lightning import plots
+from experiments.comparisons.robots_settings import Settings
+from experiments.report import page
+from experiments.report.epochs import label, methods_of
+from experiments.runner.statistics import PLUS_MINUS, Interval
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def short(task: str) -> str:
+    """Without the version."""
+    return task.removesuffix("-v3")
+
+
+def loss_left(losses: Sequence[Mapping[str, float]]) -> float:
+    """The validation loss after the last step divided by that before training."""
+    return losses[-1]["val_loss"] / losses[0]["val_loss"]
+
+
+def blocks(values: Sequence[float], low: float, high: float) -> str:
+    """Values from `low` to `high` as a line of blocks."""
+    places = [(value - low) / ((high - low) or 1.0) for value in values]
+    return "".join(_BLOCKS[min(7, max(0, int(8 * place)))] for place in places)
+
+
+def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.DataFrame) -> page.Table:
+    """The network before fine-tuning, then a row per method. Seconds are medians."""
+    runs, start = after[after["task"] == task], before[before["task"] == task]
+    curves = {method: losses_of(runs, method) for method in methods_of(runs)}
+    means = [values.mean(axis=0) for values in curves.values()]
+    low, high = float(np.min(means)), float(np.max(means))
+    columns = [f"Step {step}" for step in options.shown_updates]
+    first = {columns[0]: f"{means[0][0]:.4f}", "Success": success(start)}
+    rows: dict[str, dict[str, str]] = {f"{short(task)}, pre-trained": first}
+    for method, values in curves.items():
+        group = runs[runs["method"] == method]
+        rows[label(method)] = {
+            "Rate": f"{group['lr'].iloc[0]:g}",
+            "Trained": f"{group['trainable_parameters'].mean():,.0f}\n{group['train_seconds'].median():.1f} s",
+            **{
+                f"Step {step}": Interval.of(values[:, options.noted_updates.index(step)].tolist())
+                .text(4)
+                .replace(" ± ", "\n± ")
+                for step in options.shown_updates[1:]
+            },
+            "Curve": blocks(values.mean(axis=0), low, high),
+            "Success": success(group),
+        }
+    notes = (
+        f"Loss: squared error of the actions on {options.held_out} held-out demonstrations.",
+        PLUS_MINUS,
+        f"Trained: parameters, with the action head, and the median time of {options.updates} steps.",
+        "The time includes EVA's initialisation and the validation losses.",
+    )
+    cells = pd.DataFrame.from_dict(rows, orient="index").reindex(
+        columns=["Rate", "Trained", *columns, "Curve", "Success"]
+    )
+    return page.Table(f"{short(task)}: validation loss and success", cells.fillna("").rename_axis("Method"), notes)
+
+
+def _narrow(interval: Interval) -> str:
+    return interval.text(4).replace(" ± ", "\n± ")
+
+
+def success(runs: pd.DataFrame) -> str:
+    """Share of episodes solved, mean over seeds, and the count."""
+    episodes = list(runs["successes"])
+    solved, n = sum(map(sum, episodes)), sum(map(len, episodes))
+    return f"{Interval.of([float(np.mean(run)) for run in episodes]).text(2)}\n{solved} of {n}"
+
+
+def losses_of(runs: pd.DataFrame, method: str) -> np.ndarray:
+    """Validation losses ``(seeds, steps)``."""
+    rows = runs[runs["method"] == method].sort_values("seed")["val_loss"]
+    return np.array([[entry["val_loss"] for entry in losses] for losses in rows])
+
+
+def curve_figure(options: Settings, task: str, runs: pd.DataFrame) -> page.Figure:
+    here = runs[runs["task"] == task]
+    lines = {label(method): losses_of(here, method) for method in methods_of(here)}
+    last = ", ".join(f"{name} {values[:, -1].mean():.4f}" for name, values in lines.items())
+    figure = plots.learning_curves(
+        lines, "squared error of actions", xlabel="steps", title=short(task), x=options.noted_updates
+    )
+    alt = f"Validation loss on {short(task)}; after {options.updates} steps: {last}"
+    return page.drawn(figure, alt, "Line: mean over seeds; band: 95% interval.")
