@@ -37,7 +37,7 @@ from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.streaming import compute_eva_state
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, load_digits_split
-from experiments.analysis import BATCH_SIZES, Settings
+from experiments.analysis.settings import BATCH_SIZES, Settings
 from experiments.comparisons.digits_run import (
     CLASSES,
     pretrain_once,
