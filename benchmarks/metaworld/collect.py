@@ -8,12 +8,10 @@ bare loop's time is also given without its preparations, which is the stricter c
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import metaworld
@@ -22,9 +20,10 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
 from benchmarks.harness import Figure, Figures, in_turn, usable_cores
+from eva_lightning.processes import process_pool
 from eva_lightning.rl.collection import collect
-from eva_lightning.rl.environments import HORIZON, forget_goals
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.environments import forget_goals
+from eva_lightning.rl.tasks import HORIZON, resolve_task
 
 TASKS = ("faucet-close-v3", "window-close-v3", "push-v3", "handle-press-side-v3")
 TARGET = ">= 0.9"
@@ -79,8 +78,7 @@ def measure(
 
 
 def _several(tasks: Sequence[str], episodes: int, repeats: int, horizon: int, seed: int, workers: int) -> Figure:
-    # unlike multiprocessing.Pool, it gives up where its processes cannot start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
 
         def bare(jobs: Sequence[str], of_each: int, steps: int) -> float:
             began = time.perf_counter()

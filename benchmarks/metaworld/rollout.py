@@ -21,11 +21,11 @@ import numpy.typing as npt
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from benchmarks.harness import Figure, Figures, in_turn
-from eva_lightning.rl.environments import HORIZON, MetaWorldEnvironment
+from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rollouts import evaluate
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.tasks import HORIZON, resolve_task
 
 TASKS = ("push-v3", "window-close-v3", "faucet-close-v3", "handle-press-side-v3")
 

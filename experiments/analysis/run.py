@@ -6,7 +6,6 @@ import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,15 @@ from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.streaming import compute_eva_state
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, load_digits_split
-from experiments.analysis import BATCH_SIZES, Settings
-from experiments.comparisons.digits_run import CLASSES, PretrainingSettings, pretrain, quick_trainer, starting_model
-from experiments.runner.run_folder import RunFolder, perform
+from experiments.analysis.settings import BATCH_SIZES, Settings
+from experiments.comparisons.digits_run import (
+    CLASSES,
+    pretrain_once,
+    pretrained_folder,
+    quick_trainer,
+    starting_model,
+    weights_in,
+)
 
 # uniform ranks, so that both methods have matrices of one shape
 METHODS = (MethodKey.parse("lora"), MethodKey.parse("eva:1"))
@@ -59,7 +64,7 @@ class Streamed:
     images: torch.Tensor
 
     @classmethod
-    def load(cls, weights: str, count: int) -> Streamed:
+    def load(cls, weights: Path, count: int) -> Streamed:
         """The first `count` of all images in one fixed random order."""
         images = load_digits_split(CLASSES, tune_share=0.0, test_share=0.0).train.tensors[0]
         if count > len(images):
@@ -77,10 +82,9 @@ def analyse(settings: Settings) -> Numbers:
     """Do all analyses, write figures and numbers, and print what they say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     output = writable_folder(settings.output)
-    recipe = PretrainingSettings(epochs=settings.pretrain_epochs)
-    folder = RunFolder(output / f"pretrained-{settings.pretrain_epochs}", recipe)
-    pretrained = perform(folder, lambda: partial(pretrain, recipe), terminal=False)
-    weights = str(folder.path / "weights.safetensors")
+    folder = pretrained_folder(output, settings.pretrain_epochs)
+    pretrained = pretrain_once(folder)
+    weights = weights_in(folder)
     numbers: Numbers = {
         "model": "ViT of 0.45 M parameters, pre-trained on the digits 0-4",
         "data": f"{settings.images} images of the digits 5-9",
@@ -164,7 +168,7 @@ def _ranks(settings: Settings, streamed: Streamed, numbers: Numbers, figures: Fi
     numbers["rank_changes"] = {f"{rho:g}": sum(abs(d) for d in delta.values()) for rho, delta in deltas.items()}
 
 
-def _distances(settings: Settings, weights: str, numbers: Numbers, figures: Figures) -> None:
+def _distances(settings: Settings, weights: Path, numbers: Numbers, figures: Figures) -> None:
     """Tables 5 and 6: A before and after training, by LoRA and by EVA."""
     own: dict[str, list[Mapping[str, Distance]]] = {key.entry.label: [] for key in METHODS}
     between: list[Mapping[str, Distance]] = []
@@ -200,7 +204,7 @@ class _Start(L.Callback):
 
 
 def _train(
-    key: MethodKey, weights: str, settings: Settings, seed: int
+    key: MethodKey, weights: Path, settings: Settings, seed: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A matrices at the first training step and after the last epoch."""
     L.seed_everything(seed, verbose=False)
