@@ -9,7 +9,6 @@ Every run is a folder below OUTPUT: safe to interrupt; rerun to resume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -19,9 +18,9 @@ from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.comparisons.settings import MethodSettings
 from experiments.metaworld import finetune
-from experiments.runner.comparison import Comparison, comparison_command
+from experiments.runner.command import SettingsCommand
 from experiments.runner.jobs import Phase
-from experiments.runner.settings import Role, option, parse_settings
+from experiments.runner.settings import Role, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +90,10 @@ class Settings(MethodSettings):
         return finetune.Settings(**{name: getattr(self, name) for name in shared} | own)
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Compare fine-tuning methods on Meta-World tasks, at tuned learning rates"
-    return parse_settings(Settings, "python -m experiments.metaworld compare", description, args)
-
-
-def comparison(args: Sequence[str] | None = None) -> Comparison:
-    """The comparison that the command line `args` (``sys.argv`` for None) asks for."""
-    settings = parse(args)
-    from experiments.comparisons.metaworld_comparison import MetaWorld
-
-    return MetaWorld(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """Run it and return the exit status."""
-    return comparison_command(comparison, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.metaworld compare",
+    "Compare fine-tuning methods on Meta-World tasks, at tuned learning rates.",
+    "experiments.comparisons.metaworld_comparison:run",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -20,7 +20,7 @@ from experiments.comparisons.settings import method_cells
 from experiments.comparisons.timing import single_thread, step_seconds
 from experiments.metaworld import finetune_run
 from experiments.runner.cells import Cell
-from experiments.runner.comparison import Comparison, Results
+from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase
 from experiments.runner.run_folder import Work
 
@@ -140,3 +140,8 @@ def episode_seconds(settings: Settings) -> float:
         result = evaluate(module, task, target_return=1000.0, episodes=n, horizon=steps)
         building = time.perf_counter() - started - result.seconds
     return result.seconds / n * settings.horizon / steps + building / settings.eval_episodes
+
+
+def run(settings: Settings) -> Results:
+    """The comparison that `settings` ask for."""
+    return run_comparison(MetaWorld(settings))

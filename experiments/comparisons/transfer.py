@@ -10,14 +10,13 @@ Every run is a folder below OUTPUT: safe to interrupt; rerun to resume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eva_lightning.methods import MethodKey, method_names
 from experiments.comparisons.settings import MethodSettings
-from experiments.runner.comparison import Comparison, comparison_command
-from experiments.runner.settings import Role, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, option
 
 #: Methods that start from random weights, which show what the pre-trained ones are worth: key -> label.
 NOT_PRETRAINED = {"scratch": "From scratch", "linear-random": "Linear, random weights"}
@@ -89,20 +88,10 @@ class Settings(Recipe, MethodSettings):
         return Path(self.output) / "cache"
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Compare all methods on real images, without downloaded weights"
-    return parse_settings(Settings, "python -m experiments.vtab transfer", description, args)
-
-
-def comparison(args: Sequence[str] | None = None) -> Comparison:
-    """The comparison that the command line `args` (``sys.argv`` for None) asks for."""
-    settings = parse(args)
-    from experiments.comparisons.transfer_comparison import Transfer
-
-    return Transfer(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """Run it and return the exit status."""
-    return comparison_command(comparison, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.vtab transfer",
+    "Compare all methods on real images, without downloaded weights.",
+    "experiments.comparisons.transfer_comparison:run",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -21,7 +21,7 @@ from experiments.comparisons.transfer_data import TASK, Halves, decoded
 from experiments.comparisons.transfer_model import CROPPED_FROM, IMAGE_SIZE, MODEL, Pretraining, pretrain
 from experiments.comparisons.transfer_run import Run, build, halves, prepare
 from experiments.runner.cells import Cell
-from experiments.runner.comparison import Comparison, Results
+from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase
 from experiments.runner.run_folder import RunFolder
 
@@ -147,3 +147,8 @@ def measure_speed(settings: Settings, kind: str) -> tuple[float, float]:
     with torch.no_grad():
         evaluation = median_seconds(lambda: module(images))
     return step / len(images), evaluation / len(images)
+
+
+def run(settings: Settings) -> Results:
+    """The comparison that `settings` ask for."""
+    return run_comparison(Transfer(settings))

@@ -12,7 +12,6 @@ from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.comparisons import metaworld, metaworld_comparison
 from experiments.metaworld import finetune, table
-from experiments.runner.comparison import run_comparison
 from experiments.runner.jobs import Job
 from experiments.runner.results import Results
 from experiments.runner.run_folder import Work
@@ -44,7 +43,7 @@ def command(root: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(line: list[str]) -> Results:
-    return run_comparison(metaworld.comparison(line))
+    return metaworld.main(line)
 
 
 def test_it_resumes_after_a_power_cut(

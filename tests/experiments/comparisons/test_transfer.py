@@ -12,7 +12,6 @@ import pytest
 from eva_lightning.methods import method_names
 from experiments.comparisons import transfer, transfer_comparison, transfer_run
 from experiments.comparisons.transfer_comparison import Transfer
-from experiments.runner.comparison import run_comparison
 from experiments.runner.jobs import Job
 from experiments.runner.results import Results
 from experiments.runner.run_folder import RunFolder, Work
@@ -54,7 +53,7 @@ def command(root: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(line: list[str]) -> Results:
-    return run_comparison(transfer.comparison(line))
+    return transfer.main(line)
 
 
 def losing(loss: Callable[[transfer_run.Run], float]) -> Callable[[Job], Work]:
