@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rliable.library import get_interval_estimates
 from rliable.metrics import aggregate_iqm
 from scipy.special import stdtrit
-from scipy.stats import trim_mean
 
 from eva_lightning.errors import check_number
+from eva_lightning.side_effects import isolated_rng
 
 #: What ± is, for every table.
 PLUS_MINUS = "± is half the width of the 95% interval of the mean over seeds (Student's t distribution)."
@@ -35,7 +36,7 @@ BRACKETS = (
 #: A column of a table of runs, or a function of its rows.
 Value = str | Callable[[Mapping[str, Any]], float]
 
-_BOOTSTRAP_SAMPLES = 10_000
+_BOOTSTRAP_SAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -221,25 +222,23 @@ def paired(
 
 
 def iqm(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, Range]:
-    """Interquartile mean over all tasks and seeds of each group, with a stratified bootstrap interval.
+    """Interquartile mean over all tasks and seeds of each group, with rliable's stratified bootstrap interval.
 
-    As rliable has it (Agarwal et al. 2021): seeds are drawn anew within each task, the interval is between the 2.5% and
-    97.5% points of the resampled means. Seeds that lack a task are left out.
+    Seeds are drawn anew within each task, the interval is between the 2.5% and 97.5% points of the resampled means
+    (Agarwal et al. 2021). Seeds that lack a task are left out.
     """
     wide = _wide(runs, value, by)
     scores = {key: wide[key].dropna().to_numpy() for key in _groups(runs, by)}
-    return {key: _iqm(found) for key, found in scores.items() if len(found)}
-
-
-def _iqm(scores: np.ndarray) -> Range:
-    """The interquartile mean of `scores`, of shape (seeds, tasks)."""
-    # rliable's own bootstrap is built on arch 7, which cannot be imported beside pandas 3
-    rows = np.random.default_rng(0).integers(len(scores), size=(_BOOTSTRAP_SAMPLES, *scores.shape))
-    drawn = np.take_along_axis(scores[None], rows, axis=1)
-    # what rliable's aggregate_iqm is, of many at once
-    means = trim_mean(drawn.reshape(len(drawn), -1), 0.25, axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Range(float(aggregate_iqm(scores)), float(low), float(high), len(scores))
+    scores = {key: found for key, found in scores.items() if len(found)}
+    with isolated_rng():
+        np.random.seed(0)  # noqa: NPY002 - rliable draws from the global generator, whatever it is given
+        means, intervals = get_interval_estimates(
+            scores, lambda drawn: np.array([aggregate_iqm(drawn)]), reps=_BOOTSTRAP_SAMPLES
+        )
+    return {
+        key: Range(float(means[key][0]), float(intervals[key][0, 0]), float(intervals[key][1, 0]), len(found))
+        for key, found in scores.items()
+    }
 
 
 def values_of(runs: pd.DataFrame, value: Value) -> pd.Series:
