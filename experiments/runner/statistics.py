@@ -36,7 +36,7 @@ BRACKETS = (
 #: A column of a table of runs, or a function of its rows.
 Value = str | Callable[[Mapping[str, Any]], float]
 
-_BOOTSTRAP_SAMPLES = 2_000
+_BOOTSTRAP_SAMPLES = 1_000
 
 
 @dataclass(frozen=True)

@@ -149,9 +149,9 @@ def test_interquartile_mean_and_its_bootstrap() -> None:
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002 - nobody's random numbers change
     assert found.mean == pytest.approx(stats.trim_mean(scores.ravel(), 0.25))
     # resampled by hand: seeds within each task
-    rows = generator.integers(10, size=(4_000, 10, 4))
+    rows = generator.integers(10, size=(1_000, 10, 4))
     means = [stats.trim_mean(np.take_along_axis(scores, draw, axis=0).ravel(), 0.25) for draw in rows]
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.03)
     assert found.n == 10
     assert iqm(frame, "score")["eva"] == found  # the same numbers every time
     assert found.text(2) == f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
