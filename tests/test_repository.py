@@ -111,13 +111,8 @@ def test_lock_satisfies_every_range_of_pyproject() -> None:
     requirements = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     locked = _locked()
     for requirement in map(Requirement, requirements):
-<<<<<<< HEAD
-        if canonicalize_name(requirement.name) == canonicalize_name(project["name"]):
-            continue  # an extra that has another one in it
-=======
         if requirement.name == project["name"]:  # an extra that includes another one
             continue
->>>>>>> benchmarks
         versions = locked.get(canonicalize_name(requirement.name), [])
         assert versions, f"{requirement.name} is missing from requirements.lock: run `make lock`"
         assert all(requirement.specifier.contains(v, prereleases=True) for v in versions), (str(requirement), versions)
@@ -126,10 +121,6 @@ def test_lock_satisfies_every_range_of_pyproject() -> None:
 def test_extras_are_the_documented_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(project["optional-dependencies"]) == {
-<<<<<<< HEAD
-        "experiments", "vision", "rl", "sweep", "slurm", "quant", "dev",
-    }  # fmt: skip
-=======
         "experiments",
         "vision",
         "rl",
@@ -138,7 +129,6 @@ def test_extras_are_the_documented_ones() -> None:
         "quant",
         "dev",
     }
->>>>>>> benchmarks
     assert {Requirement(r).name for r in project["dependencies"]} == {
         "lightning",
         "numpy",
