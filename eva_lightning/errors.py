@@ -89,7 +89,11 @@ def check_number(
         InputError: It is out of bounds, infinite or NaN.
     """
     bounds = (("of at least", at_least), ("above", above), ("of at most", at_most), ("below", below))
-    expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    expected = " and ".join(
+        f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
+        for word, bound in bounds
+        if bound is not None
+    )
     message = f"{name} must be a {'whole ' if whole else ''}number {expected}".rstrip() + f", got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int if whole else Real):
         raise InputTypeError(message, setting=name)

@@ -99,7 +99,7 @@ def demo(settings: Settings) -> int:
         InputError: A setting is wrong, or a file is missing.
     """
     from experiments.report.page import write_page
-    from experiments.runner.comparison import comparison_status, run_comparison
+    from experiments.runner.comparison import run_comparison
 
     parts = [_part(settings, name) for name in settings.parts]
     sections, failed = [], 0
@@ -107,7 +107,7 @@ def demo(settings: Settings) -> int:
     for part in parts:
         if settings.fresh:
             shutil.rmtree(part.options.output, ignore_errors=True)
-        failed = max(failed, comparison_status(run_comparison(part)))
+        failed = max(failed, run_comparison(part).exit_status)
         if part.section is not None:
             sections.append(part.section)
             write_page(report, "EVA demo", sections)

@@ -14,23 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.analysis.settings import Settings
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import parse_settings
+from experiments.runner.command import SettingsCommand
 
-
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line `args` (``sys.argv`` for None) and return what ``analysis.json`` holds.
-
-    Raises:
-        InputError: An option is out of range; the message is one sentence.
-    """
-    description = "The paper's analyses of EVA's initialisation, on a small model that needs no download."
-    settings = parse_settings(Settings, "python -m experiments.analysis", description, args)
-    from experiments.analysis.run import analyse  # torch and matplotlib, which --help need not wait for
-
-    return analyse(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal; returns the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.analysis",
+    "The paper's analyses of EVA's initialisation, on a small model that needs no download.",
+    "experiments.analysis.run:analyse",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

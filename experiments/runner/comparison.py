@@ -7,14 +7,13 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import format_bytes, free_bytes, is_disk_full
 from experiments.runner.cells import Cell
-from experiments.runner.cli import in_terminal
 from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.options import RunnerOptions
@@ -26,7 +25,7 @@ from experiments.runner.run_log import logging_to
 from experiments.runner.schedule import Schedule
 from experiments.runner.worker import WorkerOptions
 
-__all__ = ["Comparison", "Results", "RunnerOptions", "comparison_command", "comparison_status", "run_comparison"]
+__all__ = ["Comparison", "Results", "RunnerOptions", "run_comparison"]
 
 _LOGGER = logging.getLogger("experiments.runner.comparison")
 
@@ -62,6 +61,10 @@ class Comparison:
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
         """Of a tuning run; lower is better, compared number by number."""
         raise NotImplementedError
+
+    def in_words(self, score: tuple[float, ...]) -> str:
+        """What a choice was made by, for the terminal."""
+        return ", ".join(f"{number:.4g}" for number in score)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """A finished run's figures in a few words."""
@@ -121,18 +124,6 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
                 "make room, then rerun to resume"
             ) from error
         raise
-
-
-def comparison_status(results: Results) -> int:
-    """Exit status of a command: 1 where something failed."""
-    return int(bool(results.failures or results.without_choice))
-
-
-def comparison_command(build: Callable[[Sequence[str] | None], Comparison], args: Sequence[str] | None = None) -> int:
-    """A comparison on the command line. Exit status 1: some runs failed; 2: wrong input; 130: interrupted."""
-    statuses: list[int] = []
-    status = in_terminal(lambda words: statuses.append(comparison_status(run_comparison(build(words)))), args)
-    return status or max(statuses, default=0)
 
 
 def _schedule(comparison: Comparison) -> Schedule:
@@ -228,8 +219,7 @@ class _Loop:
         choices = self._schedule.choices()
         new = {name: choice for name, choice in choices.items() if name not in self._chosen}
         for name, choice in new.items():
-            score = ", ".join(f"{number:.4g}" for number in choice.score)
-            _LOGGER.info("%s: %s, by %s in tuning", name, choice.point, score)
+            _LOGGER.info("%s: %s, by %s in tuning", name, choice.point, self._comparison.in_words(choice.score))
         if new:
             write_choices(Path(self._comparison.options.output) / "choices.json", new)
         self._chosen |= set(new)

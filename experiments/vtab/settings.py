@@ -7,8 +7,6 @@ trained are head, LoRA matrices and biases; 1,000 training images, accuracy on t
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +16,10 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods.registry import METHODS, MethodKey, method_names
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
-from eva_lightning.vision.data.splits import open_task
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
-from experiments.runner.cli import in_terminal
-from experiments.runner.loggers import LOGGER_HELP, LOGGERS, check_loggers, parse_loggers
-from experiments.runner.run_folder import RunFolder, perform
-from experiments.runner.settings import Role, check_settings, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
+from experiments.runner.settings import Role, check_settings, option
 
 if TYPE_CHECKING:
     from eva_lightning.methods.apply import AdapterOptions
@@ -198,35 +194,6 @@ class Settings(SharedOptions):
         return AdapterOptions(**shared, rho=rho, rescale_alpha=rules.rescale_alpha, state=self.eva_state)
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    return parse_settings(Settings, "python -m experiments.vtab", (__doc__ or "").splitlines()[0], args)
-
-
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line `args` (``sys.argv`` for None) and return what ``metrics.json`` holds.
-
-    A finished run of the same settings is reported, not repeated; an interrupted one is resumed.
-
-    Raises:
-        MissingInputError: Something of the data, or the weight file, is missing.
-        InputError: A setting or the data is wrong, or the folder holds a run of other settings.
-        UnreachableError: Pre-trained weights are wanted and the hub does not answer.
-    """
-    settings = parse(args)
-    folder = RunFolder(Path(settings.output) / settings.run_name, settings)
-    result = None if settings.overwrite else folder.result()
-    if result is not None:
-        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(result)}")
-        return result
-    check_loggers(parse_loggers(settings.logger))
-    open_task(settings.root, settings.task, settings.split, settings.limit_train, settings.limit_test)
-    # all that can be said of names and data has been said: now torch, Lightning and timm
-    from experiments.vtab.run import build
-
-    return perform(folder, lambda: build(settings), overwrite=settings.overwrite)
-
-
 def headline(metrics: dict[str, Any]) -> str:
     """A finished run in one line."""
     return (
@@ -236,10 +203,10 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
-    return in_terminal(main, args)
-
-
-if __name__ == "__main__":
-    sys.exit(command_line())
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.vtab run",
+    (__doc__ or "").splitlines()[0],
+    "experiments.vtab.single_run:run_single",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -10,7 +10,7 @@ from typing import Any
 from eva_lightning.methods.registry import MethodKey
 from eva_lightning.vision.backbone.backbone_cache import reuse_backbones
 from experiments.runner.cells import Cell
-from experiments.runner.comparison import Comparison, Results
+from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase, Point
 from experiments.runner.run_folder import Work
 from experiments.runner.worker import WorkerOptions
@@ -63,6 +63,10 @@ class Sweep(Comparison):
         """By accuracy on val200, then by loss."""
         return score(metrics)
 
+    def in_words(self, score: tuple[float, ...]) -> str:
+        """The accuracy a choice was made by."""
+        return f"{-score[0]:.1%} on val200"
+
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """The accuracy of a run."""
         return f"{metrics.get('evaluation_split')} {metrics['accuracy']:.1%}"
@@ -106,3 +110,8 @@ def build(job: Job) -> Work:
     if isinstance(job.shared, SharedState):
         settings = replace(settings, eva_state=str(job.shared.obtain()))
     return run.build(settings)
+
+
+def run_sweep(settings: Settings) -> Results:
+    """The sweep that `settings` ask for."""
+    return run_comparison(Sweep(settings))

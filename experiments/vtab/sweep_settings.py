@@ -7,16 +7,15 @@ made. Rerun to resume, also after ``kill -9``, with another number of workers or
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods.registry import MethodKey
 from eva_lightning.vision.data.tasks import TASKS
-from experiments.runner.comparison import Comparison, RunnerOptions, comparison_command
-from experiments.runner.settings import Role, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.options import RunnerOptions
+from experiments.runner.settings import Role, option
 from experiments.vtab import settings as of_a_run
 from experiments.vtab.grid import Grid, load_grid
 
@@ -126,27 +125,7 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
         return self.run(self.task_names[0], self.keys[0])
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``.
-
-    Raises:
-        InputError, MissingInputError: A setting is wrong, or the grid file is missing.
-    """
-    return parse_settings(Settings, "python -m experiments.vtab sweep", (__doc__ or "").splitlines()[0], args)
-
-
-def _sweep(args: Sequence[str] | None) -> Comparison:
-    settings = parse(args)
-    # torch, which a mistyped name need not wait for
-    from experiments.vtab.sweep import Sweep
-
-    return Sweep(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """The sweep for a terminal. Exit status 1: some runs failed; 2: wrong input; 130: interrupted."""
-    return comparison_command(_sweep, args)
-
-
-if __name__ == "__main__":
-    sys.exit(command_line())
+COMMAND = SettingsCommand(
+    Settings, "python -m experiments.vtab sweep", (__doc__ or "").splitlines()[0], "experiments.vtab.sweep:run_sweep"
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

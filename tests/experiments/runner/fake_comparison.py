@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.runner.cells import Cell
-from experiments.runner.comparison import Comparison, comparison_command
+from experiments.runner.command import SettingsCommand
+from experiments.runner.comparison import Comparison, run_comparison
 from experiments.runner.jobs import Job, Point
 from experiments.runner.options import RunnerOptions
 from experiments.runner.results import Results
 from experiments.runner.run_folder import RunFolder, Work
-from experiments.runner.settings import Role, option, parse_settings
+from experiments.runner.settings import Role, option
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,18 @@ class Fake(Comparison):
         print(f"the report: {file}")
 
 
+def run(settings: Settings) -> Results:
+    """The comparison that `settings` ask for."""
+    return run_comparison(Fake(settings))
+
+
+COMMAND = SettingsCommand(Settings, "fake", "A tiny comparison.", "tests.experiments.runner.fake_comparison:run")
+command_line = COMMAND.command_line
+
+
 def parse(args: Sequence[str] | None = None) -> Fake:
     """From a command line."""
-    return Fake(parse_settings(Settings, "fake", "A tiny comparison", args))
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """For a terminal."""
-    return comparison_command(parse, args)
+    return Fake(COMMAND.parse(args))
 
 
 if __name__ == "__main__":

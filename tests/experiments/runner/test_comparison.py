@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from eva_lightning.errors import InputError
-from experiments.runner.comparison import comparison_status, run_comparison
+from experiments.runner.comparison import run_comparison
 from experiments.runner.holder import held
 from experiments.runner.jobs import Job, Outcome, Point, Shared, attempt
 from experiments.runner.results import Results, finished_runs
@@ -281,7 +281,7 @@ def test_a_run_that_kills_its_workers_is_failed_in_the_end(output: Path, capsys:
 
     pool = FakePool(deadly)
     results = compare(output, pool=pool)
-    assert comparison_status(results) == 1
+    assert results.exit_status == 1
     text, error = results.failures[0]
     assert text == "lora, lr 0.001, seed 100, tune"
     assert error == (
