@@ -193,14 +193,6 @@ class MethodKey:
         """Which kind of EVA state it starts from, or None; one of kind "major" serves all but eva-minor."""
         return self.entry.state_kind
 
-    # used by files that are not rewritten yet
-    traits = entry
-
-    @property
-    def streams_eva(self) -> bool:
-        """Whether it starts from an EVA state, given or streamed."""
-        return self.state_kind is not None
-
     def components(self, rank: int) -> int:
         """Components per layer that its EVA state must hold at mean rank `rank`; 0 where it needs none."""
         return 0 if self.state_kind is None else round(rank * (self.rho or 1.0))

@@ -10,9 +10,6 @@ convergence for batch sizes 4 to 32 (Figure 11), similarity of components across
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from experiments.analysis.settings import Settings
 from experiments.runner.command import SettingsCommand
 

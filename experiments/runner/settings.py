@@ -42,7 +42,7 @@ class Role(Flag):
 def option(
     default: Any,
     text: str,
-    role: Role | None = None,
+    role: Role,
     *,
     choices: Iterable[str] | None = None,
     at_least: float | None = None,
