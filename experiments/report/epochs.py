@@ -115,17 +115,17 @@ def results_table(runs: pd.DataFrame) -> Table:
         group = runs[runs["method"] == method]
         accuracy = _per_epoch(100 * curves(group, "accuracy"))
         rows[label(method)] = {
-            "Learning rate": f"{group['lr'].iloc[0]:g}",
+            "Rate": f"{group['lr'].iloc[0]:g}",
             "Trained": f"{group['trainable_parameters'].mean():,.0f}",
             "Set-up": f"{group['setup_seconds'].median():.2f} s",
         } | {
-            f"Epoch {epoch}": f"{it.text(3)}{' *' * (it.mean == best[epoch])}\n{accuracy[epoch].text(1)} %"
+            f"Epoch {epoch}": f"{it.text(3)}{'*' * (it.mean == best[epoch])}\n{accuracy[epoch].text(1)} %"
             for epoch, it in loss.items()
         }
     notes = (
         PLUS_MINUS,
         "*: the lowest mean of the column, which says nothing about significance.",
-        "Trained: parameters, with head and biases.",
+        "Rate: learning rate. Trained: parameters, with head and biases.",
         "Set-up: median time from the pre-trained model to the first training step, with Lightning's own start.",
     )
     cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
