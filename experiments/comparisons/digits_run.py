@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import MISSING, dataclass
 from functools import partial
@@ -132,7 +133,7 @@ def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]
     )
     module = DigitsClassifier(small_vit(len(PRETRAINING_CLASSES)), settings.lr)
     recorder = Recorder()
-    quick_trainer(settings.epochs, [recorder]).fit(module, data)
+    quick_trainer(settings.epochs, [recorder], progress=sys.stdout.isatty()).fit(module, data)
     with replacing(weights_in(folder)) as file:
         save_file(module.model.state_dict(), file)
     return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
@@ -181,8 +182,8 @@ def starting_model(weights: str | Path) -> nn.Module:
     return model
 
 
-def quick_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """A trainer on the CPU without logger, checkpoints and progress bar."""
+def quick_trainer(epochs: int, callbacks: list[L.Callback], progress: bool = False) -> L.Trainer:
+    """A trainer on the CPU without logger and checkpoints."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -190,7 +191,7 @@ def quick_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )

@@ -228,7 +228,7 @@ class Robots(TunedComparison):
         n, seeds = options.seeds * options.episodes, page.counted(options.seeds, "seed")
         text = (
             f"Success means solved at any step of the episode. {n} episodes per cell ({options.episodes} goals for "
-            f"each of {seeds}) rank no methods; ± 0.00 only says that the seeds were alike."
+            f"each of {seeds}) rank no methods."
         )
         tuned = (options.tuning or {}).get("tasks", options.tasks)
         if set(tuned) != set(options.tasks):

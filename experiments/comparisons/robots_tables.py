@@ -9,6 +9,7 @@ import pandas as pd
 
 from eva_lightning import plots
 from experiments.comparisons.robots_settings import Settings
+from experiments.metaworld.measures import EPISODE_BRACKETS, success_range
 from experiments.report import page
 from experiments.report.epochs import label, methods_of
 from experiments.runner.statistics import PLUS_MINUS, Interval
@@ -58,6 +59,7 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
     notes = (
         f"Loss: squared error of the actions on {options.held_out} held-out demonstrations.",
         PLUS_MINUS,
+        f"Success: {EPISODE_BRACKETS}.",
         f"Trained: parameters, with the action head, and the median time of {options.updates} steps.",
         "The time includes EVA's initialisation and the validation losses.",
     )
@@ -67,15 +69,10 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
     return page.Table(f"{short(task)}: validation loss and success", cells.fillna("").rename_axis("Method"), notes)
 
 
-def _narrow(interval: Interval) -> str:
-    return interval.text(4).replace(" ± ", "\n± ")
-
-
 def success(runs: pd.DataFrame) -> str:
-    """Share of episodes solved, mean over seeds, and the count."""
-    episodes = list(runs["successes"])
-    solved, n = sum(map(sum, episodes)), sum(map(len, episodes))
-    return f"{Interval.of([float(np.mean(run)) for run in episodes]).text(2)}\n{solved} of {n}"
+    """Share of all episodes solved with Wilson's interval, and the count."""
+    found = success_range([solved for run in runs["successes"] for solved in run])
+    return f"{found.text(2).replace(' [', chr(10) + '[')}\n{round(found.mean * found.n)} of {found.n}"
 
 
 def losses_of(runs: pd.DataFrame, method: str) -> np.ndarray:

@@ -38,7 +38,8 @@ def test_tables_agree_with_scipy() -> None:
     cells = results_table(options, TASK, before, after).cells
     t = stats.t.ppf(0.975, 1)
     assert cells.loc["LoRA", "Step 1"] == f"0.5000\n± {t * stats.sem([0.4, 0.6]):.4f}"
-    assert cells.loc["LoRA", "Success"] == f"0.75 ± {t * stats.sem([0.5, 1.0]):.2f}\n3 of 4"
+    wilson = stats.binomtest(3, 4).proportion_ci(method="wilson")
+    assert cells.loc["LoRA", "Success"] == f"0.75\n[{wilson.low:.2f}, {wilson.high:.2f}]\n3 of 4"
     assert cells.loc["LoRA", "Trained"] == "1,234\n2.0 s"
     assert cells.loc["LoRA", "Curve"] == "█▁"
     assert cells.loc["handle-press-side, pre-trained", "Success"].endswith("1 of 4")
