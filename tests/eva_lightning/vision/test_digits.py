@@ -68,8 +68,8 @@ def test_shift_moves_the_image_by_whole_pixels() -> None:
         (lambda: load_digits_split((5, 5)), "distinct digits"),
         (lambda: load_digits_split((5, 11)), "distinct digits"),
         (lambda: load_digits_split((5,), 0.5, 0.5), "stay below 1"),
-        (lambda: DigitsDataModule(evaluate_on="train"), "'test' or 'tune', got 'train'"),
-        (lambda: DigitsDataModule(n_labels=4), "at least the number of classes, 5, got 4"),
+        (lambda: DigitsDataModule(evaluate_on="train"), "unknown evaluate on 'train': choose from test, tune"),
+        (lambda: DigitsDataModule(n_labels=4), "n_labels must be a whole number of at least 5, got 4"),
         (lambda: DigitsDataModule(n_labels=5000), "n_labels=5000 asks for 1000 images"),
     ],
 )
