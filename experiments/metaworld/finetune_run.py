@@ -29,9 +29,9 @@ from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
-from experiments.metaworld.training import About, fit, make_trainer, perform_or_report
+from experiments.metaworld.training import About, fit, make_trainer
 from experiments.metaworld.validation import ValidationLosses
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
 
 _LOGGER = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from eva_lightning.rl.rollout_callback import RolloutCallback
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.history import StepHistory
 from experiments.metaworld.pretrain import Settings
-from experiments.metaworld.training import fit, make_trainer, perform_or_report
+from experiments.metaworld.training import fit, make_trainer
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.settings import plain
 
 _LOGGER = logging.getLogger(__name__)

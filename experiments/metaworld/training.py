@@ -1,29 +1,18 @@
-"""What pre-training and fine-tuning share: the trainer, resuming, runs that are finished already."""
+"""What pre-training and fine-tuning share: the trainer, and resuming."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from experiments.runner.run_folder import RunFolder, Work, perform
+from experiments.runner.run_folder import RunFolder
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def perform_or_report(
-    folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
-) -> dict[str, Any]:
-    """The metrics of a run: one that is finished is reported, not repeated; an interrupted one is resumed."""
-    found = None if overwrite else folder.result()
-    if found is not None:
-        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
-        return found
-    return perform(folder, build, overwrite=overwrite)
 
 
 class About(L.Callback):

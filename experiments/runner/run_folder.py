@@ -183,6 +183,17 @@ def perform(
     return metrics
 
 
+def perform_or_report(
+    folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
+) -> dict[str, Any]:
+    """:func:`perform` for a command: a finished run is reported, not repeated; an interrupted one is resumed."""
+    found = None if overwrite else folder.result()
+    if found is not None:
+        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
+        return found
+    return perform(folder, build, overwrite=overwrite)
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """On Ctrl-C, Lightning ignores further ones and ends with SystemExit: make both what they are elsewhere."""
