@@ -26,7 +26,6 @@ class About(L.Callback):
         self.about = dict(about)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add it."""
         checkpoint["about"] = self.about
 
 

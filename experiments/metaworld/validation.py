@@ -31,21 +31,17 @@ class ValidationLosses(L.Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The loss before any training."""
         self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The loss after this step, if it is asked for."""
         self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the losses of the checkpoint."""
         self.rows = [dict(row) for row in state_dict["rows"]]
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -112,7 +112,6 @@ class RayPool:
         return room if self._limit is None else min(room, self._limit)
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         machines = sum(node["Alive"] for node in self._ray.nodes())
         plural = "" if machines == 1 else "s"
         return (
@@ -121,11 +120,9 @@ class RayPool:
         )
 
     def submit(self, job: Job) -> None:
-        """Hand `job` to Ray."""
         self._tasks[self._remote.remote(job, self._options)] = job.id
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Outcomes since the last call."""
         if not self._tasks:
             return []
         ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)

@@ -52,7 +52,6 @@ class SlurmPool:
         self._cluster = cluster
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         cluster, threads = self._cluster, self._worker.threads
         return f"array jobs of {cluster}, at most {self.slots} runs at a time, {threads} CPU threads each"
 
@@ -61,7 +60,6 @@ class SlurmPool:
         self._new.append(job)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Outcomes since the last call."""
         self._submit_new()
         until = time.monotonic() + seconds
         while True:
@@ -71,7 +69,6 @@ class SlurmPool:
             time.sleep(min(_POLL_SECONDS, max(0.0, until - time.monotonic())))
 
     def close(self) -> None:
-        """Cancel what waits or runs."""
         for job in self._submitted.values():
             job.cancel(check=False)
         self._submitted.clear()
