@@ -147,6 +147,16 @@ class RunFolder:
             )
 
 
+def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and metrics of every finished run below `folder`, at any depth, in order of their paths.
+
+    Raises:
+        InputError: A ``metrics.json`` is damaged.
+    """
+    for file in sorted(Path(folder).rglob("metrics.json")):
+        yield file.parent, _mapping(file, json.loads)
+
+
 def perform(
     folder: RunFolder, build: Callable[[], Work], *, terminal: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
