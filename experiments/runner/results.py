@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from eva_lightning.files import write_json
-from experiments.runner.schedule import Row, Schedule, failures
+from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
 
@@ -47,7 +47,7 @@ class Results:
             runs=_frame(row for row in done if row.job.phase == "final"),
             tuning=_frame(row for row in done if row.job.phase == "tune"),
             choices=schedule.choices(),
-            failures=tuple((str(job), error) for job, error in failures(schedule)),
+            failures=tuple((str(row.job), row.error or "no traceback") for row in schedule.with_status("failed")),
             left=counts["pending"] + counts["running"] + counts["later"],
             held_up=tuple(cell.name for cell in schedule.held_up()),
             without_choice=tuple(cell.name for cell in schedule.without_choice()),
