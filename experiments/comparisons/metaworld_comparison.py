@@ -50,7 +50,6 @@ class MetaWorld(Comparison):
         self.settings = self.options = settings
 
     def check(self) -> None:
-        """Look for the checkpoint and the demonstrations."""
         settings = self.settings
         read_checkpoint(settings.init)
         index = read_index(settings.data)
@@ -60,7 +59,6 @@ class MetaWorld(Comparison):
                 raise InputError(f"{settings.data} has {episodes} episodes of {task}, but {needed} are needed")
 
     def cells(self) -> list[Cell]:
-        """One per method, over all tasks."""
         return method_cells(self.settings, self._jobs)
 
     def _jobs(self, method: str, phase: Phase, lr: float, seed: int) -> list[Job]:
@@ -84,7 +82,6 @@ class MetaWorld(Comparison):
         return (math.log(metrics["val_loss"][-1]["val_loss"]),)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """Validation loss and success."""
         rate = metrics["success_rate"]
         success = "" if rate is None else f", success {rate:.2f}"
         return f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f}{success}"
@@ -101,7 +98,6 @@ class MetaWorld(Comparison):
         return seconds
 
     def plan_notes(self) -> list[str]:
-        """Size of the runs."""
         settings = self.settings
         factors = f"{len(settings.labels)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
         return [
@@ -110,7 +106,6 @@ class MetaWorld(Comparison):
         ]
 
     def report(self, results: Results) -> None:
-        """Write the report and say where it is."""
         print(f"report: {metaworld_report.write(self.settings, results)}")
 
 
@@ -143,5 +138,4 @@ def episode_seconds(settings: Settings) -> float:
 
 
 def run(settings: Settings) -> Results:
-    """The comparison that `settings` ask for."""
     return run_comparison(MetaWorld(settings))

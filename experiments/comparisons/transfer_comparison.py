@@ -55,7 +55,6 @@ class Transfer(Comparison):
         return Pretraining(split_seed=self.settings.split_seed, epochs=self.settings.pretrain_epochs)
 
     def check(self) -> None:
-        """Look for the images."""
         _ = self.parts
 
     def prepare(self) -> None:
@@ -73,7 +72,6 @@ class Transfer(Comparison):
         _LOGGER.info("pre-trained: held-out accuracy %.1f%%, %.0f s", 100 * accuracy, metrics["seconds"])
 
     def cells(self) -> list[Cell]:
-        """One per method."""
         return method_cells(self.settings, self._jobs)
 
     def _jobs(self, method: str, phase: Phase, lr: float, seed: int) -> list[Job]:
@@ -92,7 +90,6 @@ class Transfer(Comparison):
         return (float(metrics["evaluations"][-1]["loss"]),)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """Loss and accuracy after training."""
         last = metrics["evaluations"][-1]
         return f"loss {last['loss']:.4f}, accuracy {100 * last['accuracy']:.1f}%"
 
@@ -122,7 +119,6 @@ class Transfer(Comparison):
         ]
 
     def report(self, results: Results) -> None:
-        """Write the report and say where it is."""
         pretraining = RunFolder(self.settings.weights.parent, self._recipe).result() or {}
         print(f"report: {transfer_report.write(self.settings, self.parts, pretraining, results)}")
 
@@ -150,5 +146,4 @@ def measure_speed(settings: Settings, kind: str) -> tuple[float, float]:
 
 
 def run(settings: Settings) -> Results:
-    """The comparison that `settings` ask for."""
     return run_comparison(Transfer(settings))

@@ -107,11 +107,9 @@ class Evaluations(L.Callback):
             self.rows.append({"epoch": epoch, **evaluate(pl_module, self.images)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The notes so far."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the notes of the checkpoint."""
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 

@@ -24,6 +24,7 @@ from experiments.comparisons.transfer import NOT_PRETRAINED, Recipe
 from experiments.comparisons.transfer_data import Halves, TransferData, decoded, read_images, split_halves
 from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, cpu_trainer
 from experiments.runner.jobs import Job
+from experiments.runner.lightning_runs import eva_metrics
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.settings import Role, option
 
@@ -97,7 +98,7 @@ def build(job: Job) -> Work:
             "evaluations": evaluations.rows,
             "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "seconds": time.process_time() - started,
-            **_initialisation(callbacks),
+            **eva_metrics(callbacks),
         }
 
     return work
@@ -114,11 +115,3 @@ def prepare(module: ImageClassifier, run: Run) -> list[L.Callback]:
         if isinstance(callback, EVAInitCallback):
             callback.verbose = False
     return callbacks
-
-
-def _initialisation(callbacks: list[L.Callback]) -> dict[str, Any]:
-    """The ranks that EVA chose, and what its streaming took."""
-    state = next((callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)), None)
-    if state is None:
-        return {}
-    return {"ranks": dict(state.ranks), "init_seconds": state.seconds, "init_batches": state.n_batches}

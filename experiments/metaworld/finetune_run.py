@@ -29,9 +29,9 @@ from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
-from experiments.metaworld.training import About, fit, make_trainer, perform_or_report
-from experiments.metaworld.validation import ValidationLosses
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
+from experiments.runner.lightning_runs import eva_metrics, eva_state
+from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
 
 _LOGGER = logging.getLogger(__name__)
@@ -172,15 +172,12 @@ class _Run:
         )
         started = time.perf_counter()
         fit(trainer, self.module, self.data, folder)
-        metrics: dict[str, Any] = {
+        return {
             "train_seconds": time.perf_counter() - started,
             "val_loss": losses.rows,
             "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+            **eva_metrics(self.callbacks),
         }
-        state = self.eva.state if self.eva is not None else None
-        if state is not None:
-            metrics |= {"init_seconds": state.seconds, "init_batches": state.n_batches, "ranks": dict(state.ranks)}
-        return metrics
 
     def roll_out(self) -> dict[str, Any]:
         """Roll out the trained network; what the metrics say about it, with None for no rollouts.
@@ -219,13 +216,9 @@ class _Run:
         if has_adapters(self.module.model):
             save_pretrained(copy.deepcopy(self.module.model).cpu(), folder.path / "adapter")
         save_weights(merged(self.module), folder.path / "weights.ckpt", about=self.about)
-        if self.eva is not None and self.eva.state is not None:
-            self.eva.state.without_components().save(folder.path / "eva_state")
-
-    @property
-    def eva(self) -> EVAInitCallback | None:
-        """EVA's callback, of its methods."""
-        return next((callback for callback in self.callbacks if isinstance(callback, EVAInitCallback)), None)
+        state = eva_state(self.callbacks)
+        if state is not None:
+            state.without_components().save(folder.path / "eva_state")
 
 
 def merged(module: DecisionTransformerModule) -> DecisionTransformerModule:

@@ -86,7 +86,6 @@ class StepHistory(L.Callback):
         self._timed_steps += 1
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
         self._pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -144,12 +143,10 @@ class StepHistory(L.Callback):
             pd.DataFrame(self.rows).to_csv(temporary, index=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows and the time so far."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return {"rows": self.rows, "seconds": self.seconds + running, "timed_steps": self._timed_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the rows of the checkpoint."""
         self.rows = [dict(row) for row in state_dict["rows"]]
         self.seconds, self._timed_steps = state_dict["seconds"], state_dict["timed_steps"]
 

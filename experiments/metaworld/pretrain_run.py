@@ -18,9 +18,10 @@ from eva_lightning.rl.rollout_callback import RolloutCallback
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.history import StepHistory
 from experiments.metaworld.pretrain import Settings
-from experiments.metaworld.training import fit, make_trainer, perform_or_report
+from experiments.metaworld.training import fit, make_trainer
+from experiments.runner.lightning_runs import trainer_precision
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.settings import plain
 
 _LOGGER = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def _train(
         callbacks=[*_rollouts(settings, index), history],
         accelerator=settings.accelerator,
         devices=settings.devices,
-        precision=_precision(settings),
+        precision=trainer_precision(settings.precision, settings.accelerator),
         val_check_interval=settings.val_every if validates else None,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validates else 0,
@@ -158,13 +159,6 @@ def _save(
     save_weights(module, folder.path / "weights.ckpt", about=about)
     if settings.export is not None:
         save_weights(module, settings.export, torch.float16, about)
-
-
-def _precision(settings: Settings) -> str:
-    if settings.precision != "auto":
-        return settings.precision
-    gpu = settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def headline(metrics: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from eva_lightning.methods import METHODS, MethodKey
 from eva_lightning.rl.tasks import CW10
 from experiments.metaworld.finetune import EXPERIMENT
 from experiments.metaworld.table import Settings
+from experiments.runner.run_folder import metrics_below
 from experiments.runner.statistics import BRACKETS, PLUS_MINUS, Interval, Range, iqm, over_seeds, t_quantile
 from experiments.runner.tables import as_markdown
 
@@ -97,22 +97,17 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
         InputError: A ``metrics.json`` is damaged, or two runs are of the same task, method, rank, ρ and seed.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for file in sorted(Path(folder).rglob("metrics.json")):
-        try:
-            metrics = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is damaged: {error}") from error
-        if not isinstance(metrics, dict) or metrics.get("experiment") != EXPERIMENT:
-            continue
-        if metrics.get("success_rate") is None:  # finetune --eval-episodes 0
+    for place, metrics in metrics_below(folder):
+        # without a success rate: finetune --eval-episodes 0
+        if metrics.get("experiment") != EXPERIMENT or metrics.get("success_rate") is None:
             continue
         key = tuple(metrics[name] for name in (*_GROUP, "task", "seed"))
         if key in found:
             raise InputError(
-                f"{found[key]['path']} and {file.parent} are both {metrics['method']} on {metrics['task']} with seed "
+                f"{found[key]['path']} and {place} are both {metrics['method']} on {metrics['task']} with seed "
                 f"{metrics['seed']}: keep runs of different settings in different folders"
             )
-        found[key] = {**metrics, "val_loss": metrics["val_loss"][-1]["val_loss"], "path": file.parent}
+        found[key] = {**metrics, "val_loss": metrics["val_loss"][-1]["val_loss"], "path": place}
     if not found:
         raise MissingInputError(
             f"no finished runs below {folder}: make some with "

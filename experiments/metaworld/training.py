@@ -1,29 +1,19 @@
-"""What pre-training and fine-tuning share: the trainer, resuming, runs that are finished already."""
+"""What pre-training and fine-tuning share: the trainer, validation losses, resuming."""
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from experiments.runner.run_folder import RunFolder, Work, perform
-
-_LOGGER = logging.getLogger(__name__)
-
-
-def perform_or_report(
-    folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
-) -> dict[str, Any]:
-    """The metrics of a run: one that is finished is reported, not repeated; an interrupted one is resumed."""
-    found = None if overwrite else folder.result()
-    if found is not None:
-        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
-        return found
-    return perform(folder, build, overwrite=overwrite)
+from eva_lightning.rl.module import running_mean
+from eva_lightning.side_effects import isolated_rng, observing
+from experiments.runner import lightning_runs
+from experiments.runner.run_folder import RunFolder
 
 
 class About(L.Callback):
@@ -37,8 +27,55 @@ class About(L.Callback):
         self.about = dict(about)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add it."""
         checkpoint["about"] = self.about
+
+
+class ValidationLosses(L.Callback):
+    """Measure the loss on the held-out demonstrations after the steps asked for, 0 being the start of training.
+
+    It is the module's loss over all windows of the data module's validation loader, in evaluation mode. Random states
+    and the module stay as they were. The losses travel in checkpoints. Lightning's own validation comes at regular
+    intervals only.
+
+    Args:
+        steps: Numbers of steps.
+
+    Attributes:
+        rows: One mapping with ``updates`` (the number of steps) and ``val_loss`` for each, in order.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = frozenset(steps)
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._measure(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step in self.steps and all(row["updates"] != step for row in self.rows):
+            self.rows.append({"updates": step, "val_loss": validation_loss(trainer, pl_module)})
+
+
+def validation_loss(trainer: L.Trainer, module: Any) -> float:
+    """Mean of ``module.loss`` over the real steps of the data module's validation windows."""
+    mean = running_mean(module.device)
+    with isolated_rng(), observing(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            batch = trainer.strategy.batch_to_device(batch)
+            mean.update(module.loss(batch).double(), batch["mask"].sum())
+    return float(mean.compute())
 
 
 def make_trainer(
@@ -82,17 +119,8 @@ def make_trainer(
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: RunFolder) -> None:
     """Train, from the last checkpoint if there is one, and leave one of the end where the trainer has checkpoints."""
-    checkpoint = folder.last_checkpoint()
-    if checkpoint is not None:
-        _LOGGER.info("resuming from %s", checkpoint)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except SystemExit:
-        # how Lightning ends on Ctrl-C
-        _LOGGER.warning(
-            "interrupted after %d of %d steps; rerun to resume from the last checkpoint", trainer.global_step,
-            trainer.max_steps,
-        )  # fmt: skip
-        raise
+    lightning_runs.fit(
+        trainer, module, data, folder.last_checkpoint(), lambda: f"{trainer.global_step} of {trainer.max_steps} steps"
+    )
     if trainer.checkpoint_callback is not None:
         trainer.save_checkpoint(folder.checkpoints / "last.ckpt")

@@ -17,9 +17,8 @@ from experiments.runner.cells import Cell
 from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.options import RunnerOptions
-from experiments.runner.plan import plan
 from experiments.runner.pool import Pool, check_pool, open_pool
-from experiments.runner.progress import Progress
+from experiments.runner.progress import Progress, span
 from experiments.runner.results import Results, write_choices
 from experiments.runner.run_log import logging_to
 from experiments.runner.schedule import Schedule
@@ -105,7 +104,7 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
     if options.plan:
         comparison.check()
         schedule = _schedule(comparison)
-        print(plan(schedule, comparison.seconds(), comparison.plan_notes, options), flush=True)
+        print(_plan(comparison, schedule), flush=True)
         return Results.of(schedule)
     if options.report:
         results = Results.of(_schedule(comparison))
@@ -131,6 +130,23 @@ def _schedule(comparison: Comparison) -> Schedule:
     return Schedule(
         comparison.cells(), comparison.score, retry_failed=options.retry_failed, skip_failed=options.skip_failed
     )
+
+
+def _plan(comparison: Comparison, schedule: Schedule) -> str:
+    """What there is to do, and how long it takes by the speed measured now."""
+    seconds, later = comparison.seconds(), schedule.later()
+    known = list(schedule.rows.values())
+    lines = []
+    for phase, title in (("tune", "tuning"), ("final", "final")):
+        jobs = [row for row in known if row.job.phase == phase]
+        finished = sum(row.status == "done" for row in jobs)
+        number = len(jobs) + sum(job.phase == phase for job in later)
+        lines.append(f"{title}: {number} runs, {finished} of them finished")
+    total = sum(map(seconds, [*(row.job for row in known if row.status == "pending"), *later]))
+    slots = comparison.options.slots_here()
+    at_a_time = f"{slots} run{'' if slots == 1 else 's'} at a time"
+    estimate = f"estimate: {span(total / slots)} with {at_a_time}, if nothing else needs the machine"
+    return "\n".join([*lines, *comparison.plan_notes(), estimate])
 
 
 def _run(comparison: Comparison, hold: Hold, open_: Callable[[], Pool]) -> Results:

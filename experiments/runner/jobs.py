@@ -18,7 +18,7 @@ from typing import Any, Literal
 from eva_lightning.files import digest, free_bytes, is_disk_full
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import identity
-from experiments.runner.worker import free_memory
+from experiments.runner.worker import WorkerOptions, free_memory, prepare
 
 Phase = Literal["tune", "final"]
 
@@ -157,6 +157,12 @@ def attempt(job: Job) -> Outcome:
         return _failed(job, folder, text)
     finally:
         free_memory()
+
+
+def prepared_attempt(job: Job, options: WorkerOptions) -> Outcome:
+    """:func:`attempt` in a process that may be new."""
+    prepare(options)
+    return attempt(job)
 
 
 def _execute(job: Job, folder: RunFolder) -> dict[str, Any]:

@@ -36,7 +36,6 @@ class InlinePool:
         prepare(options)
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         return "in this process"
 
     def submit(self, job: Job) -> None:
@@ -44,11 +43,9 @@ class InlinePool:
         self._waiting.append(job)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Run what was submitted."""
         return [attempt(self._waiting.pop())] if self._waiting else []
 
     def close(self) -> None:
-        """Forget what was submitted."""
         self._waiting.clear()
 
 
@@ -92,7 +89,6 @@ class LocalPool:
         self._workers: dict[int, _Busy] = {}
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         where = f"{len(self._gpus)} GPUs" if self._gpus else "CPU"
         plural = "" if self.slots == 1 else "es"
         return f"{self.slots} process{plural} on {where}, {self._options.threads} CPU threads each"
@@ -109,7 +105,6 @@ class LocalPool:
             busy.worker.pipe.send(job)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Outcomes since the last call."""
         numbers: dict[Any, int] = {}
         for number, busy in self._workers.items():
             if busy.job is not None:
@@ -118,7 +113,6 @@ class LocalPool:
         return [self._collect(number) for number in sorted(ready)]
 
     def close(self) -> None:
-        """End all processes at once."""
         for busy in self._workers.values():
             busy.worker.end()
         self._workers.clear()

@@ -109,14 +109,12 @@ def open_loggers(
 
 def _close(logger: Logger, failed: bool) -> None:
     """Write what is left and end the run of `logger`."""
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loggers import WandbLogger
 
     if isinstance(logger, WandbLogger):
         logger.experiment.finish(exit_code=int(failed))
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.close()
     else:
-        logger.save()
+        logger.finalize("failed" if failed else "success")
 
 
 def _make(kind: str, folder: Path, name: str, group: str | None, tags: Sequence[str]) -> Logger:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 
 import rich.progress
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import RenderableType
 from rich.text import Text
 
 #: Without a terminal, a line about progress after so many seconds.
 EVERY_SECONDS = 30.0
 _LAST = 5
+
+
+class _Bar(rich.progress.Progress):
+    """A progress bar with the last runs below it."""
+
+    last: Iterable[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(f"  {line}", style="dim") for line in self.last)
 
 
 class Progress:
@@ -35,29 +45,29 @@ class Progress:
         self._started = self._said = self._first = time.monotonic()
         self._mine = 0
         self._last: deque[str] = deque(maxlen=_LAST)
-        self._bar: rich.progress.Progress | None = None
-        self._live: Live | None = None
-        if show and (sys.stdout.isatty() if live is None else live):
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn(title),
-                rich.progress.BarColumn(),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("{task.fields[eta]}"),
-            )
-            self._row = self._bar.add_task("runs", total=total, completed=done, eta="")
-            self._live = Live(console=Console(), transient=True, get_renderable=self._picture, refresh_per_second=4)
+        self._bar = _Bar(
+            title,
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            "{task.fields[eta]}",
+            transient=True,
+            refresh_per_second=4,
+            disable=not (show and (sys.stdout.isatty() if live is None else live)),
+        )
+        self._bar.last = self._last
+        self._row = self._bar.add_task("runs", total=total, completed=done, eta="")
 
     def __enter__(self) -> Progress:
-        if self._live is not None:
-            self._live.start()
+        if not self._bar.disable:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def finished(self, text: str, total: int | None = None) -> None:
         """One more run is over.
@@ -73,7 +83,7 @@ class Progress:
             # starting processes and decoding images is not what the other runs will take
             self._first = time.monotonic()
         self._last.append(text)
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(self._row, completed=self._done, total=self._total, eta=self._eta())
         elif self._show and (time.monotonic() - self._said >= EVERY_SECONDS or self._done == self._total):
             self._said = time.monotonic()
@@ -86,10 +96,6 @@ class Progress:
         if self._mine < 3:
             return "…"
         return f"{span((now - self._first) / (self._mine - 1) * left)} to go"
-
-    def _picture(self) -> Group:
-        assert self._bar is not None
-        return Group(self._bar, *(Text(f"  {line}", style="dim") for line in self._last))
 
 
 def span(seconds: float) -> str:

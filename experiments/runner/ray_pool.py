@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError, UnreachableError
-from experiments.runner.jobs import Job, Outcome, attempt
-from experiments.runner.worker import WorkerOptions, prepare
+from experiments.runner.jobs import Job, Outcome, prepared_attempt
+from experiments.runner.worker import WorkerOptions, import_backend
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # only settings and metrics travel; Ray asks for 75 MB at least
 
@@ -64,7 +64,7 @@ class RayPool:
         # A task that dies is for the schedule to repeat, which counts.
         self._remote = self._ray.remote(
             num_gpus=self._gpus, num_cpus=self._cpus, max_retries=0, max_calls=0, retry_exceptions=False
-        )(_attempt_on_ray)
+        )(prepared_attempt)
         self._options = options
 
     def _start(self, options: WorkerOptions, address: str | None) -> None:
@@ -112,7 +112,6 @@ class RayPool:
         return room if self._limit is None else min(room, self._limit)
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         machines = sum(node["Alive"] for node in self._ray.nodes())
         plural = "" if machines == 1 else "s"
         return (
@@ -121,11 +120,9 @@ class RayPool:
         )
 
     def submit(self, job: Job) -> None:
-        """Hand `job` to Ray."""
         self._tasks[self._remote.remote(job, self._options)] = job.id
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Outcomes since the last call."""
         if not self._tasks:
             return []
         ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)
@@ -150,23 +147,10 @@ class RayPool:
             return Outcome(id_, "died", error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _attempt_on_ray(job: Job, options: WorkerOptions) -> Outcome:
-    prepare(options)
-    return attempt(job)
-
-
 def import_ray() -> Any:
     """The package.
 
     Raises:
         InputError: It is not installed.
     """
-    try:
-        import ray
-        import ray.exceptions
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "the ray backend needs the package ray, which is not installed: pip install -e '.[sweep]' in the checkout, "
-            "or use --backend local"
-        ) from error
-    return ray
+    return import_backend("ray", "ray", "sweep", "exceptions")

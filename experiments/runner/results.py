@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import yaml
 
-from eva_lightning.errors import InputError
 from eva_lightning.files import write_json
-from experiments.runner.jobs import PHASE_FOLDERS, Phase
-from experiments.runner.schedule import Row, Schedule, failures
+from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Results:
             runs=_frame(row for row in done if row.job.phase == "final"),
             tuning=_frame(row for row in done if row.job.phase == "tune"),
             choices=schedule.choices(),
-            failures=tuple((str(job), error) for job, error in failures(schedule)),
+            failures=tuple((str(row.job), row.error or "no traceback") for row in schedule.with_status("failed")),
             left=counts["pending"] + counts["running"] + counts["later"],
             held_up=tuple(cell.name for cell in schedule.held_up()),
             without_choice=tuple(cell.name for cell in schedule.without_choice()),
@@ -84,33 +78,3 @@ def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
         candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
         known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
     write_json(file, known)
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run, read from its folder.
-
-    Attributes:
-        path: The folder.
-        settings: Its ``config.yaml``.
-        metrics: Its ``metrics.json``.
-    """
-
-    path: Path
-    settings: dict[str, Any]
-    metrics: dict[str, Any]
-
-
-def finished_runs(output: str | Path, phase: Phase = "final") -> Iterator[FinishedRun]:
-    """All finished runs below OUTPUT of a comparison, whichever settings they were asked for with.
-
-    Raises:
-        InputError: A file is damaged.
-    """
-    for file in sorted((Path(output) / PHASE_FOLDERS[phase]).glob("*/metrics.json")):
-        try:
-            settings = yaml.load(file.with_name("config.yaml").read_text(encoding="utf-8"), _LOADER)
-            metrics = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{file.parent} is damaged ({' '.join(str(error).split())}): delete it") from error
-        yield FinishedRun(file.parent, settings, metrics)

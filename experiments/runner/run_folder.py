@@ -147,6 +147,16 @@ class RunFolder:
             )
 
 
+def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and metrics of every finished run below `folder`, at any depth, in order of their paths.
+
+    Raises:
+        InputError: A ``metrics.json`` is damaged.
+    """
+    for file in sorted(Path(folder).rglob("metrics.json")):
+        yield file.parent, _mapping(file, json.loads)
+
+
 def perform(
     folder: RunFolder, build: Callable[[], Work], *, terminal: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -181,6 +191,17 @@ def perform(
             metrics = dict(work(folder))
             folder.finish(metrics)
     return metrics
+
+
+def perform_or_report(
+    folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
+) -> dict[str, Any]:
+    """:func:`perform` for a command: a finished run is reported, not repeated; an interrupted one is resumed."""
+    found = None if overwrite else folder.result()
+    if found is not None:
+        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
+        return found
+    return perform(folder, build, overwrite=overwrite)
 
 
 @contextmanager

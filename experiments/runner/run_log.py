@@ -28,7 +28,6 @@ class _File(logging.FileHandler):
         """Say nothing."""
 
     def close(self) -> None:
-        """Close the file."""
         with suppress(OSError):
             super().close()
 

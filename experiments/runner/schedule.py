@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -213,9 +213,3 @@ class Schedule:
 
     def _row(self, job: Job) -> Row:
         return self.rows[job.id]
-
-
-def failures(schedule: Schedule) -> Iterator[tuple[Job, str]]:
-    """Failed runs with their tracebacks."""
-    for row in schedule.with_status("failed"):
-        yield row.job, row.error or "no traceback"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
-from experiments.runner.jobs import Job, Outcome, attempt
+from experiments.runner.jobs import Job, Outcome, prepared_attempt
 from experiments.runner.options import RunnerOptions
-from experiments.runner.worker import WorkerOptions, prepare
+from experiments.runner.worker import WorkerOptions, import_backend
 
 #: Jobs under way where `workers` does not say otherwise; clusters limit the size of an array to about 1,000.
 MOST_JOBS = 1000
@@ -52,7 +52,6 @@ class SlurmPool:
         self._cluster = cluster
 
     def describe(self) -> str:
-        """What runs where, in one phrase."""
         cluster, threads = self._cluster, self._worker.threads
         return f"array jobs of {cluster}, at most {self.slots} runs at a time, {threads} CPU threads each"
 
@@ -61,7 +60,6 @@ class SlurmPool:
         self._new.append(job)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Outcomes since the last call."""
         self._submit_new()
         until = time.monotonic() + seconds
         while True:
@@ -71,7 +69,6 @@ class SlurmPool:
             time.sleep(min(_POLL_SECONDS, max(0.0, until - time.monotonic())))
 
     def close(self) -> None:
-        """Cancel what waits or runs."""
         for job in self._submitted.values():
             job.cancel(check=False)
         self._submitted.clear()
@@ -81,7 +78,7 @@ class SlurmPool:
         if not self._new:
             return
         with self._executor.batch():
-            handles = [self._executor.submit(_attempt_on_slurm, job, self._worker) for job in self._new]
+            handles = [self._executor.submit(prepared_attempt, job, self._worker) for job in self._new]
         self._submitted |= {job.id: handle for job, handle in zip(self._new, handles, strict=True)}
         self._new.clear()
 
@@ -116,23 +113,10 @@ def _parameters(options: RunnerOptions, worker: WorkerOptions, asked: dict[str, 
     }
 
 
-def _attempt_on_slurm(job: Job, options: WorkerOptions) -> Outcome:
-    prepare(options)
-    return attempt(job)
-
-
 def import_submitit() -> Any:
     """The package.
 
     Raises:
         InputError: It is not installed.
     """
-    try:
-        import submitit  # an extra
-        import submitit.core.utils
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "the slurm backend needs the package submitit, which is not installed: pip install -e '.[slurm]' in the "
-            "checkout, or use --backend local"
-        ) from error
-    return submitit
+    return import_backend("slurm", "submitit", "slurm", "core.utils")

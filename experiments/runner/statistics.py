@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,6 @@ PLUS_MINUS = "± is half the width of the 95% interval of the mean over seeds (S
 BRACKETS = (
     "IQM is the mean of the middle half of all runs, in brackets its 95% interval (bootstrap over seeds, by task)."
 )
-
-#: A column of a table of runs, or a function of its rows.
-Value = str | Callable[[Mapping[str, Any]], float]
 
 _BOOTSTRAP_SAMPLES = 1_000
 
@@ -68,10 +65,6 @@ class Interval:
         """Upper end; the mean itself where there is no width."""
         return self.mean + (self.half or 0.0)
 
-    def scaled(self, factor: float) -> Interval:
-        """The interval of `factor` times the values: 100 for percent."""
-        return Interval(factor * self.mean, None if self.half is None else abs(factor) * self.half, self.n)
-
     def text(self, digits: int = 3, sign: bool = False) -> str:
         """``0.123 ± 0.004``."""
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
@@ -86,10 +79,6 @@ class Range:
     low: float
     high: float
     n: int
-
-    def scaled(self, factor: float) -> Range:
-        """All of it times `factor`, above 0: 100 for percent."""
-        return Range(factor * self.mean, factor * self.low, factor * self.high, self.n)
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
         """``0.52 [0.48, 0.57]``."""
@@ -165,55 +154,47 @@ def t_quantile(degrees: float) -> float:
     return float(stdtrit(degrees, 0.975))
 
 
-def over_seeds(runs: pd.DataFrame, value: Value, by: str | Sequence[str] = "method") -> dict[Any, Interval]:
+def over_seeds(runs: pd.DataFrame, value: str, by: str | list[str] = "method") -> dict[Any, Interval]:
     """Interval over the runs of each group.
 
     Args:
         runs: One row per run.
-        value: What is averaged.
+        value: Column that is averaged.
         by: Column or columns that tell groups apart, such as ``["task", "method"]``; the keys of the result.
     """
-    if runs.empty:
-        return {}
-    values = values_of(runs, value)
-    groups = values.groupby([runs[name] for name in by] if not isinstance(by, str) else runs[by], sort=False)
-    return {key: Interval.of(list(group)) for key, group in groups}
+    return {key: Interval.of(group.astype(float).tolist()) for key, group in runs.groupby(by, sort=False)[value]}
 
 
-def over_tasks(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, Interval]:
-    """Interval over seeds of the mean over tasks, for each group; seeds that lack a task are left out.
+def over_tasks(runs: pd.DataFrame, value: str) -> dict[Hashable, Interval]:
+    """Interval over seeds of the mean over tasks, for each method; seeds that lack a task are left out.
 
     The interval is for these tasks, not for tasks in general.
 
     Args:
-        runs: One row per run, with the columns ``task`` and ``seed``; all its tasks count.
-        value: What is averaged.
-        by: Column that tells groups apart.
+        runs: One row per run, with the columns ``method``, ``task`` and ``seed``; all its tasks count.
+        value: Column that is averaged.
     """
-    wide = _wide(runs, value, by)
-    means = {key: wide[key].dropna().mean(axis=1) for key in _groups(runs, by)}
+    wide = _wide(runs, value)
+    means = {key: wide[key].dropna().mean(axis=1) for key in runs["method"].unique()}
     return {key: Interval.of(list(found)) for key, found in means.items() if len(found)}
 
 
-def paired(
-    runs: pd.DataFrame, first: Hashable, second: Hashable, value: Value, *, by: str = "method", relative: bool = False
-) -> Interval | None:
+def paired(runs: pd.DataFrame, first: str, second: str, value: str, *, relative: bool = False) -> Interval | None:
     """Interval over seeds of `first` minus `second`, run by run, averaged over the tasks of `runs`.
 
     Both runs of a pair have the same task and seed, so the same data in the same order. Seeds that lack one of the runs
     are left out; the interval is for these tasks, not for tasks in general.
 
     Args:
-        runs: One row per run, with the column ``seed`` and, of several tasks, ``task``.
-        first, second: Values of the column `by`.
-        value: What to compare.
-        by: Column that tells groups apart.
+        runs: One row per run, with the columns ``method``, ``seed`` and, of several tasks, ``task``.
+        first, second: Methods.
+        value: Column to compare.
         relative: Take the difference of logarithms, in percent: tasks of different scale then count alike.
 
     Returns:
         The interval, or None where no seed has all runs.
     """
-    wide = _wide(runs, value, by)
+    wide = _wide(runs, value)
     if not {first, second} <= set(wide.columns.get_level_values(0)):
         return None
     a, b = wide[first], wide[second]
@@ -221,14 +202,14 @@ def paired(
     return Interval.of(list(differences)) if len(differences) else None
 
 
-def iqm(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, Range]:
-    """Interquartile mean over all tasks and seeds of each group, with rliable's stratified bootstrap interval.
+def iqm(runs: pd.DataFrame, value: str) -> dict[Hashable, Range]:
+    """Interquartile mean over all tasks and seeds of each method, with rliable's stratified bootstrap interval.
 
     Seeds are drawn anew within each task, the interval is between the 2.5% and 97.5% points of the resampled means
     (Agarwal et al. 2021). Seeds that lack a task are left out.
     """
-    wide = _wide(runs, value, by)
-    scores = {key: wide[key].dropna().to_numpy() for key in _groups(runs, by)}
+    wide = _wide(runs, value)
+    scores = {key: wide[key].dropna().to_numpy() for key in runs["method"].unique()}
     scores = {key: found for key, found in scores.items() if len(found)}
     with isolated_rng():
         np.random.seed(0)  # noqa: NPY002 - rliable draws from the global generator, whatever it is given
@@ -241,21 +222,9 @@ def iqm(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Hashable, 
     }
 
 
-def values_of(runs: pd.DataFrame, value: Value) -> pd.Series:
-    """`value` of every run."""
-    if isinstance(value, str):
-        return runs[value].astype(float)
-    return pd.Series([float(value(row)) for row in runs.to_dict("records")], index=runs.index, dtype=float)
-
-
-def _wide(runs: pd.DataFrame, value: Value, by: str) -> pd.DataFrame:
-    """`value` with a row per seed and a column per group and task; NaN where there is no run."""
-    task = runs["task"] if "task" in runs else pd.Series("task", index=runs.index)
-    frame = pd.DataFrame({"seed": runs["seed"], "group": runs[by], "task": task, "value": values_of(runs, value)})
-    wide = frame.pivot(index="seed", columns=["group", "task"], values="value")
-    columns = pd.MultiIndex.from_product([frame["group"].unique(), frame["task"].unique()], names=["group", "task"])
+def _wide(runs: pd.DataFrame, value: str) -> pd.DataFrame:
+    """`value` with a row per seed and a column per method and task; NaN where there is no run."""
+    frame = runs if "task" in runs else runs.assign(task="task")
+    wide = frame.astype({value: float}).pivot(index="seed", columns=["method", "task"], values=value)
+    columns = pd.MultiIndex.from_product([frame["method"].unique(), frame["task"].unique()], names=["method", "task"])
     return wide.reindex(columns=columns)
-
-
-def _groups(runs: pd.DataFrame, by: str) -> list[Hashable]:
-    return list(runs[by].unique())

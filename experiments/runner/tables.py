@@ -1,10 +1,9 @@
-"""Tables of results for the terminal, for Markdown, LaTeX and CSV: data frames whose cells may be intervals."""
+"""Tables of results for the terminal and for Markdown: data frames whose cells may be intervals."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eva_lightning.files import write_text
 from experiments.runner.statistics import Interval, Range
 
 #: Where there is no value.
@@ -33,45 +31,19 @@ def cell(value: Any, digits: int = 2, sign: bool = False) -> str:
     return str(value)
 
 
-def as_text(frame: pd.DataFrame, digits: Digits = 2, sign: bool = False) -> pd.DataFrame:
+def as_text(frame: pd.DataFrame, digits: Digits = 2) -> pd.DataFrame:
     """The same table with a text in every cell."""
     columns = {
-        column: [cell(value, digits if isinstance(digits, int) else digits.get(column, 2), sign) for value in values]
+        column: [cell(value, digits if isinstance(digits, int) else digits.get(column, 2)) for value in values]
         for column, values in frame.items()
     }
     return pd.DataFrame(columns, index=frame.index, columns=frame.columns)
 
 
-def as_markdown(frame: pd.DataFrame, digits: Digits = 2, *, sign: bool = False, index: bool = True) -> str:
+def as_markdown(frame: pd.DataFrame, digits: Digits = 2) -> str:
     """A Markdown table: the index to the left, everything else to the right."""
-    text = as_text(frame, digits, sign)
-    sides = ["left"] * index + ["right"] * len(text.columns)
-    return text.to_markdown(index=index, disable_numparse=True, colalign=sides)
-
-
-def as_latex(frame: pd.DataFrame, caption: str, label: str, digits: Digits = 2, *, index: bool = True) -> str:
-    """A ``table`` environment of the package booktabs."""
-    text = as_text(frame, digits).map(latex)
-    text.columns = pd.Index([latex(str(name)) for name in frame.columns])
-    text.index = pd.Index([latex(str(name)) for name in frame.index], name=frame.index.name)
-    layout = "l" * index + "r" * len(text.columns)
-    return text.to_latex(index=index, caption=latex(caption), label=label, column_format=layout, position="t")
-
-
-def as_csv(frame: pd.DataFrame, *, index: bool = True) -> str:
-    """Everything unrounded; an interval is three columns: mean, low and high."""
-    return unfolded(frame).to_csv(index=index)
-
-
-def unfolded(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with columns ``X``, ``X low`` and ``X high`` for each column ``X`` of intervals."""
-    columns: dict[Any, list[Any]] = {}
-    for name, values in frame.items():
-        columns[name] = [value.mean if isinstance(value, Interval | Range) else value for value in values]
-        if any(isinstance(value, Interval | Range) for value in values):
-            columns[f"{name} low"] = [getattr(value, "low", None) for value in values]
-            columns[f"{name} high"] = [getattr(value, "high", None) for value in values]
-    return pd.DataFrame(columns, index=frame.index)
+    sides = ["left", *["right"] * len(frame.columns)]
+    return as_text(frame, digits).to_markdown(disable_numparse=True, colalign=sides)
 
 
 def show(
@@ -94,29 +66,6 @@ def show(
     terminal.print(table)
     for note in notes:
         terminal.print(Text(note, style="dim"))
-
-
-def write_table(
-    frame: pd.DataFrame, path: Path, caption: str, digits: Digits = 2, *, notes: Sequence[str] = ()
-) -> list[Path]:
-    """Write a table as ``PATH.md``, ``PATH.tex`` and ``PATH.csv``; returns the files.
-
-    Args:
-        frame: The table.
-        path: Without a suffix; its name is the label in LaTeX.
-        caption: What is in it.
-        digits: Digits after the point, in Markdown and LaTeX.
-        notes: Sentences below it, such as ``statistics.PLUS_MINUS``.
-    """
-    texts = {
-        ".md": "\n\n".join([f"**{caption}**", as_markdown(frame, digits), *notes]) + "\n",
-        ".tex": as_latex(frame, " ".join([caption, *notes]), f"tab:{path.name}", digits),
-        ".csv": as_csv(frame),
-    }
-    files = [path.with_name(path.name + suffix) for suffix in texts]
-    for file, text in zip(files, texts.values(), strict=True):
-        write_text(file, text)
-    return files
 
 
 #: What LaTeX needs instead.

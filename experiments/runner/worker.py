@@ -10,6 +10,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from eva_lightning.errors import InputError
 
 _NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "bitsandbytes", "timm")
 
@@ -52,6 +55,23 @@ def prepare(options: WorkerOptions) -> None:
     # what is imported stays: collecting garbage after each run need not look at it
     gc.collect()
     gc.freeze()
+
+
+def import_backend(backend: str, package: str, extra: str, *submodules: str) -> Any:
+    """The package that a backend needs, with these submodules.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        for name in submodules:
+            importlib.import_module(f"{package}.{name}")
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the {backend} backend needs the package {package}, which is not installed: pip install -e '.[{extra}]' "
+            "in the checkout, or use --backend local"
+        ) from error
 
 
 def free_memory() -> None:

@@ -26,7 +26,6 @@ class EpochCheckpoints(ModelCheckpoint):
         self._saved = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._saved = time.monotonic()
 

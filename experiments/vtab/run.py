@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
-from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.state import EVAState
@@ -32,6 +31,7 @@ from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA, module_options
+from experiments.runner.lightning_runs import eva_metrics, eva_state, fit, on_gpu, trainer_precision
 from experiments.runner.loggers import open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.run_logging import RunLogging
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
     @property
     def eva_state(self) -> EVAState | None:
         """What EVA started from, once it has."""
-        return next((c.state for c in self.callbacks if isinstance(c, EVAInitCallback)), None)
+        return eva_state(self.callbacks)
 
 
 def build(settings: Settings) -> Work:
@@ -122,7 +122,8 @@ def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA)
     data.setup("fit")
     images: Any = data.train_dataloader().dataset
     progress = settings.progress and sys.stdout.isatty()
-    return decompose(module, images, options, device="cuda" if on_gpu(settings) else "cpu", progress=progress)
+    device = "cuda" if on_gpu(settings.accelerator) else "cpu"
+    return decompose(module, images, options, device=device, progress=progress)
 
 
 def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
         trainer = _trainer(settings, data, [*parts.callbacks, RunLogging(), history, checkpoints], loggers)
-        _fit(settings, parts, trainer, history, folder.last_checkpoint())
+        checkpoint = folder.last_checkpoint()
+        fit(trainer, parts.module, data, checkpoint, lambda: f"{len(history.rows)} of {settings.epochs} epochs")
         started = time.perf_counter()
         tested, precision = _test(settings, parts, trainer)
     metrics = {
@@ -176,7 +178,7 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        precision=lightning_precision(settings),  # type: ignore[arg-type]
+        precision=trainer_precision(settings.precision, settings.accelerator),  # type: ignore[arg-type]
         max_epochs=settings.epochs,
         limit_train_batches=batches,
         limit_val_batches=1.0 if data.validates and settings.validate else 0,
@@ -187,18 +189,6 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
         enable_progress_bar=settings.progress and sys.stdout.isatty(),
         enable_model_summary=False,
     )
-
-
-def _fit(settings: Settings, parts: Parts, trainer: L.Trainer, history: EpochHistory, checkpoint: Path | None) -> None:
-    if checkpoint is not None:
-        _LOGGER.info("resuming from %s", checkpoint)
-    try:
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint)
-    except SystemExit:
-        # how Lightning ends on Ctrl-C
-        epochs = f"{len(history.rows)} of {settings.epochs} epochs"
-        _LOGGER.warning("interrupted after %s: the same command continues from there", epochs)
-        raise
 
 
 def _test(settings: Settings, parts: Parts, trainer: L.Trainer) -> tuple[dict[str, float], str]:
@@ -246,10 +236,7 @@ def _metrics(settings: Settings, parts: Parts) -> dict[str, Any]:
         metrics["rho"] = settings.rho
     if settings.eva_state is not None:
         metrics["eva_state"] = Path(settings.eva_state).name
-    state = parts.eva_state
-    if state is not None:
-        metrics |= {"init_seconds": state.seconds, "init_batches": state.n_batches, "ranks": dict(state.ranks)}
-    return metrics
+    return metrics | eva_metrics(parts.callbacks)
 
 
 def experiment(settings: Settings) -> dict[str, Any]:
@@ -287,22 +274,10 @@ def _figures(settings: Settings, parts: Parts, history: EpochHistory) -> dict[st
     return figures
 
 
-def lightning_precision(settings: Settings) -> str:
-    """The Trainer's precision: ``"auto"`` is bf16-mixed where there is a GPU that can, and fp32 elsewhere."""
-    if settings.precision != "auto":
-        return settings.precision
-    return "bf16-mixed" if on_gpu(settings) and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def on_gpu(settings: Settings) -> bool:
-    """Whether a CUDA device is wanted and there."""
-    return settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-
-
 def _check_devices(settings: Settings) -> None:
     """Lightning starts as many processes as it is told to on a CPU, and they never end."""
-    there = torch.cuda.device_count() if on_gpu(settings) else os.cpu_count() or 1
+    there = torch.cuda.device_count() if on_gpu(settings.accelerator) else os.cpu_count() or 1
     if settings.devices > there:
-        kind = "GPUs" if on_gpu(settings) else "CPU cores"
+        kind = "GPUs" if on_gpu(settings.accelerator) else "CPU cores"
         message = f"devices must be at most the {there} {kind} of this machine, got {settings.devices}"
         raise InputError(message, setting="devices")

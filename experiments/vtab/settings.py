@@ -7,6 +7,7 @@ trained are head, LoRA matrices and biases; 1,000 training images, accuracy on t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -194,7 +195,7 @@ class Settings(SharedOptions):
         return AdapterOptions(**shared, rho=rho, rescale_alpha=rules.rescale_alpha, state=self.eva_state)
 
 
-def headline(metrics: dict[str, Any]) -> str:
+def headline(metrics: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     return (
         f"{metrics['task']} {metrics['evaluation_split']} accuracy {metrics['accuracy']:.2%} "
@@ -207,6 +208,6 @@ COMMAND = SettingsCommand(
     Settings,
     "python -m experiments.vtab run",
     (__doc__ or "").splitlines()[0],
-    "experiments.vtab.single_run:run_single",
+    "experiments.vtab.single_run:run",
 )
 parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

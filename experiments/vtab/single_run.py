@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eva_lightning.vision.data.splits import open_task
 from experiments.runner.loggers import check_loggers, parse_loggers
-from experiments.runner.run_folder import RunFolder, perform
+from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.vtab.settings import Settings, headline
 
 
@@ -22,13 +23,13 @@ def run(settings: Settings) -> dict[str, Any]:
         UnreachableError: Pre-trained weights are wanted and the hub does not answer.
     """
     folder = RunFolder(Path(settings.output) / settings.run_name, settings)
-    result = None if settings.overwrite else folder.result()
-    if result is not None:
-        print(f"{folder.path} is finished already (--overwrite runs it again): {headline(result)}")
-        return result
+    return perform_or_report(folder, partial(_build, settings), headline, settings.overwrite)
+
+
+def _build(settings: Settings) -> Work:
     check_loggers(parse_loggers(settings.logger))
     open_task(settings.root, settings.task, settings.split, settings.limit_train, settings.limit_test)
     # all that can be said of names and data has been said: now torch, Lightning and timm
     from experiments.vtab.run import build
 
-    return perform(folder, lambda: build(settings), overwrite=settings.overwrite)
+    return build(settings)

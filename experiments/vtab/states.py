@@ -26,6 +26,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import digest
 from eva_lightning.state import EVAState
 from experiments.runner.jobs import Shared
+from experiments.runner.lightning_runs import trainer_precision
 from experiments.runner.settings import Role, identity
 from experiments.vtab import run
 from experiments.vtab.settings import Settings
@@ -119,7 +120,7 @@ def _compute(settings: Settings, path: Path) -> None:
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
-        precision=run.lightning_precision(settings),  # type: ignore[arg-type]
+        precision=trainer_precision(settings.precision, settings.accelerator),  # type: ignore[arg-type]
         max_epochs=0,
         callbacks=[callback],
         logger=False,

@@ -43,7 +43,6 @@ class Sweep(Comparison):
         (check_names if self.settings.plan else check_everything)(self.settings)
 
     def cells(self) -> list[Cell]:
-        """Tasks and methods, task by task."""
         return [self._cell(task, key) for task in self.settings.task_names for key in self.settings.keys]
 
     def _cell(self, task: str, key: MethodKey) -> Cell:
@@ -60,7 +59,6 @@ class Sweep(Comparison):
         )
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        """By accuracy on val200, then by loss."""
         return score(metrics)
 
     def in_words(self, score: tuple[float, ...]) -> str:
@@ -68,7 +66,6 @@ class Sweep(Comparison):
         return f"{-score[0]:.1%} on val200"
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """The accuracy of a run."""
         return f"{metrics.get('evaluation_split')} {metrics['accuracy']:.1%}"
 
     def worker_options(self) -> WorkerOptions:
@@ -77,11 +74,9 @@ class Sweep(Comparison):
         return replace(super().worker_options(), start=start)
 
     def seconds(self) -> Callable[[Job], float]:
-        """By the speed measured now."""
         return self._plan.seconds()
 
     def plan_notes(self) -> list[str]:
-        """What is there, what is missing, what it takes."""
         return self._plan.notes()
 
     def report(self, results: Results) -> None:
@@ -113,5 +108,4 @@ def build(job: Job) -> Work:
 
 
 def run_sweep(settings: Settings) -> Results:
-    """The sweep that `settings` ask for."""
     return run_comparison(Sweep(settings))

@@ -7,8 +7,6 @@ figure per group of tasks. The paper's numbers are in ``paper_tables.csv``.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +16,12 @@ from rich.console import Console
 from eva_lightning.errors import InputError
 from eva_lightning.files import replacing, writable_folder, write_text
 from eva_lightning.methods.registry import method_names
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, check_settings, option, parse_settings
-from experiments.vtab.table_layout import (
-    Difference,
-    Notes,
-    Sheet,
-    differences,
-    differences_sheet,
-    table20,
-    table21,
-    table25,
-)
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, check_settings, option
+from experiments.vtab.table_layout import LAYOUTS, Difference, Notes, Sheet, differences, differences_sheet
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
 from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets
-
-_SHEETS = {"20": table20, "21": table21, "25": table25}
 
 _FORMER = ("table.md", "table.csv", "table.tex", "table20.tex", "table21.tex", "table25.tex", "differences.tex",
            "natural.png", "specialized.png", "structured.png", "average.png")  # fmt: skip
@@ -50,7 +37,7 @@ class Settings:
     output: str = option("runs/vtab/table", "folder for table.md, table.csv, table.tex and figures", Role.PLACE)
     layout: str = option(
         "all", "20 (accuracy and differences), 21 (deviations), 25 (ablations by group) or all", Role.SELECTION,
-        choices=(*_SHEETS, "all"),
+        choices=("20", "21", "25", "all"),
     )  # fmt: skip
     baseline: str = option(
         "lora", "method that the others are compared with", Role.SELECTION, choices=method_names("vision")
@@ -71,20 +58,13 @@ class Tables:
     notes: tuple[str, ...]
 
 
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line (``sys.argv`` for None), defaults, and YAML files given by ``--config``."""
-    description = "Results beside the paper's Tables 20, 21 and 25, as Markdown, CSV, LaTeX and figures."
-    return parse_settings(Settings, "python -m experiments.vtab table", description, args)
-
-
-def main(args: Sequence[str] | None = None) -> Tables:
-    """Read, print and write as the command line `args` says (``sys.argv`` for None).
+def run(settings: Settings) -> Tables:
+    """Read, print and write.
 
     Raises:
         MissingInputError: There are no results yet; says what to run.
-        InputError: A setting is wrong, a file is damaged, or two runs are of the same settings.
+        InputError: A file is damaged, or two runs are of the same settings.
     """
-    settings = parse(args)
     runs = read_runs(settings.runs)
     if settings.model is not None:
         models = ", ".join(runs["model"].unique())
@@ -106,7 +86,7 @@ def make_tables(runs: pd.DataFrame, layout: str = "all", baseline: str = "lora")
     """All that the command shows of `runs`, which :func:`~experiments.vtab.table_results.read_runs` gives."""
     ours, notes = gather(runs), Notes()
     found = differences(ours, baseline)
-    sheets = [make(ours, notes) for name, make in _SHEETS.items() if layout in (name, "all")]
+    sheets = [each.sheet(ours, notes) for each in LAYOUTS if layout in (str(each.number), "all")]
     if layout in ("20", "all"):
         sheets.append(differences_sheet(found, notes))
     return Tables(tuple(ours), tuple(sheets), tuple(found), tuple(notes.sentences))
@@ -130,10 +110,10 @@ def _write(tables: Tables, folder: Path) -> list[str]:
     return [*texts, *figures]
 
 
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal: one sentence on standard error, and exit status 2, where the input is wrong."""
-    return in_terminal(main, args)
-
-
-if __name__ == "__main__":
-    sys.exit(command_line())
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m experiments.vtab table",
+    "Results beside the paper's Tables 20, 21 and 25, as Markdown, CSV, LaTeX and figures.",
+    "experiments.vtab.table:run",
+)
+parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

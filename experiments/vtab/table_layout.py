@@ -135,37 +135,47 @@ def tasks_of(column: str) -> tuple[str, ...]:
     return GROUPS.get(column, (column,))
 
 
-def table20(ours: Sequence[Ours], notes: Notes) -> Sheet:
-    """Accuracy per task, and means."""
-    caption = (
+@dataclass(frozen=True)
+class Layout:
+    """What one of the paper's tables shows, but for its lines."""
+
+    number: int
+    title: str
+    caption: str
+    columns: tuple[str, ...] = TASK_COLUMNS + MEAN_COLUMNS
+
+    def sheet(self, ours: Sequence[Ours], notes: Notes) -> Sheet:
+        """With the paper's lines and ours: of Table 21 standard deviations, of the others means."""
+
+        def value(sample: Sample) -> float | None:
+            return sample.std if self.number == 21 else sample.mean
+
+        title = f"{self.title} (layout of Table {self.number})"
+        lines = tuple(_lines(self.number, ours, notes, value))
+        return Sheet(f"table{self.number}", title, self.caption, self.columns, lines)
+
+
+LAYOUTS = (
+    Layout(
+        20,
+        "Accuracy per task",
         "Accuracy on the test set in percent, mean over seeds (the paper: five). Average is the plain mean over the 19 "
-        "tasks, as the paper's is; the paper's other means are taken here over its printed entries."
-    )
-    lines = _lines(20, ours, notes, lambda sample: sample.mean)
-    columns = TASK_COLUMNS + MEAN_COLUMNS
-    return Sheet("table20", "Accuracy per task (layout of Table 20)", caption, columns, tuple(lines))
-
-
-def table21(ours: Sequence[Ours], notes: Notes) -> Sheet:
-    """Standard deviations over seeds; their means in the columns of means, as the paper does it."""
-    caption = (
+        "tasks, as the paper's is; the paper's other means are taken here over its printed entries.",
+    ),
+    Layout(
+        21,
+        "Standard deviations over seeds",
         "Standard deviation of the accuracy over seeds in percent points, with n − 1 in the denominator (the paper "
-        "does not say which); in the columns of means the mean of the standard deviations, as in the paper."
-    )
-    lines = _lines(21, ours, notes, lambda sample: sample.std)
-    columns = TASK_COLUMNS + MEAN_COLUMNS
-    return Sheet("table21", "Standard deviations over seeds (layout of Table 21)", caption, columns, tuple(lines))
-
-
-def table25(ours: Sequence[Ours], notes: Notes) -> Sheet:
-    """Group-wise averages of the ablations."""
-    caption = (
+        "does not say which); in the columns of means the mean of the standard deviations, as in the paper.",
+    ),
+    Layout(
+        25,
+        "Group-wise averages of the ablations",
         "Mean accuracy in percent over the tasks of each group, and over all 19 tasks. The paper prints no single "
-        "tasks of its ablations, so their means cannot be taken over other tasks."
-    )
-    lines = _lines(25, ours, notes, lambda sample: sample.mean)
-    title = "Group-wise averages of the ablations (layout of Table 25)"
-    return Sheet("table25", title, caption, MEAN_COLUMNS, tuple(lines))
+        "tasks of its ablations, so their means cannot be taken over other tasks.",
+        MEAN_COLUMNS,
+    ),
+)
 
 
 def _lines(

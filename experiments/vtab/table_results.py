@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import digest
 from eva_lightning.methods.registry import METHODS, MethodKey
 from experiments.runner.jobs import Point
+from experiments.runner.run_folder import metrics_below
 from experiments.runner.settings import Role, identity, role_of
 from experiments.runner.statistics import Sample
 from experiments.runner.tuning import choose
@@ -71,7 +71,7 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
                 f"the folder of runs {folder} does not exist: python -m experiments.vtab sweep --root DIR makes "
                 "runs/vtab; other folders are named by --runs"
             )
-        rows += [row for file in sorted(folder.rglob("metrics.json")) if (row := _row(file)) is not None]
+        rows += [run_row(metrics, str(place)) for place, metrics in metrics_below(folder) if _is_ours(metrics)]
     runs = pd.DataFrame(rows)
     if runs.empty or "final" not in set(runs["phase"]):
         progress = f" ({len(runs)} tuning runs are)" if len(runs) else ""
@@ -82,14 +82,10 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
     return runs
 
 
-def _row(file: Path) -> dict[str, Any] | None:
-    """A row of the frame, or None for a run of another experiment."""
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: {' '.join(str(error).split())}") from error
-    ours = metrics.get("task") in HEADINGS and metrics.get("method") in METHODS and "experiment" in metrics
-    return run_row(metrics, str(file.parent)) if ours and metrics.get("evaluation_split") in _PHASES else None
+def _is_ours(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run is one on VTAB-1K."""
+    known = metrics.get("task") in HEADINGS and metrics.get("method") in METHODS and "experiment" in metrics
+    return known and metrics.get("evaluation_split") in _PHASES
 
 
 def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from eva_lightning.methods.apply import apply_method
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import module_options
-from experiments.vtab import run
+from experiments.runner.lightning_runs import on_gpu, trainer_precision
 from experiments.vtab.settings import Settings
 from experiments.vtab.sizes import ModelSize
 
@@ -59,7 +59,7 @@ def cost_class(method: str) -> str:
 
 def measure(settings: Settings, methods: Iterable[str], size: ModelSize, rank: int) -> Speed:
     """Time steps of `methods` with the model, image size, batch and precision of `settings`, at LoRA rank `rank`."""
-    device = torch.device("cuda" if run.on_gpu(settings) else "cpu")
+    device = torch.device("cuda" if on_gpu(settings.accelerator) else "cpu")
     wanted = {method: cost_class(method) for method in methods}
     batch = settings.batch_size // settings.accumulate
     bench = _Bench(settings, rank, device)
@@ -89,7 +89,7 @@ class _Bench:
         self.settings = settings
         self.rank = rank
         self.device = device
-        precision = run.lightning_precision(settings)
+        precision = trainer_precision(settings.precision, settings.accelerator)
         self.autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from experiments.runner.cells import Cell
 from experiments.runner.command import SettingsCommand
 from experiments.runner.comparison import Comparison, run_comparison
-from experiments.runner.jobs import Job, Point
+from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase, Point
 from experiments.runner.options import RunnerOptions
 from experiments.runner.results import Results
 from experiments.runner.run_folder import RunFolder, Work
@@ -138,6 +141,21 @@ command_line = COMMAND.command_line
 def parse(args: Sequence[str] | None = None) -> Fake:
     """From a command line."""
     return Fake(COMMAND.parse(args))
+
+
+class FinishedRun(NamedTuple):
+    """A finished run, read from its folder."""
+
+    path: Path
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def finished_runs(output: Path, phase: Phase = "final") -> Iterator[FinishedRun]:
+    """All finished runs below OUTPUT."""
+    for file in sorted((output / PHASE_FOLDERS[phase]).glob("*/metrics.json")):
+        settings = yaml.safe_load(file.with_name("config.yaml").read_text(encoding="utf-8"))
+        yield FinishedRun(file.parent, settings, json.loads(file.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

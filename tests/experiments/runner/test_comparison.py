@@ -18,9 +18,9 @@ from eva_lightning.errors import InputError
 from experiments.runner.comparison import run_comparison
 from experiments.runner.holder import held
 from experiments.runner.jobs import Job, Outcome, Point, Shared, attempt
-from experiments.runner.results import Results, finished_runs
+from experiments.runner.results import Results
 from experiments.runner.schedule import MOST_DEATHS, Schedule
-from tests.experiments.runner.fake_comparison import Fake, command_line, parse
+from tests.experiments.runner.fake_comparison import Fake, command_line, finished_runs, parse
 from tests.experiments.runner.fake_pool import FakePool
 
 RUNS = 2 * (2 * 2 + 2)

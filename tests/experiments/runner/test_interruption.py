@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runner.results import finished_runs
+from tests.experiments.runner.fake_comparison import finished_runs
 from tests.paths import ROOT
 
 COMMAND = [sys.executable, "-m", "tests.experiments.runner.fake_comparison"]

@@ -69,7 +69,7 @@ def test_wandb_without_an_account_is_said_before_anything_is_computed(
     def no_data(*args: object) -> None:
         raise AssertionError("the data were looked at")
 
-    monkeypatch.setattr(run, "open_task", no_data)
+    monkeypatch.setattr("experiments.vtab.single_run.open_task", no_data)
     assert run.command_line(f"--root x --task kitti --output {tmp_path / 'runs'} --logger wandb".split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: logger wandb has no API key: call `wandb login`")

@@ -18,10 +18,9 @@ from eva_lightning.errors import InputError
 from experiments.runner.jobs import Job, Outcome, Point
 from experiments.runner.local_pool import InlinePool, LocalPool, default_workers
 from experiments.runner.pool import Pool, open_pool
-from experiments.runner.results import finished_runs
 from experiments.runner.slurm_pool import SlurmPool
 from experiments.runner.worker import WorkerOptions
-from tests.experiments.runner.fake_comparison import command_line, parse
+from tests.experiments.runner.fake_comparison import command_line, finished_runs, parse
 from tests.experiments.runner.test_interruption import finish, is_running, journal, started, wait_for
 
 BACKENDS = {"local": "--backend local", "ray": "--backend ray", "slurm": "--backend slurm --slurm cluster=local"}

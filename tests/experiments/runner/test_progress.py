@@ -35,5 +35,5 @@ def test_a_live_display_shows_the_last_runs(capsys: pytest.CaptureFixture[str]) 
     with Progress("fake", 0, 9, live=True) as progress:
         for number in range(8):
             progress.finished(f"run {number}")
-        lines = [str(part) for part in progress._picture().renderables[1:]]
+        lines = [str(part) for part in [*progress._bar.get_renderables()][1:]]
     assert lines == [f"  run {number}" for number in range(3, 8)]

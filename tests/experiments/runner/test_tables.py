@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import csv
 import io
-from pathlib import Path
 
 import pandas as pd
-import pytest
 from rich.console import Console
 
 from experiments.runner.statistics import PLUS_MINUS, Interval, Range
-from experiments.runner.tables import as_csv, as_latex, as_markdown, cell, latex, show, write_table
+from experiments.runner.tables import as_markdown, cell, latex, show
 
 FRAME = pd.DataFrame(
     {
@@ -39,22 +36,7 @@ def test_markdown() -> None:
 
 
 def test_latex() -> None:
-    text = as_latex(FRAME, "Loss after 100% & more", "tab:loss")
-    assert r"\caption{Loss after 100\% \& more}" in text
-    assert r"\label{tab:loss}" in text
-    assert r"\begin{tabular}{lrrr}" in text
-    assert r"EVA ($\rho$ = 1) & 0.12 $\pm$ 0.05 & 52.00 [48.00, 57.00] & 5 \\" in text
-    assert r"LoRA\_2 & 0.50 & -- & 1 \\" in text
-    assert text.isascii()
-    assert latex("a_b ± √ 語") == r"a\_b $\pm$ $\sqrt{}$ ?"
-
-
-def test_csv_is_not_rounded() -> None:
-    rows = list(csv.DictReader(io.StringIO(as_csv(FRAME))))
-    assert float(rows[0]["loss ρ"]) == 0.1234
-    assert float(rows[0]["loss ρ low"]) == pytest.approx(0.0778)
-    assert float(rows[0]["loss ρ high"]) == pytest.approx(0.169)
-    assert (rows[0]["success, % low"], rows[1]["success, %"], rows[0]["runs"]) == ("48.0", "", "5")
+    assert latex("a_b ± √ 語 100% & more") == r"a\_b $\pm$ $\sqrt{}$ ? 100\% \& more"
 
 
 def test_terminal() -> None:
@@ -63,11 +45,3 @@ def test_terminal() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for word in ("Losses", "EVA (ρ = 1)", "0.12 ± 0.05", "–", "95% interval"):
         assert word in text
-
-
-def test_files_of_one_table(tmp_path: Path) -> None:
-    files = write_table(FRAME, tmp_path / "losses", "Losses", notes=[PLUS_MINUS])
-    assert [file.name for file in files] == ["losses.md", "losses.tex", "losses.csv"]
-    assert PLUS_MINUS in files[0].read_text()
-    assert "Student's t distribution" in files[1].read_text()
-    assert r"\label{tab:losses}" in files[1].read_text()

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from experiments.runner.comparison import Results, run_comparison
-from experiments.runner.jobs import Job, Outcome, attempt
+from experiments.runner.jobs import Job, Outcome
 from experiments.vtab.run import experiment
 from experiments.vtab.sweep import Sweep
 from experiments.vtab.sweep_settings import parse
 from tests.eva_lightning.vision.fakes import make_task
+from tests.experiments.runner.fake_pool import FakePool
 
 COUNTS = {"train800": 8, "val200": 8, "test": 12}
 
@@ -31,35 +32,6 @@ def words(root: Path, output: Path, extra: str = "") -> list[str]:
         f"--accelerator cpu --threads 1 {extra}"
     )
     return text.split()
-
-
-class InlinePool:
-    """Runs in this process, without what processes do before and after runs.
-
-    Args:
-        work: What to do with a job.
-        slots: Jobs taken at a time; they run at the next poll, the last one first.
-    """
-
-    def __init__(self, work: Callable[[Job], Outcome] = attempt, slots: int = 1) -> None:
-        self.slots = slots
-        self.jobs: list[Job] = []
-        self._waiting: list[Job] = []
-        self._work = work
-
-    def submit(self, job: Job) -> None:
-        assert len(self._waiting) < self.slots
-        self.jobs.append(job)
-        self._waiting.append(job)
-
-    def poll(self, seconds: float) -> list[Outcome]:
-        return [self._work(self._waiting.pop())]
-
-    def close(self) -> None:
-        self._waiting.clear()
-
-    def describe(self) -> str:
-        return "inline"
 
 
 def pretend(accuracy: Callable[[Job], float] = lambda job: 0.5) -> Callable[[Job], Outcome]:
@@ -86,9 +58,9 @@ def fake_metrics(job: Job, accuracy: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sweep(line: Sequence[str], pool: InlinePool | None = None) -> Results:
+def sweep(line: Sequence[str], pool: FakePool | None = None) -> Results:
     """The sweep of a command line, in this process."""
-    return run_comparison(Sweep(parse(line)), pool=lambda: pool or InlinePool())
+    return run_comparison(Sweep(parse(line)), pool=lambda: pool or FakePool())
 
 
 def all_runs(results: Results) -> pd.DataFrame:

@@ -7,15 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from experiments.vtab.sweep_settings import command_line
+from tests.experiments.runner.test_interruption import is_running, journal, wait_for
 from tests.experiments.vtab.sweep_fakes import all_runs, make_tasks, sweep, words
 from tests.paths import ROOT
 
@@ -27,29 +26,6 @@ GRID = (
 RUNS = 2 * (2 * 2 * 3 + 2)
 
 
-def journal(output: Path, what: str) -> list[tuple[str, int]]:
-    """Runs and processes of the journal's lines of one kind."""
-    file = output / "journal.log"
-    if not file.is_file():
-        return []
-    return [(run, int(pid)) for run, pid in re.findall(rf" {what} (\w{{16}}) process (\d+) ", file.read_text())]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
 def killed_and_resumed(root: Path, output: Path, backend: str) -> None:
     """A sweep that loses a worker, then its own life, and is resumed with another number of workers."""
     arguments = words(root, output, f"{GRID} --backend {backend}")
@@ -58,12 +34,12 @@ def killed_and_resumed(root: Path, output: Path, backend: str) -> None:
         [*command, "--workers", "2"], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        wait_for(lambda: len(journal(output, "end")) >= 4 or first.poll() is not None)
+        wait_for(lambda: len(journal(output, "end")) >= 4 or first.poll() is not None, 600)
         victim = journal(output, "begin")[-1][1]
         os.kill(victim, signal.SIGKILL)
         # another process has taken its place, and the runs go on
-        wait_for(lambda: len({pid for _, pid in journal(output, "begin")}) >= 3 or first.poll() is not None)
-        wait_for(lambda: len(journal(output, "end")) >= 12 or first.poll() is not None)
+        wait_for(lambda: len({pid for _, pid in journal(output, "begin")}) >= 3 or first.poll() is not None, 600)
+        wait_for(lambda: len(journal(output, "end")) >= 12 or first.poll() is not None, 600)
         assert first.poll() is None, first.communicate()[0]
         assert command_line([*arguments, "--workers", "1"]) == 2  # in use
     finally:

@@ -19,7 +19,8 @@ from experiments.vtab.sizes import ModelSize, cache_bytes, missing_cache_bytes
 from experiments.vtab.states import SharedState
 from experiments.vtab.sweep_settings import command_line, parse
 from experiments.vtab.timing import Speed, cost_class, measure
-from tests.experiments.vtab.sweep_fakes import InlinePool, make_tasks, pretend, sweep, words
+from tests.experiments.runner.fake_pool import FakePool
+from tests.experiments.vtab.sweep_fakes import make_tasks, pretend, sweep, words
 
 SMALL = "--tasks kitti,dmlab --methods lora,linear,eva --lrs 1e-3,1e-2 --ranks 2,4 --tune-seeds 2 --final-seeds 3"
 
@@ -133,7 +134,7 @@ def test_plan_says_what_is_done_and_failed(tmp_path: Path, capsys: pytest.Captur
         return Outcome(job.id, "failed", error="no")
 
     line = words(tmp_path / "data", tmp_path / "out", SMALL)
-    sweep(line, InlinePool(work))
+    sweep(line, FakePool(work))
     capsys.readouterr()
     sweep([*line, "--plan"])
     text = capsys.readouterr().out

@@ -177,7 +177,7 @@ def test_ctrl_c_says_how_to_go_on(
         patch.setattr(vision_module.ImageClassifier, "training_step", ctrl_c)
         assert command_line(arguments) == 130
     assert signal.getsignal(signal.SIGINT) == handler
-    assert "interrupted after 0 of 2 epochs: the same command continues from there" in capsys.readouterr().out
+    assert "interrupted after 0 of 2 epochs; rerun to resume" in capsys.readouterr().out
     assert main(arguments)["epochs"] == 2
 
 

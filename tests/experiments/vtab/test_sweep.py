@@ -25,7 +25,8 @@ from experiments.vtab.__main__ import main as vtab
 from experiments.vtab.sweep import Sweep
 from experiments.vtab.sweep_settings import TABLE_20, command_line, parse
 from experiments.vtab.table_results import gather, read_runs
-from tests.experiments.vtab.sweep_fakes import InlinePool, all_runs, make_tasks, pretend, sweep, words
+from tests.experiments.runner.fake_pool import FakePool
+from tests.experiments.vtab.sweep_fakes import all_runs, make_tasks, pretend, sweep, words
 
 SMALL = "--tasks kitti --methods lora,linear --lrs 1e-3,1e-2 --ranks 2,4 --tune-seeds 2 --final-seeds 2"
 
@@ -92,7 +93,7 @@ def test_identity_of_a_run_is_its_settings(root: Path, output: Path, tmp_path: P
 
 
 def test_whole_sweep_in_process(root: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pool = InlinePool(slots=3)
+    pool = FakePool(slots=3)
     line = words(root, output, SMALL.replace("--tune-seeds 2 --final-seeds 2", "--tune-seeds 1 --final-seeds 1"))
     results = sweep(line, pool)
     assert results.is_complete
@@ -138,8 +139,8 @@ def test_a_run_of_the_sweep_is_the_run_command(root: Path, output: Path) -> None
 
 
 def test_fewer_final_seeds_later_hide_no_results(root: Path, output: Path) -> None:
-    sweep(words(root, output, f"{SMALL} --methods lora --final-seeds 3"), InlinePool(pretend()))
-    pool = InlinePool(pretend())
+    sweep(words(root, output, f"{SMALL} --methods lora --final-seeds 3"), FakePool(pretend()))
+    pool = FakePool(pretend())
     results = sweep(words(root, output, f"{SMALL} --methods lora --final-seeds 1"), pool)
     assert not pool.jobs
     assert len(results.runs) == 1
@@ -148,7 +149,7 @@ def test_fewer_final_seeds_later_hide_no_results(root: Path, output: Path) -> No
 
 
 def test_more_methods_and_a_larger_grid_later(root: Path, output: Path) -> None:
-    pool = InlinePool(pretend(lambda job: job.settings.rank / 100 + 0.5 * (job.phase == "final")))
+    pool = FakePool(pretend(lambda job: job.settings.rank / 100 + 0.5 * (job.phase == "final")))
     sweep(words(root, output, f"{SMALL} --methods lora"), pool)
     (ours,) = gather(read_runs([output]))
     assert ours.samples["kitti"].mean == pytest.approx(54)
@@ -167,7 +168,7 @@ def test_more_methods_and_a_larger_grid_later(root: Path, output: Path) -> None:
 
 
 def test_a_task_and_method_is_finished_before_the_next_one_begins(root: Path, output: Path) -> None:
-    pool = InlinePool(pretend())
+    pool = FakePool(pretend())
     sweep(words(root, output, f"{SMALL} --tasks kitti,dmlab"), pool)
     order = [(job.settings.task, job.tags["method"], job.phase) for job in pool.jobs]
     expected = [
@@ -264,13 +265,13 @@ def test_too_little_room_is_said_before_anything_starts(
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"the sweep needs about .* has 300\.0 MiB free: make room, .* --cache none"):
         sweep(words(root, output, f"{SMALL} --image-size 224"))
-    sweep(words(root, output, f"{SMALL} --image-size 224 --cache none"), InlinePool(pretend()))
+    sweep(words(root, output, f"{SMALL} --image-size 224 --cache none"), FakePool(pretend()))
 
 
 def test_dispatcher_takes_a_line_without_a_task_for_the_sweep(
     root: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = InlinePool(pretend())
+    pool = FakePool(pretend())
     monkeypatch.setattr(comparison, "open_pool", lambda *args: pool)
     assert vtab(words(root, output, SMALL)) == 0
     assert len(pool.jobs) == 16

@@ -1,0 +1,59 @@
+"""What runs that train with Lightning share: precision, training that can be resumed, EVA's part of the metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from eva_lightning.callback import EVAInitCallback
+from eva_lightning.state import EVAState
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def on_gpu(accelerator: str) -> bool:
+    """Whether a CUDA device is wanted and there."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def trainer_precision(precision: str, accelerator: str) -> str:
+    """The Trainer's precision: ``"auto"`` is bf16-mixed where there is a GPU that can, and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "bf16-mixed" if on_gpu(accelerator) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def fit(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    checkpoint: Path | None,
+    progress: Callable[[], str],
+) -> None:
+    """Train, from `checkpoint` if there is one; `progress` says how far it is when it is interrupted."""
+    if checkpoint is not None:
+        _LOGGER.info("resuming from %s", checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:
+        # how Lightning ends on Ctrl-C
+        _LOGGER.warning("interrupted after %s; rerun to resume", progress())
+        raise
+
+
+def eva_state(callbacks: Iterable[L.Callback]) -> EVAState | None:
+    """What EVA started from, once it has; None for other methods."""
+    return next((callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)), None)
+
+
+def eva_metrics(callbacks: Iterable[L.Callback]) -> dict[str, Any]:
+    """The ranks that EVA chose, and what its streaming took; empty for other methods."""
+    state = eva_state(callbacks)
+    if state is None:
+        return {}
+    return {"init_seconds": state.seconds, "init_batches": state.n_batches, "ranks": dict(state.ranks)}
