@@ -70,7 +70,7 @@ def build_task(
     part = target.with_name(f".{original.task}.part")
     sizes = {split: len(pool.keys) for split, pool in pools.items()}
     chosen = {
-        name: (pools[piece.split], tfds_order(piece.split, pools[piece.split].keys)[piece.start : piece.stop])
+        name: (pools[piece.split], piece.of(tfds_order(piece.split, pools[piece.split].keys)))
         for name, piece in slices(original.rule, sizes, take, original.test).items()
     }
     total = sum(len(indices) for _, indices in chosen.values())

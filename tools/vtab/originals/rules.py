@@ -19,6 +19,10 @@ class Slice(NamedTuple):
     start: int
     stop: int | None
 
+    def of(self, order: list[int]) -> list[int]:
+        """The part of `order` that this slice names."""
+        return order[self.start : self.stop]
+
 
 def slices(
     rule: Rule, sizes: Mapping[str, int], take: tuple[int, int] = (800, 200), test: str = "test"
