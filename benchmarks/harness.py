@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -243,6 +244,19 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def bare_trainer(**options: Any) -> L.Trainer:
+    """A Trainer of one device that logs, shows and keeps nothing."""
+    return L.Trainer(
+        devices=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
 
 
 def _machine_line(machine: Mapping[str, Any]) -> str:

@@ -12,19 +12,6 @@ from rich.table import Table
 from benchmarks.harness import table_of
 
 
-def ratio_within(profile: Sequence[Mapping[str, Any]]) -> float:
-    """Whole initialisation over forward from one profiled run; the forward is its time less that of our hooks.
-
-    The profiler slows Python down and leaves kernels alone: an upper bound, but free of differences between runs.
-    """
-    seconds: dict[str, float] = {}
-    for row in profile:
-        if row["where"] != "builtin":
-            name = row["function"]
-            seconds[name] = max(seconds.get(name, 0.0), row["cumulative"])
-    return seconds["on_fit_start"] / (seconds["no_grad_forward"] - seconds["observe"])
-
-
 def profile_ours(run: Callable[[], object], top: int = 30) -> list[dict[str, Any]]:
     """Cumulative and own seconds per function of this package, and of torch's operators that take most, in `run`."""
     profiler = cProfile.Profile()

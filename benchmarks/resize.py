@@ -22,8 +22,8 @@ from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.rank_plan import apply_plan, make_plan
 from eva_lightning.state import EVAState
 from eva_lightning.trainer_state import rebuild_optimizers
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, option
 
 PARTS = ("ranks and A", "resize adapters", "rebuild optimizers")
 
@@ -37,22 +37,20 @@ class Settings(ModelSettings):
     )
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line `args` (``sys.argv`` for None) and return the JSON document.
-
-    Raises:
-        InputError: An argument is wrong; the message is one sentence.
-    """
-    description = "Ranks, adapter resize and optimizer rebuild alone."
-    settings = parse_settings(Settings, "python -m benchmarks resize", description, args)
+def resize(settings: Settings) -> dict[str, Any]:
+    """Measure all models; returns the JSON document."""
     before = describe_machine(settings.torch_device())
     models = [measure(name, settings) for name in settings.model_names]
     return publish({"models": models}, before, settings, lambda console: _print(models, console))
 
 
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal; returns the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m benchmarks resize",
+    "Ranks, adapter resize and optimizer rebuild alone.",
+    "benchmarks.resize:resize",
+)
+main, command_line = COMMAND.main, COMMAND.command_line
 
 
 def measure(name: str, settings: Settings) -> dict[str, Any]:
@@ -63,14 +61,10 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     blank = (torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long))
     runner = Runner(classifier, [blank], settings.torch_device(), precision)
     timers: list[ResizeTimer] = []
-
-    def run() -> None:
+    for _ in range(settings.repeats + 1):
         say(f"{name}: resizing")
         timers.append(ResizeTimer(settings.r, settings.rho, settings.seed))
         runner.fit(runner.copy(), timers[-1])
-
-    for _ in range(settings.repeats + 1):
-        run()
     timed = timers[1:]
     ranks = timed[0].ranks
     total = [sum(timer.timings[part].wall for part in PARTS) for timer in timed]

@@ -122,8 +122,7 @@ def component_cosines(a: Tensor, b: Tensor) -> Tensor:
 
     The sign of a singular vector is arbitrary, so it does not count.
     """
-    if a.shape != b.shape:
-        raise InputError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
+    _same_shape("components", a, b)
     return (a.cpu().double() * b.cpu().double()).sum(dim=1).abs().clamp_max(1.0)
 
 
@@ -133,8 +132,7 @@ def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
     Components of nearly equal variance rotate among each other from one stream to the next; the space they span, which
     is all that a captured variance depends on, need not change. This is 1 where the spans agree.
     """
-    if a.shape != b.shape:
-        raise InputError(f"components must have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
+    _same_shape("components", a, b)
     products = (a.cpu().double() @ b.cpu().double().T).square()
     corners = products.cumsum(0).cumsum(1).diagonal()
     return (corners / torch.arange(1, len(products) + 1)).clamp_max(1.0)
@@ -239,8 +237,7 @@ def adapter_distance(a: Tensor, b: Tensor) -> Distance:
     Raises:
         InputError: the shapes differ.
     """
-    if a.shape != b.shape:
-        raise InputError(f"A matrices must have equal shapes to be compared, got {tuple(a.shape)} and {tuple(b.shape)}")
+    _same_shape("A matrices", a, b)
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     norm = float(torch.linalg.matrix_norm(a - b, ord=2))
     return Distance(norm, float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean()))
@@ -302,3 +299,8 @@ def _same_layers(runs: Sequence[Mapping[str, Any]]) -> None:
         if set(run) != set(runs[0]):
             differ = sorted(set(run) ^ set(runs[0]))
             raise InputError(f"runs to compare must hold the same layers; {differ[0]!r} is in only some of them")
+
+
+def _same_shape(what: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise InputError(f"{what} must have equal shapes to be compared, got {tuple(a.shape)} and {tuple(b.shape)}")

@@ -71,6 +71,22 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def only_process(lock: Path, refusal: str) -> Iterator[None]:
+    """Keep a second process away while the block runs; the end of this one, however it ends, lets it in.
+
+    Raises:
+        InputError: Another process holds `lock`; `refusal` is the beginning of the message.
+    """
+    from filelock import FileLock, Timeout  # of the experiments: EVA alone does without
+
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"{refusal}: wait for it, or end it") from None
+
+
 def digest(document: Any) -> str:
     """16 hexadecimal digits (of SHA-256) that identify a JSON document."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))

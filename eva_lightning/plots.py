@@ -212,15 +212,6 @@ def convergence(
     return figure
 
 
-def mean_and_standard_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis (runs) and its standard error; the error of a single run is NaN."""
-    values = np.asarray(values, dtype=float)
-    n = values.shape[0]
-    mean = values.mean(axis=0)
-    error = values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
-    return mean, error
-
-
 def learning_curves(
     curves: Mapping[str, np.ndarray],
     ylabel: str,
@@ -250,12 +241,12 @@ def learning_curves(
         values = np.asarray(values, dtype=float)
         if values.ndim != 2:
             raise InputError(f"curves[{label!r}] must have shape (runs, epochs), got {values.shape}")
-        mean, error = mean_and_standard_error(values)
+        mean = values.mean(axis=0)
         places = np.arange(1, values.shape[1] + 1) if x is None else np.asarray(x)
         color = PALETTE[i % len(PALETTE)]
         _line(axes, places, mean, label, color)
-        if not np.isnan(error).any():
-            half = stats.t.ppf(0.975, len(values) - 1) * error
+        if len(values) > 1 and not np.isnan(mean).any():
+            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
             axes.fill_between(places, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

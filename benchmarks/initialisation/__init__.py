@@ -12,27 +12,13 @@ did.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from benchmarks.initialisation.settings import Settings
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import parse_settings
+from experiments.runner.command import SettingsCommand
 
-
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line `args` (``sys.argv`` for None) and return the JSON document.
-
-    Raises:
-        InputError: An argument is wrong; the message is one sentence.
-    """
-    description = "The whole initialisation beside the plain forward, PEFT and exact SVDs."
-    settings = parse_settings(Settings, "python -m benchmarks init", description, args)
-    from benchmarks.initialisation.measure import measure  # torch and timm, which --help need not wait for
-
-    return measure(settings)
-
-
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal; returns the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m benchmarks init",
+    "The whole initialisation beside the plain forward, PEFT and exact SVDs.",
+    "benchmarks.initialisation.measure:measure",
+)
+main, command_line = COMMAND.main, COMMAND.command_line

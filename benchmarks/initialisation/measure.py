@@ -15,7 +15,7 @@ from benchmarks.initialisation.settings import Settings
 from benchmarks.initialisation.variance import add_captured_variance
 from benchmarks.models import build_classifier
 from benchmarks.photographs import Images, make_images
-from benchmarks.profiling import profile_ours, ratio_within
+from benchmarks.profiling import profile_ours
 from eva_lightning.adapters.targets import find_targets
 
 PEFT = "PEFT"
@@ -95,7 +95,6 @@ class _Model:
             result["memory_method"] = self._memory(rows)
         if self.settings.profile:
             result["profile"] = {method: self._profile(method) for method in self.callbacks}
-            result["within_profile"] = {method: ratio_within(rows) for method, rows in result["profile"].items()}
         return result
 
     def _time(self) -> None:

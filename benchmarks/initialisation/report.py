@@ -31,8 +31,6 @@ def print_tables(models: Sequence[Mapping[str, Any]], settings: Settings, weight
         console.print(_notes(model, weights))
         for method, profile in model.get("profile", {}).items():
             console.print(profile_table(profile, f"profile of {method}"))
-            within = model["within_profile"][method]
-            console.print(f"Within this run, which noise between runs cannot touch: total ÷ forward {within:.3f}.")
 
 
 def _row(model: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:

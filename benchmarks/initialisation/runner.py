@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.clock import Stopwatch, Timing
-from benchmarks.harness import quiet
+from benchmarks.harness import bare_trainer, quiet
 from eva_lightning.batch_forward import run_forward
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.side_effects import observing
@@ -125,24 +125,15 @@ class Runner:
             classifier.to(torch.bfloat16)
         return classifier, next(classifier.parameters()).dtype
 
-    def _trainer(self, callback: pl.Callback) -> pl.Trainer:
-        """A Trainer with `callback` that ends before the first training step."""
-        return pl.Trainer(
-            accelerator="gpu" if self.device.type == "cuda" else "cpu",
-            devices=1,
-            precision=self.precision,  # type: ignore[arg-type]
-            max_epochs=1,
-            callbacks=[callback, _StopBeforeTraining()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
     def fit(self, module: pl.LightningModule, callback: pl.Callback) -> None:
         """Everything up to the first training step, with `callback`."""
         with quiet():
-            trainer = self._trainer(callback)
+            trainer = bare_trainer(
+                accelerator="gpu" if self.device.type == "cuda" else "cpu",
+                precision=self.precision,
+                max_epochs=1,
+                callbacks=[callback, _StopBeforeTraining()],
+            )
             try:
                 trainer.fit(module, DataLoader(self.batches, batch_size=None))  # type: ignore[arg-type]
             except SystemExit:

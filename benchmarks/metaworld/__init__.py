@@ -6,13 +6,13 @@ Each part compares what the project does with the bare work inside it; :mod:`ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.harness import BenchmarkSettings, Figures, measure_parts
 from benchmarks.metaworld import collect, data, rollout
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, check_settings, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, check_settings, option
 
 PARTS: dict[str, Callable[[], Figures]] = {"collect": collect.measure, "data": data.measure, "rollout": rollout.measure}
 
@@ -27,17 +27,15 @@ class Settings(BenchmarkSettings):
         check_settings(self)
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Figures]:
-    """Run the command line `args` (``sys.argv`` for None) and return part -> name -> figure.
-
-    Raises:
-        InputError: A setting is wrong.
-    """
-    description = "Speed of collection, data pipeline and rollouts."
-    settings = parse_settings(Settings, "python -m benchmarks metaworld", description, args)
+def measure(settings: Settings) -> dict[str, Figures]:
+    """Measure the parts; returns part -> name -> figure."""
     return measure_parts({part: PARTS[part] for part in settings.parts}, settings)
 
 
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal; returns the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings,
+    "python -m benchmarks metaworld",
+    "Speed of collection, data pipeline and rollouts.",
+    "benchmarks.metaworld:measure",
+)
+main, command_line = COMMAND.main, COMMAND.command_line

@@ -6,7 +6,7 @@ Each part compares what the project does with the bare work inside it; :mod:`ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.harness import BenchmarkSettings, Figures, measure_parts
@@ -14,8 +14,8 @@ from benchmarks.vtab import data, gpu, train
 from benchmarks.vtab.images import TaskImages
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.data.splits import open_task
-from experiments.runner.cli import in_terminal
-from experiments.runner.settings import Role, check_settings, option, parse_settings
+from experiments.runner.command import SettingsCommand
+from experiments.runner.settings import Role, check_settings, option
 
 PARTS = ("train", "data", "gpu")
 
@@ -34,14 +34,12 @@ class Settings(BenchmarkSettings):
         check_settings(self)
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Figures]:
-    """Run the command line `args` (``sys.argv`` for None) and return part -> name -> figure, of the parts that ran.
+def measure(settings: Settings) -> dict[str, Figures]:
+    """Measure the parts that this machine can run; returns part -> name -> figure.
 
     Raises:
         MissingInputError: Something of the images is missing.
-        InputError: A setting is wrong.
     """
-    settings = parse_settings(Settings, "python -m benchmarks vtab", "Speed of data and training.", args)
     if settings.root is not None:
         open_task(settings.root, settings.task)
     if "train" in settings.parts:
@@ -55,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Figures]:
     return measure_parts({part: parts[part] for part in settings.parts}, settings)
 
 
-def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal; returns the exit status."""
-    return in_terminal(main, args)
+COMMAND = SettingsCommand(
+    Settings, "python -m benchmarks vtab", "Speed of data and training.", "benchmarks.vtab:measure"
+)
+main, command_line = COMMAND.main, COMMAND.command_line

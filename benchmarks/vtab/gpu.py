@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.harness import CannotRunError, Figure, Figures, quiet
+from benchmarks.harness import CannotRunError, Figure, Figures, bare_trainer, quiet
 from benchmarks.vtab.images import TaskImages
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
@@ -98,18 +98,12 @@ def _fit(source: TaskImages, method: str, trial: Trial, steps: int) -> tuple[_St
     with quiet(), source.data(images, trial.image_size, trial.batch_size) as data:
         module = ImageClassifier(trial.model, data.num_classes, trial.image_size)
         callbacks = apply_method(method, module, AdapterOptions(rank=trial.rank))
-        trainer = L.Trainer(
+        trainer = bare_trainer(
             accelerator=trial.accelerator,
-            devices=1,
-            precision=trial.precision,  # type: ignore[arg-type]
+            precision=trial.precision,
             max_steps=steps,
             max_epochs=-1,
-            limit_val_batches=0,
             callbacks=[*callbacks, clock],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
         )
         trainer.fit(module, datamodule=data)
     return clock, callbacks

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Figure, Figures, quiet
+from benchmarks.harness import Figure, Figures, bare_trainer, quiet
 from benchmarks.vtab.images import TaskImages
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.optim.schedules import warmup_cosine
@@ -73,17 +73,11 @@ def _epochs(model: str, method: str, data: VTAB1K, repeats: int, rank: int) -> t
     data.setup("fit")
     in_turn = EpochsInTurn(BareLoop(module, data, repeats + 1))
     with quiet():
-        trainer = L.Trainer(
+        trainer = bare_trainer(
             accelerator="cpu",
-            devices=1,
             max_epochs=repeats + 1,
-            limit_val_batches=0,
             # what runs after the last callback is timed with the next epoch of ours
             callbacks=[*callbacks, EpochHistory(), in_turn],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
         )
         trainer.fit(module, datamodule=data)
     return in_turn.ours[1:], in_turn.bare[1:]

@@ -7,7 +7,6 @@ and `i`: its bits do not depend on the number of processes, their order, or inte
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import warnings
 import zlib
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from eva_lightning.errors import InputError, check_number
-from eva_lightning.files import writable_folder
+from eva_lightning.files import only_process, writable_folder
 from eva_lightning.processes import process_pool
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, join, read_index
 from eva_lightning.rl.environments import MetaWorldEnvironment
@@ -136,49 +135,27 @@ def collect(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"demonstrations need a folder, and {folder} is a file")
-    with _only_writer(writable_folder(folder)):
+    with only_process(writable_folder(folder) / ".lock", f"another process is collecting into {folder}"):
         conditions.check_folder(folder)
         store = PartialStore(folder, conditions)
         pending = {task: store.missing(task, episodes) for task in tasks}
         total = sum(chunk.stop - chunk.start for plan in pending.values() for chunk in plan)
-        with _progress_bar(progress and total > 0) as bar:
-            shown = bar.add_task("collecting", total=total)
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("episodes"))
+        console, shown = Console(stderr=True), progress and total > 0
+        with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+            row = bar.add_task("collecting", total=total)
             for task, plan in pending.items():
                 # all chunks were there, but the file was not written yet
                 if not plan:
                     store.finish(task)
             for chunk, demonstrations in _run_all(pending, conditions, workers):
                 store.add(chunk, demonstrations)
-                bar.update(shown, advance=len(demonstrations), description=chunk.task)
+                bar.update(row, advance=len(demonstrations), description=chunk.task)
                 pending[chunk.task].remove(chunk)
                 if not pending[chunk.task]:
                     store.finish(chunk.task)
         store.close()
     return read_index(folder)
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    # the system releases the lock however this process ends
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is collecting into {folder}: wait for it or end it") from None
-        yield
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("episodes"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not shown,
-    )
 
 
 def _run_all(

@@ -7,10 +7,9 @@ it is reported per step and judged by the caller ("at any step" throughout this 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
+from unittest.mock import patch
 
 import metaworld
 import mujoco
@@ -168,22 +167,10 @@ def _goals(task: str, seed: int) -> tuple[Task, ...]:
     MT1 moves the arm to its place before it draws each goal, which takes 1.3 of its 1.6 seconds. No draw depends on
     that: here the arm stays where it is. All 50 tasks were compared once; the tests compare some.
     """
-    with _arm_at_rest(ALL_V3_ENVIRONMENTS[task]):
+    with patch.object(ALL_V3_ENVIRONMENTS[task], "_reset_hand", _stay):
         return tuple(metaworld.MT1(task, seed=seed).train_tasks)
 
 
-@contextlib.contextmanager
-def _arm_at_rest(kind: Any) -> Iterator[None]:
-    def stay(self: Any, steps: int = 50) -> None:
-        mujoco.mj_forward(self.model, self.data)
-        self.init_tcp = self.tcp_center
-
-    own = vars(kind).get("_reset_hand")  # most tasks inherit it
-    kind._reset_hand = stay
-    try:
-        yield
-    finally:
-        if own is None:
-            del kind._reset_hand
-        else:
-            kind._reset_hand = own
+def _stay(environment: Any, steps: int = 50) -> None:
+    mujoco.mj_forward(environment.model, environment.data)
+    environment.init_tcp = environment.tcp_center

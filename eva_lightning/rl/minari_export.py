@@ -7,13 +7,13 @@ False at the first, and ``expert_action``, zero at the last. The number of an ep
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium
 import minari
@@ -60,7 +60,8 @@ def export_minari(
     for task, entry in steps:
         name, demonstrations = dataset_name(task), load_task(index.folder, task)
         # under its name only when complete; Minari overlooks folders that begin with a dot
-        with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch, _datasets_path(scratch):
+        with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch, patch.dict(os.environ, {_VARIABLE: scratch}):
+            # Minari reads its folder from the environment at every call, and takes no argument for it
             _export(name, demonstrations, entry)
             if (root / name).is_dir():
                 shutil.rmtree(root / name)
@@ -105,17 +106,3 @@ def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> 
             ),
             requirements=[f"{package}=={version}" for package, version in entry.versions.items()],
         )
-
-
-@contextlib.contextmanager
-def _datasets_path(path: str) -> Iterator[None]:
-    """Minari reads its folder from the environment at every call, and takes no argument for it."""
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = path
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_VARIABLE]
-        else:
-            os.environ[_VARIABLE] = before

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import rich.progress
 import torch
 from matplotlib.figure import Figure
@@ -224,17 +225,11 @@ def _train(
 
 def _by_kind(runs: Sequence[Mapping[str, Distance]]) -> dict[str, dict[str, float]]:
     """Means over seeds and blocks, per kind of layer."""
-    collected: dict[str, list[Distance]] = {}
-    for run in runs:
-        for name, distance in run.items():
-            collected.setdefault(plots.split_layer_name(name)[1], []).append(distance)
-    return {
-        kind: {
-            "spectral_norm": statistics.mean(d.spectral_norm for d in values),
-            "cosine": statistics.mean(d.cosine for d in values),
-        }
-        for kind, values in collected.items()
-    }
+    frame = pd.DataFrame(
+        {"kind": plots.split_layer_name(name)[1], **vars(distance)} for run in runs for name, distance in run.items()
+    )
+    means: dict[str, dict[str, float]] = frame.groupby("kind", sort=False).mean().to_dict("index")
+    return means
 
 
 def _report(numbers: Mapping[str, Any], output: Path) -> str:

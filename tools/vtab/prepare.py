@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -29,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import is_disk_full, write_json
+from eva_lightning.files import is_disk_full, only_process, write_json
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
 from experiments.runner.cli import in_terminal
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
@@ -104,7 +103,8 @@ def main(args: Sequence[str] | None = None) -> list[TaskStatus]:
     if settings.check:
         statuses = _check(settings, root, tasks)
     else:
-        with _alone(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with only_process(root / ".prepare.lock", f"another prepare is at work in {root}"):
             statuses = _prepare(settings, root, tasks)
     _report(settings, root, statuses)
     if settings.json is not None:
@@ -124,17 +124,6 @@ def _require_root(root: Path, settings: Settings) -> None:
     inner = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and any((entry / t).is_dir() for t in TASKS)]
     if inner and not any((root / task).is_dir() for task in TASKS):
         raise InputError(f"{root} holds no task folder, but {inner[0]} does: pass that as --root")
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Keep a second preparation of the same folder away; the end of this process, however it ends, lets it in."""
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / ".prepare.lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"another prepare is at work in {root}: wait for it, or end it") from None
 
 
 def _prepare(settings: Settings, root: Path, tasks: list[str]) -> list[TaskStatus]:
@@ -282,11 +271,10 @@ def _row(status: TaskStatus) -> list[str]:
 def _summary(settings: Settings, root: Path, statuses: Sequence[TaskStatus]) -> Iterator[str]:
     bad = [status.task.name for status in statuses if not status.usable]
     good = [status.task.name for status in statuses if status.usable]
-    if not bad:
-        yield f"{len(good)} of {len(statuses)} tasks can be used"
-        return
-    there = f": {', '.join(good)}" if good else ""
+    there = f": {', '.join(good)}" if good and bad else ""
     yield f"{len(good)} of {len(statuses)} tasks can be used{there}"
+    if not bad:
+        return
     names = "" if settings.task is None else f" --task {','.join(bad)}"
     yield (
         "what is missing or damaged comes from the Hugging Face hub, or from --archive FILE, by: "

@@ -7,14 +7,12 @@ published with. All slices are taken in TFDS' order, see :mod:`~tools.vtab.tfds_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Rule = Literal["A90", "A80", "B", "C", "D", "E"]
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Examples `start` to `stop` (all that follow for None) of the TFDS split `split`."""
 
     split: str
