@@ -171,7 +171,7 @@ def over_seeds(runs: pd.DataFrame, value: Value, by: str | Sequence[str] = "meth
     Args:
         runs: One row per run.
         value: What is averaged.
-        by: Column or columns that tell groups apart, such as ``["task", "method"]``; the keys of the result.
+        by: Column or columns that define the groups, such as ``["task", "method"]``; the keys of the result.
     """
     if runs.empty:
         return {}
@@ -188,7 +188,7 @@ def over_tasks(runs: pd.DataFrame, value: Value, by: str = "method") -> dict[Has
     Args:
         runs: One row per run, with the columns ``task`` and ``seed``; all its tasks count.
         value: What is averaged.
-        by: Column that tells groups apart.
+        by: Column that defines the groups.
     """
     wide = _wide(runs, value, by)
     means = {key: wide[key].dropna().mean(axis=1) for key in _groups(runs, by)}
@@ -207,7 +207,7 @@ def paired(
         runs: One row per run, with the column ``seed`` and, of several tasks, ``task``.
         first, second: Values of the column `by`.
         value: What to compare.
-        by: Column that tells groups apart.
+        by: Column that defines the groups.
         relative: Take the difference of logarithms, in percent: tasks of different scale then count alike.
 
     Returns:
