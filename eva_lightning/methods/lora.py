@@ -79,6 +79,6 @@ def prepare_plus(module: Any, options: AdapterOptions, where: Where) -> list[L.C
 def lora_plus_multiplier(name: str, ratio: float) -> float:
     """LoRA+ (Hayou et al., 2024): the factor on the learning rate of the parameter called `name`, `ratio` for every B.
 
-    PEFT's ``create_loraplus_optimizer`` also gives biases the learning rate of B; the paper speaks of B alone.
+    PEFT's ``create_loraplus_optimizer`` also gives biases the learning rate of B; the paper names only B.
     """
     return ratio if ".lora_B." in name else 1.0

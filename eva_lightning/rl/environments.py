@@ -117,7 +117,7 @@ class MetaWorldEnvironment:
         return observation, float(reward), bool(info["success"]), self._steps >= self.horizon
 
     def render(self) -> npt.NDArray[np.uint8]:
-        """A picture of now, ``(render_size, render_size, 3)``.
+        """A frame of the present state, ``(render_size, render_size, 3)``.
 
         Raises:
             InputError: The environment was made without `render_size`.

@@ -83,7 +83,7 @@ class PartialStore:
     """Finished chunks of unfinished tasks, in a folder per conditions, and what is known of finished tasks.
 
     Args:
-        folder: Folder of demonstrations, in which nobody else writes now.
+        folder: Folder of demonstrations that no other process is writing to.
         conditions: Of the demonstrations.
     """
 

@@ -1,7 +1,7 @@
 """Which OpenGL renders the simulator without a display: EGL, else OSMesa, else none.
 
 A broken driver can end the process that tries it, so each is tried in a process of its own, once, and only when a
-picture is asked for: everything but video works without any.
+frame is requested: everything but video works without any.
 """
 
 from __future__ import annotations

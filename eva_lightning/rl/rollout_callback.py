@@ -42,7 +42,7 @@ class RolloutCallback(L.Callback):
         episodes: Episodes per task.
         every_n_steps: Optimizer steps between rollouts, at least; validations in between have none.
         target_returns: Task -> return the policy is asked for.
-        video: Episodes per task to film; True for one.
+        video: Episodes per task to record; True for one.
         seed: Seed of the evaluation goals.
         mode, context, environments, horizon, video_size: See :func:`~eva_lightning.rl.rollouts.evaluate`.
 
@@ -129,7 +129,7 @@ class RolloutCallback(L.Callback):
         return values
 
     def _films(self, trainer: L.Trainer) -> int:
-        """Episodes to film: none where nothing takes videos, or nothing can draw."""
+        """Episodes to record: none where no logger takes videos, or rendering is unavailable."""
         if not self.video or not any(_takes_videos(logger) for logger in trainer.loggers):
             return 0
         if rendering_backend() is None:

@@ -46,18 +46,18 @@ def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRI
     Args:
         episodes: Pictures of each, ``(T, H, W, 3)`` uint8, one per step, all of one size.
         path: Ends in ``.gif`` or ``.mp4``.
-        stride: Steps per frame written; the last picture of an episode is always among them.
+        stride: Steps per frame written; the last frame of an episode is always among them.
 
     Returns:
         The file.
 
     Raises:
-        InputError: The name ends otherwise, `stride` is below 1, or there is no picture.
+        InputError: The name ends otherwise, `stride` is below 1, or there is no frame.
     """
     path = check_format(path)
     check_number("stride", stride, at_least=1, whole=True)
     if not episodes or not all(len(episode) for episode in episodes):
-        raise InputError("a video needs at least one picture of each episode, got none")
+        raise InputError("a video needs at least one frame of each episode, got none")
     frames = np.concatenate([thinned(episode, stride) for episode in episodes])
     rate = STEPS_PER_SECOND / stride
     with replacing(path) as temporary:
@@ -69,13 +69,13 @@ def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRI
 
 
 def thinned(frames: Frames, stride: int) -> Frames:
-    """Every `stride`-th picture ``(T', H, W, 3)``, and the last."""
+    """Every `stride`-th frame ``(T', H, W, 3)``, and the last."""
     last = len(frames) - 1
     return frames[sorted({*range(0, last, stride), last})]
 
 
 def side_by_side(before: Frames, after: Frames, labels: tuple[str, str] = ("before", "after")) -> Frames:
-    """Two episodes as one picture each step, labelled; the shorter one waits at its last picture.
+    """Two episodes as one frame per step, labelled; the shorter one waits at its last frame.
 
     Args:
         before: ``(T, H, W, 3)`` uint8, on the left.
@@ -89,7 +89,7 @@ def side_by_side(before: Frames, after: Frames, labels: tuple[str, str] = ("befo
         InputError: The heights differ.
     """
     if before.shape[1] != after.shape[1]:
-        raise InputError(f"both episodes must have pictures of one height, got {before.shape[1]} and {after.shape[1]}")
+        raise InputError(f"both episodes must have frames of one height, got {before.shape[1]} and {after.shape[1]}")
     steps = max(len(before), len(after))
     left, right = (frames[np.minimum(np.arange(steps), len(frames) - 1)] for frames in (before, after))
     gap = np.full((steps, left.shape[1], _GAP, 3), 255, np.uint8)

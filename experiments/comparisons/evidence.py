@@ -74,7 +74,7 @@ class Evidence:
             runs: One row per run: its tags and metrics.
             column: Where each has a list of what was measured during training, such as ``{"epoch": 2, "loss": 1.3}``;
                 a column ``loss_2`` takes its place.
-            by: What entries of that list are told apart by.
+            by: What identifies an entry of that list.
         """
         present = set(runs["method"])
         return cls(_flat(runs, column, by), {key: label for key, label in settings.labels.items() if key in present})

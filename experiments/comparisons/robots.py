@@ -88,7 +88,7 @@ class Robots(TunedComparison):
         return f"{loss_left(metrics['val_loss']):.0%} of the loss left"
 
     def report_runs(self, runs: pd.DataFrame) -> Markup:
-        """Print the tables, film, and return the section."""
+        """Print the tables, draw the video, and return the section."""
         options = self.options
         before, after = runs[runs["method"] == NONE], runs[runs["method"] != NONE]
         tables = [results_table(options, task, before, after) for task in options.tasks]
@@ -191,7 +191,7 @@ class Robots(TunedComparison):
         return Job(robots_run.build_finetuning, settings, options.output, phase, tags, text, order=seed)
 
     def _film(self, before: pd.DataFrame, after: pd.DataFrame) -> tuple[page.Figure | None, str]:
-        """The film of the first task, and what it shows or why there is none."""
+        """The video of the first task, and what it shows or why there is none."""
         options, task = self.options, self.options.tasks[0]
         first, last = _one(before, task, NONE), _one(after, task, FILMED)
         film = Film(

@@ -1,4 +1,4 @@
-"""A film: one episode of the starting network beside the same one after fine-tuning."""
+"""A video: one episode of the starting network beside the same one after fine-tuning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Film:
         goal: Number of the goal.
         target_return: Return that both are asked for.
         horizon: Steps of the episode.
-        size: Height and width of the pictures, in pixels; 0 for no film.
+        size: Height and width of the frames, in pixels; 0 for no video.
     """
 
     before: str
@@ -48,11 +48,11 @@ class Film:
 
 
 def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] | None, str]:
-    """Write the GIF `file`, unless it shows this film already.
+    """Write the GIF `file`, unless it shows this video already.
 
     Returns:
-        Whether the episode was solved on the left and on the right, or None and the reason why there is no film:
-        whatever goes wrong in drawing, the numbers of a comparison are worth more than the picture.
+        Whether the episode was solved on the left and on the right, or None and the reason why there is no video:
+        a failure to draw must not cost the numbers of a comparison.
     """
     note = file.with_suffix(".json")
     known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and file.is_file() else {}

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: pictures and style sheet are inside, so the file can be moved or mailed."""
+"""A self-contained HTML page: images and style sheet are embedded, so the file can be moved or mailed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture for the page.
+    """An image for the page.
 
     Attributes:
         source: Its ``data:`` URI.

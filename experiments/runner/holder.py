@@ -37,7 +37,7 @@ class FolderInUse(InputError):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds, or wants to hold, a folder: `boot` tells machines apart, `token` processes."""
+    """A process that holds, or wants to hold, a folder: `boot` identifies the machine, `token` the process."""
 
     token: str
     host: str

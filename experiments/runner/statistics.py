@@ -160,7 +160,7 @@ def over_seeds(runs: pd.DataFrame, value: str, by: str | list[str] = "method") -
     Args:
         runs: One row per run.
         value: Column that is averaged.
-        by: Column or columns that tell groups apart, such as ``["task", "method"]``; the keys of the result.
+        by: Column or columns that define the groups, such as ``["task", "method"]``; the keys of the result.
     """
     return {key: Interval.of(group.astype(float).tolist()) for key, group in runs.groupby(by, sort=False)[value]}
 

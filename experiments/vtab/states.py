@@ -77,7 +77,7 @@ class SharedState(Shared):
         return min(found)[1] if found else None
 
     def obtain(self) -> Path:
-        """The state's path, after computing it where nobody has; others that want it wait meanwhile.
+        """The state's path, computed first if it does not exist yet; other processes that want it wait.
 
         Raises:
             MissingInputError, InputError, UnreachableError: As :func:`experiments.vtab.run.build`.

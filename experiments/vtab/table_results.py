@@ -48,7 +48,7 @@ class Ours:
 
     @property
     def label(self) -> str:
-        """The method as the paper writes it, with the experiment's identity where only that tells two entries apart."""
+        """The method as the paper writes it, with the experiment's identity if two entries are alike otherwise."""
         return self.key.label + (f" #{self.experiment[:6]}" if self.is_ambiguous else "")
 
 

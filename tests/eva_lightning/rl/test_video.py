@@ -54,7 +54,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         write_video([episode(2)], "a.avi")
     with pytest.raises(ValueError, match="stride must be a whole number of at least 1, got 0"):
         write_video([episode(2)], tmp_path / "a.gif", stride=0)
-    with pytest.raises(ValueError, match="at least one picture of each episode, got none"):
+    with pytest.raises(ValueError, match="at least one frame of each episode, got none"):
         write_video([], tmp_path / "a.gif")
     with pytest.raises(ValueError, match="one height, got 16 and 18"):
         side_by_side(episode(2), episode(2, 18))
