@@ -207,6 +207,6 @@ COMMAND = SettingsCommand(
     Settings,
     "python -m experiments.vtab run",
     (__doc__ or "").splitlines()[0],
-    "experiments.vtab.single_run:run_single",
+    "experiments.vtab.single_run:run",
 )
 parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line
