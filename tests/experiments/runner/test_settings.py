@@ -10,6 +10,7 @@ import pytest
 
 from eva_lightning.errors import InputError, InputTypeError
 from experiments.runner.cli import in_terminal
+from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, identity, option, parse_settings, plain, role_of
 from tests.paths import ROOT
 
@@ -169,3 +170,16 @@ def test_every_setting_of_every_command_has_a_role() -> None:
         for item in fields(kind):
             assert isinstance(role_of(item), Role), f"{name}.{item.name}"
             assert item.metadata["help"], f"{name}.{item.name}"
+
+
+def test_every_command_names_work_that_exists() -> None:
+    commands = {
+        value.prog: value.run
+        for name in settings_modules()
+        for value in vars(importlib.import_module(name)).values()
+        if isinstance(value, SettingsCommand)
+    }
+    assert {"python -m experiments.vtab run", "python -m experiments.metaworld finetune"} <= set(commands)
+    for prog, work in commands.items():
+        module, _, function = work.partition(":")
+        assert callable(getattr(importlib.import_module(module), function, None)), f"{prog}: {work}"
