@@ -7,8 +7,11 @@ forward first, notes the peak of its resident set, and runs the initialisation a
 from __future__ import annotations
 
 import gc
+import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,7 +23,6 @@ import torch
 
 from benchmarks.initialisation import peft_eva
 from benchmarks.initialisation.runner import Runner
-from eva_lightning.processes import process_pool
 
 # Resident sets differ by tens of MiB from run to run, with what the allocator has kept of the run before.
 _ROUNDS = {"ours": 4, "peft": 1}
@@ -36,19 +38,23 @@ def peak_over_forward(runner: Runner, call: str, n_batches: int, **arguments: An
         call: "ours" or "peft".
         n_batches: minibatches of the plain forward.
         arguments: of the call; plain values.
+
+    Raises:
+        RuntimeError: The fresh process failed; the message is its last line.
     """
     if runner.device.type == "cuda":
         return difference_of_peaks(runner, call, n_batches, arguments, _reset_cuda, _peak_cuda)
-    with tempfile.TemporaryDirectory() as folder, process_pool(1, threads=torch.get_num_threads()) as pool:
-        # by a file: tensors that are sent to another process would lie in memory that both share
-        file = Path(folder) / "runner.pt"
-        torch.save(runner, file)
-        return pool.submit(_in_fresh_process, file, call, n_batches, arguments).result()
-
-
-def _in_fresh_process(file: Path, call: str, n_batches: int, arguments: dict[str, Any]) -> int:
-    runner = torch.load(file, weights_only=False)
-    return difference_of_peaks(runner, call, n_batches, arguments, reset_resident, peak_resident)
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task.pt"
+        torch.save({"runner": runner, "call": call, "n_batches": n_batches, "arguments": arguments}, task)
+        root = str(Path(__file__).resolve().parents[2])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "benchmarks.initialisation.memory", str(task), str(torch.get_num_threads())]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"measuring the memory of {call} failed: {lines[-1]}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
 
 
 def difference_of_peaks(
@@ -105,3 +111,16 @@ def peak_resident() -> int:
     # not ru_maxrss on Linux: it starts at the peak of the process that started this one
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _child(task_file: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    task = torch.load(task_file, weights_only=False)
+    value = difference_of_peaks(
+        task["runner"], task["call"], task["n_batches"], task["arguments"], reset_resident, peak_resident
+    )
+    print(json.dumps(value))
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
