@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from filelock import FileLock
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import digest, writable_folder, write_json, write_text
+from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
@@ -98,9 +99,9 @@ class RunFolder:
         """Write ``metrics.json``; from now on the run counts as finished."""
         write_json(self.path / "metrics.json", metrics)
 
-    def fail(self, traceback: str) -> None:
+    def fail(self, text: str) -> None:
         """Write ``error.txt``; from now on the run counts as failed."""
-        write_text(self.path / "error.txt", traceback)
+        write_text(self.path / "error.txt", text)
 
     def clear(self) -> None:
         """Delete what a run writes; other files in the folder stay."""
@@ -187,7 +188,7 @@ def perform(
         if overwrite:
             folder.clear()
         folder.start()
-        with folder.logging(terminal), _interruptible():
+        with folder.logging(terminal), _interruptible(), _failure_noted(folder):
             metrics = dict(work(folder))
             folder.finish(metrics)
     return metrics
@@ -202,6 +203,16 @@ def perform_or_report(
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
         return found
     return perform(folder, build, overwrite=overwrite)
+
+
+@contextmanager
+def _failure_noted(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):  # which is no fault of the run
+            folder.fail(traceback.format_exc())
+        raise
 
 
 @contextmanager

@@ -178,6 +178,7 @@ def test_a_programming_error_keeps_its_traceback_and_is_in_the_log(tmp_path: Pat
     assert "in faulty" in text
     assert "TypeError" in text
     assert folder.result() is None
+    assert ("TypeError" in (folder.error() or "")) == (where == "work")  # before that nothing is written but the log
 
 
 def test_lightnings_way_to_end_on_ctrl_c_is_ctrl_c(tmp_path: Path) -> None:
