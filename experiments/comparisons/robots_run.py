@@ -51,7 +51,11 @@ class RolloutSettings:
 
 def code_of_runs() -> str:
     """Digest of what makes demonstrations, fine-tunings and rollouts."""
-    own = [f"experiments/metaworld/{name}.py" for name in ("finetune", "finetune_run", "validation")]
+    own = [
+        "experiments/metaworld/finetune.py",
+        "experiments/metaworld/finetune_run.py",
+        "experiments/metaworld/training.py",
+    ]
     return source_digest(
         ["eva_lightning", "experiments/comparisons/robots_run.py", *own], ["eva_lightning/vision"], PACKAGES
     )
