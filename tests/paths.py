@@ -6,5 +6,3 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-#: Data that only some machines have; tests that use them skip where they are absent.
-SHARED = ROOT.parent / "shared"
