@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import random
+import signal
 import socket
 from typing import Any
 
@@ -25,6 +26,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell starts its background jobs deaf to Ctrl-C, and so would be every process that a test interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Derandomized so that a failure in CI is the failure everybody else sees; no deadline because cores are shared.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
