@@ -3,14 +3,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import minari
 import numpy as np
 import pytest
 
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.demonstrations import DemonstrationIndex, load_task
 from eva_lightning.rl.minari_export import dataset_name, export_minari
-
-minari = pytest.importorskip("minari")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import minari
 import pytest
 
 from eva_lightning.rl.collection import ExpertRunner
@@ -30,7 +31,6 @@ def test_collects_prints_a_table_and_adds_when_run_again(tmp_path: Path, capsys:
 
 
 def test_minari(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    minari = pytest.importorskip("minari")
     collect.main(run(tmp_path / "data", "--tasks", "reach", "--minari", "--minari-path", str(tmp_path / "sets")))
     assert "minari.load_dataset('metaworld/reach/expert-v0')" in capsys.readouterr().out
     collect.main(run(tmp_path / "data", "--tasks", "reach", "--minari"))
