@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import has_adapters
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.divergence import DivergenceCallback
+from eva_lightning.done import done
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
@@ -25,7 +26,8 @@ from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
-from eva_lightning.trainer_state import after_configure_model, refresh_averages
+from eva_lightning.trainer_state import once_built, refresh_averages
+from eva_lightning.training_checks import AdapterChecks
 
 if TYPE_CHECKING:
     from eva_lightning.adapters.lora_options import LoraOptions
@@ -146,6 +148,8 @@ class EVAInitCallback(pl.Callback):
         self.state: EVAState | None = None
         self._stop_watching: Callable[[], None] = _nothing
         self._stop_waiting: Callable[[], None] = _nothing
+        self._checks: AdapterChecks | None = None
+        self._divergence = DivergenceCallback()
 
     @property
     def rho(self) -> float:
@@ -174,19 +178,12 @@ class EVAInitCallback(pl.Callback):
         self.initialiser.take_up(pl_module)
         if stage != "fit":
             return
+        self.initialiser.forget_reset(pl_module)
         ckpt.describe_on_save(pl_module, arguments, self.adapter_only_checkpoints)
-        if ckpt.done(pl_module):
-            return
-        if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
-            raise InputError(
-                f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
-                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
-                "ModelParallelStrategy (FSDP2)"
-            )
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
         if builds_later and not isinstance(trainer.strategy, _SHARDED):
             # the module may make layers, or load weights, in hooks that run after this one
-            self._stop_waiting = after_configure_model(pl_module, partial(self._prepare, trainer, pl_module))
+            self._stop_waiting = once_built(pl_module, partial(self._prepare, trainer, pl_module))
         else:
             self._prepare(trainer, pl_module)
 
@@ -199,18 +196,52 @@ class EVAInitCallback(pl.Callback):
             FloatingPointError: Activations are NaN or infinite; names layer and minibatch.
         """
         self._let_go()
-        how = ckpt.done(pl_module)
-        if how:
+        self._divergence.on_fit_start(trainer, pl_module)
+        if self.initialiser.to_do(pl_module) == {}:
             if self.state is None and self.verbose:
                 rank_zero_info(
-                    f"EVA: the adapters of {type(pl_module).__name__} are {how} already; nothing is streamed"
+                    f"EVA: the adapters of {type(pl_module).__name__} are {done(pl_module)} already; nothing is "
+                    "streamed"
                 )
         elif trainer.limit_train_batches != 0:
             self._start(trainer, pl_module, initialise=True)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of adapters that no optimizer has, or that cannot train."""
+        if not isinstance(trainer.strategy, _OPAQUE):  # whose parameters are not the module's
+            self._checks = AdapterChecks(trainer, pl_module, self.initialiser.not_run)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that there are gradients."""
+        if self._checks is not None:
+            self._checks.after_backward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn of adapters without gradients in the first batches, and of a loss that is NaN or infinite."""
+        if self._checks is not None and self._checks.after_batch():
+            self._checks = None
+        if self._looks_for_divergence(trainer):
+            self._divergence.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of what can be known after an epoch, however short."""
+        if self._checks is not None:
+            self._checks.conclude()
+            self._checks = None
+        if self._looks_for_divergence(trainer):
+            self._divergence.on_train_epoch_end(trainer, pl_module)
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave a module that was not initialised yet as it was."""
+        if self._checks is not None:
+            self._checks.after_error(exception)
         self._let_go()
         self.initialiser.undo(pl_module)
 
@@ -232,6 +263,14 @@ class EVAInitCallback(pl.Callback):
             self.state = EVAState(**{k: v for k, v in state_dict["state"].items() if k in known})
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.initialiser.to_do(pl_module) == {}:
+            return
+        if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
+            raise InputError(
+                f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
+                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
+                "ModelParallelStrategy (FSDP2)"
+            )
         early = isinstance(trainer.strategy, _SHARDED) or self.initialiser.given is not None
         self._start(trainer, pl_module, initialise=early, before_strategy=True)
 
@@ -239,17 +278,30 @@ class EVAInitCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, initialise: bool, before_strategy: bool = False
     ) -> None:
         with self.initialiser.undone_on_failure(pl_module):
-            if not has_adapters(pl_module):
-                self.initialiser.inject(pl_module)
+            layers = self.initialiser.to_do(pl_module)
+            injected = layers is None
+            if layers is None:
+                layers = self.initialiser.inject(pl_module)
             if initialise:
                 self.state = self.initialiser.initialise(
-                    trainer, pl_module, before_strategy=before_strategy, verbose=self.verbose
+                    trainer,
+                    pl_module,
+                    layers,
+                    before_strategy=before_strategy,
+                    injected=injected,
+                    verbose=self.verbose,
                 )
+
+    def _looks_for_divergence(self, trainer: pl.Trainer) -> bool:
+        return not any(isinstance(c, DivergenceCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def _let_go(self) -> None:
         self._stop_watching()
         self._stop_waiting()
         self._stop_watching = self._stop_waiting = _nothing
+        if self._checks is not None:
+            self._checks.close()
+            self._checks = None
 
 
 def _nothing() -> None:

@@ -22,25 +22,15 @@ from torch import Tensor, nn
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
+from eva_lightning.done import done, mark_done, unmark
 from eva_lightning.errors import InputError
 
 KEY = "eva_lightning"
 """Where a checkpoint keeps the description of its adapters."""
 
-_DONE = "_eva_lightning_done"
 _A_KEY = re.compile(r"^(?P<path>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight$")
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
-
-
-def mark_done(module: nn.Module, how: str) -> None:
-    """Note on the module itself that its adapters are set: "initialised" by EVA, or "restored" from a checkpoint."""
-    setattr(module, _DONE, how)
-
-
-def done(module: nn.Module) -> str | None:
-    """What :func:`mark_done` noted, or ``None``."""
-    return getattr(module, _DONE, None)
 
 
 def describe(module: nn.Module, injection: Mapping[str, Any], adapter_only: bool) -> dict[str, Any]:
@@ -248,7 +238,9 @@ def fit_to_checkpoint(
         _fill_base_weights(module, weights, description["base_fingerprint"])
     # a checkpoint from before the initialisation (the learning rate finder makes them) has nothing to protect
     if description.get("done") or any(bool(t.any()) for k, t in weights.items() if ".lora_B." in k):
-        mark_done(module, "restored")
+        mark_done(find_adapters(module).values(), "restored")
+    else:
+        unmark(find_adapters(module).values())
     if description and isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
         describe_on_save(module, description["injection"])
     return True
@@ -260,7 +252,6 @@ def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: 
         inject(module, **description["injection"])
     if description["base_fingerprint"] is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])
-    mark_done(module, "restored")
     if isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
         describe_on_save(module, description["injection"])
 

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import AdapterLayer, find_adapters
+from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
 from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
+from eva_lightning.done import mark_done, without_mark
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
@@ -92,10 +92,17 @@ class DataDrivenStart(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the minibatches and write A, B and the base weights."""
-        if ckpt.done(pl_module) or trainer.limit_train_batches == 0:
+        adapters = find_adapters(pl_module)
+        if not adapters:
+            raise InputError(
+                f"{type(pl_module).__name__} has no adapters to start: put them in with "
+                f"inject(module, initialisation={self.kind!r})"
+            )
+        layers = without_mark(adapters)
+        if not layers or trainer.limit_train_batches == 0:
             return
+        refuse_trained(layers)
         started = time.perf_counter()
-        layers = find_adapters(pl_module)
         restore_rng = snapshot_rng()
         try:
             # this draws random numbers too, those that training would otherwise draw here a moment later
@@ -106,7 +113,7 @@ class DataDrivenStart(pl.Callback):
         except BaseException:
             restore_rng()
             raise
-        ckpt.mark_done(pl_module, "initialised")
+        mark_done(layers.values(), "initialised")
         if trainer.world_size > 1:
             rebuild_optimizers(trainer, pl_module)  # which sends the weights of the first process to the others
         refresh_averages(trainer, pl_module)
