@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
@@ -19,9 +19,10 @@ from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.divergence import DivergenceCallback
 from eva_lightning.done import done
-from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
+from eva_lightning.errors import EVAWarning, InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
+from eva_lightning.launching import watch_launches
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 # these shard before on_fit_start; the first two so early that no whole model can be run
 _OPAQUE = (FSDPStrategy, DeepSpeedStrategy)
 _SHARDED = (*_OPAQUE, ModelParallelStrategy)
+
+watch_launches()
 
 
 class EVAInitCallback(pl.Callback):
@@ -249,6 +252,29 @@ class EVAInitCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take back what was put on the module for the start of this run."""
         self._let_go()
+
+    def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: what the parent process needs."""
+        description = ckpt.describe(pl_module, self.initialiser.injection_arguments, adapter_only=False)
+        return {ckpt.KEY: description, "state": None if self.state is None else dict(vars(self.state))}
+
+    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
+        """In that parent process: give its module the adapters of the child, and this callback its state."""
+        if luggage["state"] is not None:
+            self.state = EVAState(**luggage["state"])
+        description = luggage[ckpt.KEY]
+        if not description["adapters"]:
+            return
+        ckpt.describe_on_save(pl_module, description["injection"], self.adapter_only_checkpoints)
+        try:
+            ckpt.fit_to_checkpoint(pl_module, dict(luggage))
+        except InputError as error:  # the training is done, and must not be lost with it
+            ckpt.stop_describing(pl_module)
+            rank_zero_warn(
+                f"EVA: the module in this process does not have the trained adapters ({error}); load a checkpoint of "
+                "the fit, or make the layers in __init__",
+                category=EVAWarning,
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:

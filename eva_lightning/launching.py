@@ -8,9 +8,9 @@ runs in the parent; this is the one place where a method of Lightning's is repla
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +18,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
-
-from eva_lightning.checkpoint import KEY, fit_to_checkpoint
 
 
 @runtime_checkable
@@ -29,14 +27,18 @@ class ComesHome(Protocol):
     def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """In the first child, after the fit: what the parent needs, primitives and tensors only."""
 
-    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> dict[str, Any]:
-        """In the parent: take that up; returns the description of the adapters for :func:`fit_to_checkpoint`."""
+    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
+        """In the parent, before the weights are loaded: take that up."""
 
 
 def watch_launches() -> None:
     """Have launchers that start processes bring home what :class:`ComesHome` callbacks did there."""
-    if not hasattr(_MultiProcessingLauncher.launch, "__wrapped__"):
-        _MultiProcessingLauncher.launch = _bringing_home(_MultiProcessingLauncher.launch)  # type: ignore[method-assign]
+    launch = _MultiProcessingLauncher.launch
+    if not hasattr(launch, _WATCHED):
+        _MultiProcessingLauncher.launch = _bringing_home(launch)  # type: ignore[method-assign]
+
+
+_WATCHED = "_eva_lightning_watched"
 
 
 def _bringing_home(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,26 +46,20 @@ def _bringing_home(launch: Callable[..., Any]) -> Callable[..., Any]:
     def launch_and_return(
         self: Any, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any
     ) -> Any:
-        callback = None if trainer is None or trainer.state.fn != "fit" else _traveller(trainer)
-        if trainer is None or callback is None:
+        if trainer is None or trainer.state.fn != "fit" or not _travellers(trainer):
             return launch(self, function, *args, trainer=trainer, **kwargs)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _weights_wait(trainer.lightning_module) as weights:
             luggage = Path(folder) / "luggage.pt"
-            module = trainer.lightning_module
-            weights = _KeptWeights(module)
-            vars(module)["load_state_dict"] = weights
-            try:
-                result = launch(self, _InChild(function, trainer, luggage), *args, trainer=trainer, **kwargs)
-            finally:
-                vars(module).pop("load_state_dict", None)
-            weights.load(callback, luggage)
+            result = launch(self, _InChild(function, trainer, luggage), *args, trainer=trainer, **kwargs)
+            weights.load(_travellers(trainer), luggage)
         return result
 
+    setattr(launch_and_return, _WATCHED, True)
     return launch_and_return
 
 
-def _traveller(trainer: pl.Trainer) -> ComesHome | None:
-    return next((c for c in trainer.callbacks if isinstance(c, ComesHome)), None)  # type: ignore[attr-defined]
+def _travellers(trainer: pl.Trainer) -> list[ComesHome]:
+    return [c for c in trainer.callbacks if isinstance(c, ComesHome)]  # type: ignore[attr-defined]
 
 
 class _InChild:
@@ -73,33 +69,38 @@ class _InChild:
         self.function, self.trainer, self.luggage = function, trainer, luggage
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        vars(self.trainer.lightning_module).pop("load_state_dict", None)
+        module = self.trainer.lightning_module
+        vars(module).pop("load_state_dict", None)
         result = self.function(*args, **kwargs)
-        callback = _traveller(self.trainer)
-        if callback is not None and self.trainer.strategy.local_rank == 0:  # type: ignore[attr-defined]
-            torch.save(callback.leave(self.trainer.lightning_module), self.luggage)
+        if self.trainer.strategy.local_rank == 0:  # type: ignore[attr-defined]
+            torch.save([callback.leave(module) for callback in _travellers(self.trainer)], self.luggage)
         return result
 
 
-class _KeptWeights:
+class _WaitingWeights:
     """Stands for the parent module's ``load_state_dict`` while children train: their weights have to wait."""
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self.module, self.process = module, os.getpid()
+        self.module = module
         self.weights: dict[str, Tensor] | None = None
 
-    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if os.getpid() != self.process:
-            return type(self.module).load_state_dict(self.module, state_dict, strict=strict, assign=assign)
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         self.weights = dict(state_dict)
-        return None
 
-    def load(self, callback: ComesHome, luggage: Path) -> None:
+    def load(self, callbacks: list[ComesHome], luggage: Path) -> None:
         """Make the module's adapters those of the children, then load the weights as Lightning would."""
+        vars(self.module).pop("load_state_dict", None)
         if self.weights is None:
             return
-        checkpoint: dict[str, Any] = {"state_dict": self.weights}
-        if luggage.exists():
-            checkpoint[KEY] = callback.come_home(self.module, torch.load(luggage, weights_only=True))
-            fit_to_checkpoint(self.module, checkpoint)
-        self.module.load_state_dict(checkpoint["state_dict"], strict=False)
+        for callback, own in zip(callbacks, torch.load(luggage, weights_only=True), strict=True):
+            callback.come_home(self.module, {**own, "state_dict": self.weights})
+        self.module.load_state_dict(self.weights, strict=False)
+
+
+@contextmanager
+def _weights_wait(module: pl.LightningModule) -> Iterator[_WaitingWeights]:
+    weights = vars(module)["load_state_dict"] = _WaitingWeights(module)
+    try:
+        yield weights
+    finally:
+        vars(module).pop("load_state_dict", None)

@@ -124,6 +124,14 @@ class DataDrivenStart(pl.Callback):
                 f"{time.perf_counter() - started:.1f} s{untouched if len(means) < len(layers) else ''}"
             )
 
+    def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: nothing but the weights."""
+        return {}
+
+    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
+        """In that parent process: its adapters, which are about to get the child's weights, are set."""
+        mark_done(find_adapters(pl_module).values(), "restored")
+
     def _statistics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int
     ) -> dict[str, Mean]:
