@@ -65,4 +65,4 @@ def _sample(layer: AdapterLayer) -> Tensor | None:
     if layer.a.device.type == "meta" or hasattr(layer.a, "full_tensor"):
         return None
     flat = layer.a.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLE)].float().cpu()
+    return flat[:: max(1, len(flat) // _SAMPLE)].float().cpu().clone()

@@ -21,6 +21,7 @@ from eva_lightning.adapters import (
     find_skipped,
     has_adapters,
     inject,
+    refuse_merged,
     refuse_trained,
     wanted_adapters,
 )
@@ -82,11 +83,13 @@ class Initialiser:
         Beside layers that are set already, those that somebody trained are set too.
 
         Raises:
-            InputError: The module has adapters, but none that EVA can initialise, or a name matches nothing.
+            InputError: The module has adapters, but none that EVA can initialise, one is merged, or a name matches
+                nothing.
         """
         if not has_adapters(pl_module):
             return None
         layers = wanted_adapters(pl_module)
+        refuse_merged(layers)
         if self.injection is None and without_mark(layers):
             arguments = self.injection_arguments
             layers = wanted_adapters(pl_module, arguments["target_modules"], arguments["exclude"])

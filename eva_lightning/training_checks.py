@@ -90,7 +90,7 @@ class AdapterChecks:
         self._handles = []
 
     def _check_flags(self) -> None:
-        """Merged, disabled and frozen adapters: no optimizer changes that."""
+        """Disabled and frozen adapters: no optimizer changes that."""
         for is_so, what in _FLAGS:
             names = [name for name, layer in self._open.items() if is_so(layer)]
             if names:
@@ -112,14 +112,12 @@ class AdapterChecks:
             del self._open[name]
 
 
-_MERGED = "have adapters that are merged into their weights and will not train: call unmerge_adapter() before fit"
 _DISABLED = "have adapters that are disabled and will not train: call enable_adapter_layers() before fit"
 _FROZEN = (
     "have adapters that are frozen (requires_grad is False) and will not train: something froze them after they were "
     "put in, such as freeze() in a hook of the module or a finetuning callback"
 )
 _FLAGS: tuple[tuple[Callable[[AdapterLayer], bool], str], ...] = (
-    (lambda layer: layer.module.merged, _MERGED),
     (lambda layer: layer.module.disable_adapters, _DISABLED),
     (lambda layer: not (layer.a.requires_grad or layer.b.requires_grad), _FROZEN),
 )

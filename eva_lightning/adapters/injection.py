@@ -61,7 +61,7 @@ class Injection:
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
     # PiSSA, MiLoRA and OLoRA move a part of the base weight into the adapter
     _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False, default_factory=list)
-    _stale_configs: list[tuple[Any, Any]] = field(repr=False, default_factory=list)
+    _stale_configs: list[tuple[Any, dict[str, Any]]] = field(repr=False, default_factory=list)
 
     def is_in(self, module: nn.Module) -> bool:
         """Whether the layers are still there: not merged, and not gone with the network they were in."""
@@ -81,8 +81,9 @@ class Injection:
             parameter.requires_grad_(flag)
         for layer_module, name, value in self._fast_paths:
             setattr(layer_module, name, value)
-        for group, config in self._stale_configs:
-            group[OWN_ADAPTER] = config
+        for group, configs in self._stale_configs:
+            group.clear()
+            group.update(configs)
 
 
 def inject(

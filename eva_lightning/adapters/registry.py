@@ -70,6 +70,20 @@ def wanted_adapters(
     return {n: layers[n] for n in names if n not in dropped}
 
 
+def refuse_merged(layers: Mapping[str, AdapterLayer]) -> None:
+    """Make sure that these layers compute with their adapters.
+
+    Raises:
+        InputError: an adapter is merged into its weight: it would not train.
+    """
+    merged = [name for name, layer in layers.items() if layer.module.merged]
+    if merged:
+        raise InputError(
+            f"the adapter of layer {merged[0]!r} is merged into its weight and would not train ({len(merged)} such); "
+            "call unmerge_adapter() before fit, or merge_and_unload() to begin with new adapters"
+        )
+
+
 def refuse_trained(layers: Mapping[str, AdapterLayer]) -> None:
     """Make sure that initialising these layers erases nothing.
 
@@ -123,12 +137,13 @@ def unwrap_empty(module: nn.Module) -> None:
             replace_everywhere(module, m, m.get_base_layer())  # type: ignore[operator]
 
 
-def replace_stale_configs(module: nn.Module, config: Any) -> list[tuple[Any, Any]]:
-    """Give a PeftModel that was unloaded the config of the layers now inside it; returns what it had, to set back."""
-    groups = {id(g): g for g in _configs(module).values() if OWN_ADAPTER in g and g[OWN_ADAPTER] is not config}
-    stale = [(group, group[OWN_ADAPTER]) for group in groups.values()]
+def replace_stale_configs(module: nn.Module, config: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Give a PeftModel that lost its adapters the config of those now inside it; returns what it had, to set back."""
+    tuners = [m for m in module.modules() if any(c.__name__ in ("PeftModel", "BaseTuner") for c in type(m).__mro__)]
+    groups: dict[int, Any] = {id(m.peft_config): m.peft_config for m in tuners}
+    stale = [(group, dict(group)) for group in groups.values() if group.get(OWN_ADAPTER) is not config]
     for group, _ in stale:
-        group[OWN_ADAPTER] = config  # type: ignore[index]
+        group[OWN_ADAPTER] = config
     return stale
 
 
