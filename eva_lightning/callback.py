@@ -17,7 +17,6 @@ from typing_extensions import override
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
-from eva_lightning.divergence import DivergenceCallback
 from eva_lightning.done import done
 from eva_lightning.errors import EVAWarning, InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
@@ -28,7 +27,7 @@ from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.trainer_state import once_built, refresh_averages
-from eva_lightning.training_checks import AdapterChecks
+from eva_lightning.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
     from eva_lightning.adapters.lora_options import LoraOptions
@@ -151,8 +150,8 @@ class EVAInitCallback(pl.Callback):
         self.state: EVAState | None = None
         self._stop_watching: Callable[[], None] = _nothing
         self._stop_waiting: Callable[[], None] = _nothing
-        self._checks: AdapterChecks | None = None
-        self._divergence = DivergenceCallback()
+        # none before on_fit_start: Lightning's learning rate finder trains earlier, up to divergence
+        self._checks: TrainingChecks | None = None
 
     @property
     def rho(self) -> float:
@@ -199,7 +198,6 @@ class EVAInitCallback(pl.Callback):
             FloatingPointError: Activations are NaN or infinite; names layer and minibatch.
         """
         self._let_go()
-        self._divergence.on_fit_start(trainer, pl_module)
         if self.initialiser.to_do(pl_module) == {}:
             if self.state is None and self.verbose:
                 rank_zero_info(
@@ -208,12 +206,14 @@ class EVAInitCallback(pl.Callback):
                 )
         elif trainer.limit_train_batches != 0:
             self._start(trainer, pl_module, initialise=True)
+        if not isinstance(trainer.strategy, _OPAQUE):  # whose parameters are not the module's
+            self._checks = TrainingChecks()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of adapters that no optimizer has, or that cannot train."""
-        if not isinstance(trainer.strategy, _OPAQUE):  # whose parameters are not the module's
-            self._checks = AdapterChecks(trainer, pl_module, self.initialiser.not_run)
+        """Warn of adapters that cannot train, or that no optimizer has."""
+        if self._checks is not None:
+            self._checks.start(trainer, pl_module, self.initialiser.not_run)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,19 +226,14 @@ class EVAInitCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Warn of adapters without gradients in the first batches, and of a loss that is NaN or infinite."""
-        if self._checks is not None and self._checks.after_batch():
-            self._checks = None
-        if self._looks_for_divergence(trainer):
-            self._divergence.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._checks is not None:
+            self._checks.after_batch(trainer, outputs)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of what can be known after an epoch, however short."""
         if self._checks is not None:
-            self._checks.conclude()
-            self._checks = None
-        if self._looks_for_divergence(trainer):
-            self._divergence.on_train_epoch_end(trainer, pl_module)
+            self._checks.after_epoch(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -317,9 +312,6 @@ class EVAInitCallback(pl.Callback):
                     injected=injected,
                     verbose=self.verbose,
                 )
-
-    def _looks_for_divergence(self, trainer: pl.Trainer) -> bool:
-        return not any(isinstance(c, DivergenceCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     def _let_go(self) -> None:
         self._stop_watching()

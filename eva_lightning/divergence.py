@@ -41,7 +41,11 @@ class DivergenceCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the last loss that has arrived, and send for this one."""
+        """Look at the loss."""
+        self.look_at_loss(trainer, outputs)
+
+    def look_at_loss(self, trainer: pl.Trainer, outputs: Any) -> None:
+        """Read the last loss that has arrived, or send for the one in ``outputs``."""
         if self.diverged is not None:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

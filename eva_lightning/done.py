@@ -7,11 +7,12 @@ makes again do not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eva_lightning.adapters import AdapterLayer, find_adapters
+from eva_lightning.adapters import AdapterLayer
 
 _MARK = "_eva_lightning_done"
 _SAMPLE = 64
@@ -38,7 +39,7 @@ def unmark_reset(layers: Iterable[AdapterLayer]) -> None:
     decay shortens A; its direction stays while B is zero.
     """
     for layer in layers:
-        before, now = (vars(_holder(layer)).get(_MARK) or {}).get("a"), _sample(layer)
+        before, now = (getattr(_holder(layer), _MARK, None) or {}).get("a"), _sample(layer)
         if before is None or now is None or len(before) != len(now):
             continue
         if layer.is_fresh and torch.nn.functional.cosine_similarity(before, now, dim=0) < 0.9:
@@ -47,13 +48,14 @@ def unmark_reset(layers: Iterable[AdapterLayer]) -> None:
 
 def without_mark(layers: Mapping[str, AdapterLayer]) -> dict[str, AdapterLayer]:
     """The layers that nobody has set yet."""
-    return {name: layer for name, layer in layers.items() if _MARK not in vars(_holder(layer))}
+    return {name: layer for name, layer in layers.items() if not hasattr(_holder(layer), _MARK)}
 
 
 def done(module: nn.Module) -> str | None:
     """How active adapters of ``module`` were set, or ``None`` where none of them was."""
-    marks = (vars(_holder(layer)).get(_MARK) for layer in find_adapters(module).values())
-    return next((mark["how"] for mark in marks if mark), None)
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "lora_A")]
+    holders = [m.lora_A[a] for m in layers for a in getattr(m, "active_adapters", ()) if a in m.lora_A]
+    return next((mark["how"] for mark in (getattr(holder, _MARK, None) for holder in holders) if mark), None)
 
 
 def _holder(layer: AdapterLayer) -> nn.Module:

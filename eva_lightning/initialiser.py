@@ -177,7 +177,8 @@ class Initialiser:
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState
     ) -> Plan:
         # an adapter that takes no part in training ends a fit with DistributedDataParallel
-        drop_idle = self.injection is not None and refuses_unused_parameters(trainer)
+        stops = refuses_unused_parameters(trainer)
+        drop_idle = stops and self.injection is not None
         plan = make_plan(
             layers,
             state,
@@ -193,7 +194,7 @@ class Initialiser:
         vars(pl_module).pop(_INJECTION, None)
         self.not_run = plan.untouched
         if plan.untouched:
-            warn_of_layers_not_run(plan.untouched, len(layers), removed=drop_idle)
+            warn_of_layers_not_run(plan.untouched, len(layers), removed=drop_idle, stops=stops)
         return plan
 
     def _stream(

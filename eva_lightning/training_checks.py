@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eva_lightning.adapters import AdapterLayer, find_adapters
+from eva_lightning.divergence import DivergenceCallback
 from eva_lightning.errors import EVAWarning
 from eva_lightning.trainer_state import refuses_unused_parameters
 
@@ -18,15 +19,72 @@ _PATIENCE = 8
 """Batches in which a layer may get its first gradient: experts, dropped layers and alternating losses skip some."""
 
 
-def warn_of_layers_not_run(names: Collection[str], total: int, *, removed: bool) -> None:
-    """Say that layers did not run on the streamed minibatches, and what became of their adapters."""
-    fate = "were removed, as DDP would stop at parameters without gradient" if removed else "keep a random A"
+def warn_of_layers_not_run(names: Collection[str], total: int, *, removed: bool, stops: bool) -> None:
+    """Say that layers did not run on the streamed minibatches, and what became of their adapters.
+
+    Args:
+        names: Of those layers.
+        total: Of all that were to be initialised.
+        removed: Their adapters were taken out.
+        stops: Training will stop at parameters without gradient.
+    """
+    fate = "keep a random A, and DDP will stop where they get no gradient" if stops else "keep a random A"
+    if removed:
+        fate = "were removed, as DDP would stop at parameters without gradient"
     _warn(
         f"{_some(names, total)} did not run on the minibatches that EVA streamed: their adapters {fate}. Where a model "
         "reads a layer's weight instead of calling it (BEiT's and Swin V2's qkv), an adapter has no effect: leave such "
         "layers out with exclude=[...]; where forward_fn or the eval mode skips layers, give a forward_fn that runs "
         "them"
     )
+
+
+class TrainingChecks:
+    """Everything that is looked at while one ``fit`` trains: the adapters in its first batches, the loss in all."""
+
+    def __init__(self) -> None:
+        self._adapters: AdapterChecks | None = None
+        self._divergence = DivergenceCallback()
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed_over: Collection[str]) -> None:
+        """Before the first batch; see :class:`AdapterChecks`."""
+        self.close()
+        self._adapters = AdapterChecks(trainer, pl_module, passed_over)
+
+    def after_backward(self) -> None:
+        """Note that gradients were computed."""
+        if self._adapters is not None:
+            self._adapters.after_backward()
+
+    def after_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
+        """Look at gradients and loss; ``outputs`` is what ``training_step`` returned."""
+        if self._adapters is not None and self._adapters.after_batch():
+            self._adapters = None
+        if not _has_own_watch(trainer):
+            self._divergence.look_at_loss(trainer, outputs)
+
+    def after_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is known by now, and look at the parameters."""
+        if self._adapters is not None:
+            self._adapters.conclude()
+            self._adapters = None
+        if not _has_own_watch(trainer):
+            self._divergence.on_train_epoch_end(trainer, pl_module)
+
+    def after_error(self, error: BaseException) -> None:
+        """Explain an error of the first batch that speaks of gradients."""
+        if self._adapters is not None and isinstance(error, RuntimeError) and "grad" in str(error):
+            self._adapters.conclude()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        if self._adapters is not None:
+            self._adapters.close()
+            self._adapters = None
+
+
+def _has_own_watch(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, DivergenceCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class AdapterChecks:
@@ -65,8 +123,8 @@ class AdapterChecks:
         return False
 
     def conclude(self) -> None:
-        """Say it now: there are no more batches."""
-        if self._open and (self._batches or self._ran_backward):
+        """Say it now: no batch follows."""
+        if self._open:
             when = "batch" if self._batches <= 1 else f"{self._batches} batches"
             _warn(
                 f"{_some(self._open, self._total)} got no gradient in the first {when}: training_step does not run "
@@ -74,13 +132,6 @@ class AdapterChecks:
                 "with gradients, or leave them out with exclude=[...]"
             )
         self._open.clear()
-        self.close()
-
-    def after_error(self, error: BaseException) -> None:
-        """Explain an error of the first batch that speaks of gradients."""
-        if isinstance(error, RuntimeError) and "grad" in str(error):
-            self._batches += 1
-            self.conclude()
         self.close()
 
     def close(self) -> None:
