@@ -622,7 +622,8 @@ AVERAGES: dict[str, dict[str, Any]] = {
 def average_of(name: str, seen: list[torch.Tensor]) -> torch.Tensor:
     """What the callback is to leave in the module, from its definition."""
     if name == "StochasticWeightAveraging":
-        return torch.stack([seen[5], seen[11]]).mean(0)  # after epochs of 6 steps, from the second on
+        # at the start of each epoch of 6 steps, the first with B = 0
+        return (seen[5] + seen[11]) / 3
     if name == "WeightAveraging":
         return torch.stack(seen).mean(0)
     average = seen[0]

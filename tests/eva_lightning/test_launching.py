@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from eva_lightning import EVAInitCallback
 from eva_lightning.adapters import find_adapters
 from eva_lightning.errors import EVAWarning
 from tests.modules import CLASSES, IN, Classifier, build, correlated, dataset, mlp, trainer
-from tests.paths import ROOT
 
 pytestmark = pytest.mark.distributed
 
@@ -129,26 +128,18 @@ def test_ddp_with_a_weight_that_is_read_instead_of_called() -> None:
     assert type(module.net.b) is nn.Linear
 
 
-SAID = """
-import warnings
-from eva_lightning.errors import EVAWarning
-from tests.eva_lightning.test_launching import Branches, Classifier, EVAInitCallback, LoraConfig, data
-from tests.eva_lightning.test_launching import get_peft_model, trainer
-
-if __name__ == "__main__":
+def test_the_users_own_idle_adapters_are_named_before_lightnings_error(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: print(message, file=sys.stderr, flush=True))
     net = get_peft_model(Branches(), LoraConfig(r=2, target_modules=["a", "b"], modules_to_save=["head"]))
-    trainer(EVAInitCallback(verbose=False), strategy="ddp_fork", devices=2, max_epochs=2).fit(Classifier(net), data())
-"""
-
-
-def test_the_users_own_idle_adapters_are_named_before_lightnings_error() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SAID], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300
-    )
-    assert done.returncode != 0
-    first, then = done.stderr.find("('net.b') did not run"), done.stderr.find("not used in producing the loss")
-    assert -1 < first < then
-    assert "DDP will stop where they get no gradient" in done.stderr
+    with pytest.raises(Exception, match="not used in producing the loss"):
+        trainer(EVAInitCallback(verbose=False), strategy="ddp_fork", devices=2, max_epochs=2).fit(
+            Classifier(net), data()
+        )
+    text = capfd.readouterr().err
+    assert "1 of 2 adapted layers ('net.b') did not run" in text
+    assert "DDP will stop where they get no gradient" in text
 
 
 def test_lightning_still_has_what_is_replaced() -> None:
