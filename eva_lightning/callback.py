@@ -9,8 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
@@ -21,6 +19,7 @@ from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
+from eva_lightning.namespaces import Callback, is_overridden, lightning_classes
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from eva_lightning.adapters.lora_options import LoraOptions
 
 # these shard before on_fit_start; the first two so early that no whole model can be run
-_OPAQUE = (FSDPStrategy, DeepSpeedStrategy)
-_SHARDED = (*_OPAQUE, ModelParallelStrategy)
+_OPAQUE = ("FSDPStrategy", "DeepSpeedStrategy")
+_SHARDED = (*_OPAQUE, "ModelParallelStrategy")
 
 
-class EVAInitCallback(pl.Callback):
+class EVAInitCallback(Callback):
     """Initialise LoRA with the directions of most variance of its inputs, and distribute ranks by it (EVA).
 
     Before the first training step the callback streams a few training minibatches through the model, decomposes the
@@ -177,14 +176,14 @@ class EVAInitCallback(pl.Callback):
         ckpt.describe_on_save(pl_module, arguments, self.adapter_only_checkpoints)
         if ckpt.done(pl_module):
             return
-        if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
+        if isinstance(trainer.strategy, lightning_classes("strategies", *_OPAQUE)) and self.initialiser.given is None:
             raise InputError(
                 f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
                 "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"
             )
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
-        if builds_later and not isinstance(trainer.strategy, _SHARDED):
+        if builds_later and not _shards(trainer):
             # the module may make layers, or load weights, in hooks that run after this one
             self._stop_waiting = after_configure_model(pl_module, partial(self._prepare, trainer, pl_module))
         else:
@@ -232,7 +231,7 @@ class EVAInitCallback(pl.Callback):
             self.state = EVAState(**{k: v for k, v in state_dict["state"].items() if k in known})
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        early = isinstance(trainer.strategy, _SHARDED) or self.initialiser.given is not None
+        early = _shards(trainer) or self.initialiser.given is not None
         self._start(trainer, pl_module, initialise=early, before_strategy=True)
 
     def _start(
@@ -250,6 +249,10 @@ class EVAInitCallback(pl.Callback):
         self._stop_watching()
         self._stop_waiting()
         self._stop_watching = self._stop_waiting = _nothing
+
+
+def _shards(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, lightning_classes("strategies", *_SHARDED))
 
 
 def _nothing() -> None:
