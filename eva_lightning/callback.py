@@ -16,10 +16,11 @@ from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import has_adapters
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.callback_base import Callback
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
-from eva_lightning.namespaces import Callback, is_overridden, lightning_classes
+from eva_lightning.namespaces import is_overridden, lightning_classes
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState

@@ -1,16 +1,12 @@
 """Lightning under both its names: ``lightning.pytorch`` and ``pytorch_lightning`` are two copies of one code.
 
 The classes of one copy are unknown to the other. What is asked of a class here is asked of every copy that is imported;
-Lightning itself refuses a module of one copy in a Trainer of the other.
+nothing here imports either. Lightning itself refuses a module of one copy in a Trainer of the other.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
-
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import model_helpers
 
 from eva_lightning.errors import InputTypeError
 
@@ -28,9 +24,10 @@ def lightning_classes(module: str, *names: str) -> tuple[type, ...]:
     return tuple(getattr(found, name) for found in modules for name in names if hasattr(found, name))
 
 
-def namespace_of(cls: type) -> str:
-    """The copy that a LightningModule's class is of."""
-    return next(copy for copy in NAMES for base in cls.__mro__ if base.__module__.startswith(f"{copy}."))
+def namespace_of(cls: type) -> str | None:
+    """The copy that a class, or the nearest one above it, is of."""
+    found = (copy for base in cls.__mro__ for copy in NAMES if base.__module__.startswith(f"{copy}."))
+    return next(found, None)
 
 
 def is_lightning_module(module: object) -> bool:
@@ -39,33 +36,16 @@ def is_lightning_module(module: object) -> bool:
 
 
 def is_overridden(method: str, instance: object) -> bool:
-    """Whether the class of a LightningModule or LightningDataModule has its own `method`.
+    """Whether a LightningModule or LightningDataModule has its own `method`.
 
     Raises:
         InputTypeError: It is neither.
     """
-    parents = [
-        *lightning_classes("core.module", "LightningModule"),
-        *lightning_classes("core.datamodule", "LightningDataModule"),
-    ]
-    for parent in parents:
-        if isinstance(instance, parent):
-            return model_helpers.is_overridden(method, instance, parent)
-    raise InputTypeError(
-        f"expected a LightningModule or LightningDataModule of {' or '.join(NAMES)}, got {type(instance).__qualname__} "
-        f"of {type(instance).__module__}"
-    )
-
-
-if TYPE_CHECKING:
-    Callback = pl.Callback
-else:
-
-    class Callback(*lightning_classes("callbacks.callback", "Callback")):
-        """A Callback of every copy: ``pytorch_lightning`` may be imported later (:func:`join_callbacks`)."""
-
-
-def join_callbacks() -> None:
-    """Make our callbacks those of a copy imported just now as well, for its Trainer and its LightningCLI."""
-    bases: tuple[Any, ...] = lightning_classes("callbacks.callback", "Callback")
-    Callback.__bases__ = bases
+    kinds = (*lightning_classes("core", "LightningModule"), *lightning_classes("core", "LightningDataModule"))
+    if not isinstance(instance, kinds):
+        raise InputTypeError(
+            f"expected a LightningModule or LightningDataModule of {' or '.join(NAMES)}, got "
+            f"{type(instance).__qualname__} of {type(instance).__module__}"
+        )
+    helpers = sys.modules[f"{namespace_of(type(instance))}.utilities.model_helpers"]
+    return bool(helpers.is_overridden(method, instance))

@@ -49,9 +49,9 @@ def _wrap_loading(module: ModuleType) -> None:
 
 
 def _join_callbacks(module: ModuleType) -> None:
-    ours = sys.modules.get("eva_lightning.namespaces")
-    if hasattr(ours, "join_callbacks"):  # not while it is being imported
-        ours.join_callbacks()
+    ours = sys.modules.get("eva_lightning.callback_base")
+    if hasattr(ours, "join"):  # not while it is being imported
+        ours.join()
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {

@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 
 from eva_lightning.adapters.adalora import RankAllocation, start_rank
+from eva_lightning.callback_base import Callback
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
-from eva_lightning.namespaces import Callback
 
 
 def prepare(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:

@@ -15,12 +15,13 @@ from eva_lightning.adapters import AdapterLayer, find_adapters
 from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
+from eva_lightning.callback_base import Callback
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
-from eva_lightning.namespaces import Callback, lightning_classes
+from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages

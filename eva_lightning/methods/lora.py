@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 
 from eva_lightning.adapters import inject
+from eva_lightning.callback_base import Callback
 from eva_lightning.checkpoint import describe_on_save, watch_loading
 from eva_lightning.errors import InputError
 from eva_lightning.methods.apply import AdapterOptions, Where
-from eva_lightning.namespaces import Callback
 
 
 class AdapterCheckpoints(Callback):
