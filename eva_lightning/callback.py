@@ -9,19 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.callback_base import Callback
 from eva_lightning.done import done
 from eva_lightning.errors import EVAWarning, InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
 from eva_lightning.launching import watch_launches
+from eva_lightning.namespaces import is_overridden, lightning_classes
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from eva_lightning.adapters.lora_options import LoraOptions
 
 # these shard before on_fit_start; the first two so early that no whole model can be run
-_OPAQUE = (FSDPStrategy, DeepSpeedStrategy)
-_SHARDED = (*_OPAQUE, ModelParallelStrategy)
+_OPAQUE = ("FSDPStrategy", "DeepSpeedStrategy")
+_SHARDED = (*_OPAQUE, "ModelParallelStrategy")
 
 watch_launches()
 
 
-class EVAInitCallback(pl.Callback):
+class EVAInitCallback(Callback):
     """Initialise LoRA with the directions of most variance of its inputs, and distribute ranks by it (EVA).
 
     Before the first training step the callback streams a few training minibatches through the model, decomposes the
@@ -122,6 +122,7 @@ class EVAInitCallback(pl.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
+        watch_launches()  # of a copy of Lightning that was imported since, too
         own = [name for name in EVAInitCallback.__init__.__annotations__ if name not in ("options", "return")]
         streaming, lora = with_single_options(streaming, lora, options, own)
         check_number("rho", rho, at_least=1)
@@ -183,7 +184,7 @@ class EVAInitCallback(pl.Callback):
         self.initialiser.forget_reset(pl_module)
         ckpt.describe_on_save(pl_module, arguments, self.adapter_only_checkpoints)
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
-        if builds_later and not isinstance(trainer.strategy, _SHARDED):
+        if builds_later and not _shards(trainer):
             # the module may make layers, or load weights, in hooks that run after this one
             self._stop_waiting = once_built(pl_module, partial(self._prepare, trainer, pl_module))
         else:
@@ -206,7 +207,7 @@ class EVAInitCallback(pl.Callback):
                 )
         elif trainer.limit_train_batches != 0:
             self._start(trainer, pl_module, initialise=True)
-        if not isinstance(trainer.strategy, _OPAQUE):  # whose parameters are not the module's
+        if not _is_opaque(trainer):  # whose parameters are not the module's
             self._checks = TrainingChecks()
 
     @override
@@ -250,7 +251,7 @@ class EVAInitCallback(pl.Callback):
 
     def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: what the parent process needs."""
-        description = ckpt.describe(pl_module, self.initialiser.injection_arguments, adapter_only=False)
+        description = ckpt.describe(pl_module, self.initialiser.injection_arguments, adapter_only=False, built_with={})
         return {ckpt.KEY: description, "state": None if self.state is None else dict(vars(self.state))}
 
     def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
@@ -286,13 +287,13 @@ class EVAInitCallback(pl.Callback):
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.initialiser.to_do(pl_module) == {}:
             return
-        if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
+        if _is_opaque(trainer) and self.initialiser.given is None:
             raise InputError(
                 f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
                 "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"
             )
-        early = isinstance(trainer.strategy, _SHARDED) or self.initialiser.given is not None
+        early = _shards(trainer) or self.initialiser.given is not None
         self._start(trainer, pl_module, initialise=early, before_strategy=True)
 
     def _start(
@@ -320,6 +321,14 @@ class EVAInitCallback(pl.Callback):
         if self._checks is not None:
             self._checks.close()
             self._checks = None
+
+
+def _is_opaque(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, lightning_classes("strategies", *_OPAQUE))
+
+
+def _shards(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, lightning_classes("strategies", *_SHARDED))
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from eva_lightning.callback_base import Callback
 from eva_lightning.errors import EVAWarning
 
 
@@ -18,7 +19,7 @@ class DivergenceWarning(EVAWarning):
     """The loss or a trained parameter is NaN or infinite."""
 
 
-class DivergenceCallback(pl.Callback):
+class DivergenceCallback(Callback):
     """Warns once when the loss is NaN or infinite, or, after an epoch, a parameter that trains.
 
     On a GPU the loss is copied while training goes on, and read a step or two later; parameters are looked at once an

@@ -16,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
+
+from eva_lightning.namespaces import lightning_classes
 
 
 @runtime_checkable
@@ -33,9 +34,10 @@ class ComesHome(Protocol):
 
 def watch_launches() -> None:
     """Have launchers that start processes bring home what :class:`ComesHome` callbacks did there."""
-    launch = _MultiProcessingLauncher.launch
-    if not hasattr(launch, _WATCHED):
-        _MultiProcessingLauncher.launch = _bringing_home(launch)  # type: ignore[method-assign]
+    launchers: tuple[Any, ...] = lightning_classes("strategies.launchers", "_MultiProcessingLauncher")
+    for launcher in launchers:
+        if not hasattr(launcher.launch, _WATCHED):
+            launcher.launch = _bringing_home(launcher.launch)
 
 
 _WATCHED = "_eva_lightning_watched"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import lightning.pytorch as pl
-import lightning.pytorch.callbacks as pl_callbacks
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parallel import DistributedDataParallel
 
+from eva_lightning.namespaces import is_overridden, lightning_classes
+
 # WeightAveraging came with Lightning 2.5.3
-_AVERAGING_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
-_AVERAGING = tuple(getattr(pl_callbacks, n) for n in _AVERAGING_NAMES if hasattr(pl_callbacks, n))
+_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 def once_built(pl_module: pl.LightningModule, then: Callable[[], None]) -> Callable[[], None]:
@@ -61,8 +60,9 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
 
 def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that keep an average of the weights copy the module as it is now."""
+    averaging = lightning_classes("callbacks", *_AVERAGING)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _AVERAGING) and trainer.state.fn == "fit":
+        if isinstance(callback, averaging) and trainer.state.fn == "fit":
             callback.setup(trainer, pl_module, "fit")
 
 

@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
 from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
+from eva_lightning.callback_base import Callback
 from eva_lightning.done import mark_done, without_mark
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
+from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
@@ -32,7 +33,7 @@ Kind = Literal["corda", "lora-ga"]
 #: VTAB protocol's 64 images a minibatch, these.
 DEFAULT_BATCHES: dict[Kind, int] = {"corda": 4, "lora-ga": 2}
 
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: Kind) -> list[pl.Callback]:
@@ -41,7 +42,7 @@ def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, k
     return [*lora.prepare(module, options, where, initialisation=kind), start]
 
 
-class DataDrivenStart(pl.Callback):
+class DataDrivenStart(Callback):
     """Gives adapters the start of CorDA or LoRA-GA before the first training step.
 
     The module has adapters made by ``inject(module, initialisation=kind)``, which are plain LoRA up to then. At the
@@ -84,7 +85,7 @@ class DataDrivenStart(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
-        if stage == "fit" and isinstance(trainer.strategy, _SHARDED):
+        if stage == "fit" and isinstance(trainer.strategy, lightning_classes("strategies", *_SHARDED)):
             raise InputError(
                 f"{METHODS[self.kind].label} decomposes whole base weights, which {type(trainer.strategy).__name__} "
                 "shards: train it on one device or with DDP"
