@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +62,8 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
 def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that keep an average of the weights copy the module as it is now."""
     averaging = lightning_classes("callbacks", *_AVERAGING)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         if isinstance(callback, averaging) and trainer.state.fn == "fit":
             callback.setup(trainer, pl_module, "fit")
 
