@@ -6,6 +6,8 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from eva_lightning import on_import
+
 if TYPE_CHECKING:
     from eva_lightning.batch_forward import attention_mask
     from eva_lightning.callback import EVAInitCallback
@@ -47,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+on_import.install()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.errors import InputError, InputTypeError
+from eva_lightning.namespaces import lightning_classes
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 MaskFn = Callable[[Any], "Tensor | None"]
@@ -92,9 +92,8 @@ def _arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    # not imported for this: if Lightning is not loaded, no module is a LightningModule
-    lightning: Any = sys.modules.get("lightning.pytorch")
-    unimplemented = [nn.Module.forward, *([] if lightning is None else [lightning.LightningModule.forward])]
+    bases: tuple[Any, ...] = lightning_classes("core.module", "LightningModule")
+    unimplemented = [nn.Module.forward, *(base.forward for base in bases)]
     return getattr(type(module), "forward", None) in unimplemented and hasattr(module, "training_step")
 
 

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import has_adapters
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
-from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
+from eva_lightning.callback_base import Callback
+from eva_lightning.done import done
+from eva_lightning.errors import EVAWarning, InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
+from eva_lightning.launching import watch_launches
+from eva_lightning.namespaces import is_overridden, lightning_classes
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
-from eva_lightning.trainer_state import after_configure_model, refresh_averages
+from eva_lightning.trainer_state import once_built, refresh_averages
+from eva_lightning.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
     from eva_lightning.adapters.lora_options import LoraOptions
 
 # these shard before on_fit_start; the first two so early that no whole model can be run
-_OPAQUE = (FSDPStrategy, DeepSpeedStrategy)
-_SHARDED = (*_OPAQUE, ModelParallelStrategy)
+_OPAQUE = ("FSDPStrategy", "DeepSpeedStrategy")
+_SHARDED = (*_OPAQUE, "ModelParallelStrategy")
+
+watch_launches()
 
 
-class EVAInitCallback(pl.Callback):
+class EVAInitCallback(Callback):
     """Initialise LoRA with the directions of most variance of its inputs, and distribute ranks by it (EVA).
 
     Before the first training step the callback streams a few training minibatches through the model, decomposes the
@@ -118,6 +122,7 @@ class EVAInitCallback(pl.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
+        watch_launches()  # of a copy of Lightning that was imported since, too
         own = [name for name in EVAInitCallback.__init__.__annotations__ if name not in ("options", "return")]
         streaming, lora = with_single_options(streaming, lora, options, own)
         check_number("rho", rho, at_least=1)
@@ -146,6 +151,8 @@ class EVAInitCallback(pl.Callback):
         self.state: EVAState | None = None
         self._stop_watching: Callable[[], None] = _nothing
         self._stop_waiting: Callable[[], None] = _nothing
+        # none before on_fit_start: Lightning's learning rate finder trains earlier, up to divergence
+        self._checks: TrainingChecks | None = None
 
     @property
     def rho(self) -> float:
@@ -174,19 +181,12 @@ class EVAInitCallback(pl.Callback):
         self.initialiser.take_up(pl_module)
         if stage != "fit":
             return
+        self.initialiser.forget_reset(pl_module)
         ckpt.describe_on_save(pl_module, arguments, self.adapter_only_checkpoints)
-        if ckpt.done(pl_module):
-            return
-        if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
-            raise InputError(
-                f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
-                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
-                "ModelParallelStrategy (FSDP2)"
-            )
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
-        if builds_later and not isinstance(trainer.strategy, _SHARDED):
+        if builds_later and not _shards(trainer):
             # the module may make layers, or load weights, in hooks that run after this one
-            self._stop_waiting = after_configure_model(pl_module, partial(self._prepare, trainer, pl_module))
+            self._stop_waiting = once_built(pl_module, partial(self._prepare, trainer, pl_module))
         else:
             self._prepare(trainer, pl_module)
 
@@ -199,18 +199,48 @@ class EVAInitCallback(pl.Callback):
             FloatingPointError: Activations are NaN or infinite; names layer and minibatch.
         """
         self._let_go()
-        how = ckpt.done(pl_module)
-        if how:
+        if self.initialiser.to_do(pl_module) == {}:
             if self.state is None and self.verbose:
                 rank_zero_info(
-                    f"EVA: the adapters of {type(pl_module).__name__} are {how} already; nothing is streamed"
+                    f"EVA: the adapters of {type(pl_module).__name__} are {done(pl_module)} already; nothing is "
+                    "streamed"
                 )
         elif trainer.limit_train_batches != 0:
             self._start(trainer, pl_module, initialise=True)
+        if not _is_opaque(trainer):  # whose parameters are not the module's
+            self._checks = TrainingChecks()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of adapters that cannot train, or that no optimizer has."""
+        if self._checks is not None:
+            self._checks.start(trainer, pl_module, self.initialiser.not_run)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that there are gradients."""
+        if self._checks is not None:
+            self._checks.after_backward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn of adapters without gradients in the first batches, and of a loss that is NaN or infinite."""
+        if self._checks is not None:
+            self._checks.after_batch(trainer, outputs)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of what can be known after an epoch, however short."""
+        if self._checks is not None:
+            self._checks.after_epoch(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave a module that was not initialised yet as it was."""
+        if self._checks is not None:
+            self._checks.after_error(exception)
         self._let_go()
         self.initialiser.undo(pl_module)
 
@@ -218,6 +248,29 @@ class EVAInitCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take back what was put on the module for the start of this run."""
         self._let_go()
+
+    def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: what the parent process needs."""
+        description = ckpt.describe(pl_module, self.initialiser.injection_arguments, adapter_only=False, built_with={})
+        return {ckpt.KEY: description, "state": None if self.state is None else dict(vars(self.state))}
+
+    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
+        """In that parent process: give its module the adapters of the child, and this callback its state."""
+        if luggage["state"] is not None:
+            self.state = EVAState(**luggage["state"])
+        description = luggage[ckpt.KEY]
+        if not description["adapters"]:
+            return
+        ckpt.describe_on_save(pl_module, description["injection"], self.adapter_only_checkpoints)
+        try:
+            ckpt.fit_to_checkpoint(pl_module, dict(luggage))
+        except InputError as error:  # the training is done, and must not be lost with it
+            ckpt.stop_describing(pl_module)
+            rank_zero_warn(
+                f"EVA: the module in this process does not have the trained adapters ({error}); load a checkpoint of "
+                "the fit, or make the layers in __init__",
+                category=EVAWarning,
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -232,24 +285,50 @@ class EVAInitCallback(pl.Callback):
             self.state = EVAState(**{k: v for k, v in state_dict["state"].items() if k in known})
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        early = isinstance(trainer.strategy, _SHARDED) or self.initialiser.given is not None
+        if self.initialiser.to_do(pl_module) == {}:
+            return
+        if _is_opaque(trainer) and self.initialiser.given is None:
+            raise InputError(
+                f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
+                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
+                "ModelParallelStrategy (FSDP2)"
+            )
+        early = _shards(trainer) or self.initialiser.given is not None
         self._start(trainer, pl_module, initialise=early, before_strategy=True)
 
     def _start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, initialise: bool, before_strategy: bool = False
     ) -> None:
         with self.initialiser.undone_on_failure(pl_module):
-            if not has_adapters(pl_module):
-                self.initialiser.inject(pl_module)
+            layers = self.initialiser.to_do(pl_module)
+            injected = layers is None
+            if layers is None:
+                layers = self.initialiser.inject(pl_module)
             if initialise:
                 self.state = self.initialiser.initialise(
-                    trainer, pl_module, before_strategy=before_strategy, verbose=self.verbose
+                    trainer,
+                    pl_module,
+                    layers,
+                    before_strategy=before_strategy,
+                    injected=injected,
+                    verbose=self.verbose,
                 )
 
     def _let_go(self) -> None:
         self._stop_watching()
         self._stop_waiting()
         self._stop_watching = self._stop_waiting = _nothing
+        if self._checks is not None:
+            self._checks.close()
+            self._checks = None
+
+
+def _is_opaque(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, lightning_classes("strategies", *_OPAQUE))
+
+
+def _shards(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, lightning_classes("strategies", *_SHARDED))
 
 
 def _nothing() -> None:

@@ -11,73 +11,80 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core import saving
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
+from eva_lightning.done import done, mark_done, unmark
 from eva_lightning.errors import InputError
+from eva_lightning.namespaces import is_lightning_module, namespace_of
 
 KEY = "eva_lightning"
 """Where a checkpoint keeps the description of its adapters."""
 
-_DONE = "_eva_lightning_done"
+NOTICE = (
+    "eva_lightning: this checkpoint has LoRA adapters, which a new module lacks. Import eva_lightning before "
+    "MyModule.load_from_checkpoint, or put EVAInitCallback into the Trainer; for a process that cannot import "
+    "eva_lightning, convert the file with python -m eva_lightning.plain_checkpoint"
+)
+"""A name among the weights. Without us the module is built without adapters, and the error of its strict loading lists
+the names that it does not know: this one first."""
+
 _A_KEY = re.compile(r"^(?P<path>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight$")
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
 
-def mark_done(module: nn.Module, how: str) -> None:
-    """Note on the module itself that its adapters are set: "initialised" by EVA, or "restored" from a checkpoint."""
-    setattr(module, _DONE, how)
-
-
-def done(module: nn.Module) -> str | None:
-    """What :func:`mark_done` noted, or ``None``."""
-    return getattr(module, _DONE, None)
-
-
-def describe(module: nn.Module, injection: Mapping[str, Any], adapter_only: bool) -> dict[str, Any]:
+def describe(
+    module: nn.Module, injection: Mapping[str, Any], adapter_only: bool, built_with: Mapping[str, int]
+) -> dict[str, Any]:
     """What a fresh module needs to know to fit this module's weights: primitives only (``weights_only`` loading).
 
     Args:
         module: with its adapters.
         injection: the arguments for :func:`eva_lightning.adapters.inject`.
         adapter_only: whether the frozen weights are left out, which adds their fingerprint.
+        built_with: the ranks of the adapters that a fresh module has by itself.
     """
     layers = find_adapters(module).values()
     return {
         "version": 1,
         "adapters": {layer.path: {"rank": layer.rank, "alpha": layer.alpha} for layer in layers},
         "injection": dict(injection),
+        "built_with": dict(built_with),
         "done": done(module),
         "base_fingerprint": base_fingerprint(module) if adapter_only else None,
     }
 
 
 def save_into(checkpoint: dict[str, Any], module: pl.LightningModule, description: dict[str, Any]) -> None:
-    """Add the description to a checkpoint about to be written, and name our function as the one to rebuild with."""
+    """Add the description to a checkpoint about to be written; where only we can load it, its weights say so."""
     checkpoint[KEY] = description
+    weights = checkpoint["state_dict"]
     if description["base_fingerprint"] is not None:
         frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-    hparams = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    name = checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_NAME, None)
-    if name == "kwargs" or name is None:
-        hparams = dict(hparams)
-    else:
-        # hyper-parameters kept under one argument's name would hide the instantiator from Lightning
-        hparams = {name: hparams}
-        checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
-    cli = "_instantiator" in hparams
-    hparams["_instantiator"] = f"{__name__}.{'instantiate_cli' if cli else 'instantiate'}"
-    checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        weights = checkpoint["state_dict"] = {k: v for k, v in weights.items() if k not in frozen}
+    ranks = {path: entry["rank"] for path, entry in description["adapters"].items()}
+    # what several processes write together has to be on all of them alike, and only Lightning's strategies read it
+    shared = any(hasattr(value, "full_tensor") for value in weights.values())
+    if ranks != description["built_with"] and weights and not shared:
+        weights[NOTICE] = torch.empty(0)
+
+
+def _pass_over_notice(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.pop(prefix + NOTICE, None)
 
 
 class _DescribedSaving:
@@ -87,82 +94,131 @@ class _DescribedSaving:
     another Trainer may save the module. A class, so that the module can still be pickled and copied.
     """
 
-    def __init__(self, module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        injection: Mapping[str, Any],
+        adapter_only: bool,
+        built_with: Mapping[str, int],
+    ) -> None:
         self.module, self.injection, self.adapter_only = module, dict(injection), adapter_only
+        self.built_with = dict(built_with)
+        self.stop_passing_over = module.register_load_state_dict_pre_hook(_pass_over_notice)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         if find_adapters(self.module) or is_adalora(self.module):
-            save_into(checkpoint, self.module, describe(self.module, self.injection, self.adapter_only))
+            description = describe(self.module, self.injection, self.adapter_only, self.built_with)
+            save_into(checkpoint, self.module, description)
         type(self.module).on_save_checkpoint(self.module, checkpoint)
 
 
-def describe_on_save(module: pl.LightningModule, injection: Mapping[str, Any], adapter_only: bool = False) -> None:
+def describe_on_save(
+    module: pl.LightningModule,
+    injection: Mapping[str, Any],
+    adapter_only: bool = False,
+    built_with: Mapping[str, int] | None = None,
+) -> None:
     """Have every checkpoint of ``module`` say what its adapters are, so that a fresh module can load it.
 
     Args:
         module: with adapters, now or by the time it is saved.
         injection: the arguments for :func:`eva_lightning.adapters.inject` that a fresh module needs.
         adapter_only: leave frozen weights out of the checkpoints.
+        built_with: the adapters that a fresh module brings itself, with their ranks; default: those it has when this is
+            first called.
     """
-    vars(module)["on_save_checkpoint"] = _DescribedSaving(module, injection, adapter_only)
+    before = vars(module).get("on_save_checkpoint")
+    if built_with is None:
+        built_with = before.built_with if isinstance(before, _DescribedSaving) else _ranks(module)
+    stop_describing(module)
+    vars(module)["on_save_checkpoint"] = _DescribedSaving(module, injection, adapter_only, built_with)
 
 
 def stop_describing(module: pl.LightningModule) -> None:
     """Undo :func:`describe_on_save`."""
-    vars(module).pop("on_save_checkpoint", None)
+    described = vars(module).pop("on_save_checkpoint", None)
+    if isinstance(described, _DescribedSaving):
+        described.stop_passing_over.remove()
+
+
+def _ranks(module: nn.Module) -> dict[str, int]:
+    return {layer.path: layer.rank for layer in find_adapters(module).values()}
 
 
 def instantiate(cls: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """Build a module for ``load_from_checkpoint`` that will fit itself to the checkpoint (Lightning's instantiator)."""
-    module = cls(**kwargs)
-    if isinstance(module, pl.LightningModule):
-        watch_loading(module)
-    return module
+    """What checkpoints of version 0.1.0 name as their instantiator; Lightning before 2.6.6 calls it."""
+    return cls(**kwargs)
 
 
 def instantiate_cli(cls: Any, kwargs: dict[str, Any]) -> Any:
     """As :func:`instantiate`, for modules that LightningCLI built."""
     from lightning.pytorch.cli import instantiate_module
 
-    module = instantiate_module(cls, kwargs)
-    watch_loading(module)
-    return module
-
-
-def _trust_ourselves() -> None:
-    # Lightning >= 2.6 asks instantiators to be allowed by name before a checkpoint may call them
-    allowed = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
-    names = {f"{__name__}.instantiate", f"{__name__}.instantiate_cli"}
-    if isinstance(allowed, set):
-        allowed |= names
-    elif allowed is not None:
-        saving._ALLOWED_INSTANTIATORS = type(allowed)((*allowed, *names))
-
-
-_trust_ourselves()
+    return instantiate_module(cls, kwargs)
 
 
 def load_from_checkpoint(cls: type[ModuleT], checkpoint_path: str | os.PathLike[str], **kwargs: Any) -> ModuleT:
-    """``cls.load_from_checkpoint`` for any checkpoint with adapters, also those saved with ``save_weights_only``.
+    """``cls.load_from_checkpoint`` for any checkpoint with adapters, also those that do not describe them.
 
-    ``cls.load_from_checkpoint(path)`` does the same for full checkpoints written under an EVAInitCallback.
+    Those that an EVAInitCallback wrote describe them: ``cls.load_from_checkpoint(path)`` loads them just as well once
+    eva_lightning is imported.
     """
+    with _prepared_for_loading(cls, described=False):
+        return cls.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
 
-    def on_load_checkpoint(self: ModuleT, checkpoint: dict[str, Any]) -> None:
-        fit_to_checkpoint(self, checkpoint)
-        cls.on_load_checkpoint(self, checkpoint)
 
-    namespace = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
-    reader: type[ModuleT] = type(cls.__name__, (cls,), namespace)
-    module = reader.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
-    module.__class__ = cls
-    return module
+def load_with(load: Callable[..., ModuleT], cls: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
+    """Lightning's ``cls.load_from_checkpoint``, with modules fitted to checkpoints that describe adapters.
+
+    Args:
+        load: Lightning's own.
+        cls: the module's class, or one above it.
+        args, kwargs: for `load`.
+    """
+    with _prepared_for_loading(cls, described=True):
+        try:
+            return load(*args, **kwargs)
+        except ValueError as error:
+            # Lightning >= 2.6.6 refuses the instantiators that checkpoints of version 0.1.0 name
+            refused = [name for name in (instantiate, instantiate_cli) if f"'{__name__}.{name.__name__}'" in str(error)]
+            if not refused:
+                raise
+        cli = f"{namespace_of(cls)}.cli.instantiate_module"
+        kwargs["_instantiator"] = cli if refused == [instantiate_cli] else None
+        file = args[0] if args else kwargs["checkpoint_path"]
+        if hasattr(file, "seek"):
+            file.seek(0)
+        return load(*args, **kwargs)
+
+
+@contextmanager
+def _prepared_for_loading(cls: type, described: bool) -> Iterator[None]:
+    """Have modules of a class that are built meanwhile fit themselves to the checkpoint they load."""
+    stops: dict[int, Callable[[], None]] = {}
+    thread = threading.get_ident()
+
+    def on_registration(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, cls) and id(module) not in stops and threading.get_ident() == thread:
+            stops[id(module)] = watch_loading(module, described=described)  # type: ignore[arg-type]
+
+    handles = [
+        register_module_module_registration_hook(on_registration),
+        register_module_parameter_registration_hook(on_registration),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stop in stops.values():
+            stop()
 
 
 def watch_loading(
     module: pl.LightningModule,
     injection: Mapping[str, Any] | None = None,
     changed: Callable[[], None] | None = None,
+    described: bool = False,
 ) -> Callable[[], None]:
     """Fit ``module`` to the next checkpoint it loads, once; returns a function that stops watching.
 
@@ -170,6 +226,7 @@ def watch_loading(
         module: about to load a checkpoint, perhaps.
         injection: arguments for :func:`eva_lightning.adapters.inject`, for checkpoints that do not hold their own.
         changed: called after the module's parameters were replaced.
+        described: leave checkpoints alone that do not describe adapters: Lightning loads them as ever.
     """
     if "on_load_checkpoint" in vars(module):
         return lambda: None
@@ -180,7 +237,8 @@ def watch_loading(
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         stop()
-        if fit_to_checkpoint(module, checkpoint, injection) and changed is not None:
+        ours = KEY in checkpoint or not described
+        if ours and fit_to_checkpoint(module, checkpoint, injection) and changed is not None:
             changed()
         original(checkpoint)
 
@@ -200,9 +258,11 @@ def fit_to_checkpoint(
             those the adapters were trained on, or the module has adapters and the checkpoint none.
     """
     weights: dict[str, Tensor] = checkpoint["state_dict"]
+    weights.pop(NOTICE, None)
     incoming = {m["path"]: int(t.shape[0]) for k, t in weights.items() if (m := _A_KEY.match(k))}
     description = checkpoint.get(KEY) or {}
     present = {layer.path: layer for layer in find_adapters(module).values()}
+    built_with = _ranks(module)
     if not incoming and (description.get("injection") or {}).get("adalora") is not None:
         _fit_to_adalora(module, weights, description)
         return True
@@ -248,9 +308,11 @@ def fit_to_checkpoint(
         _fill_base_weights(module, weights, description["base_fingerprint"])
     # a checkpoint from before the initialisation (the learning rate finder makes them) has nothing to protect
     if description.get("done") or any(bool(t.any()) for k, t in weights.items() if ".lora_B." in k):
-        mark_done(module, "restored")
-    if description and isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
-        describe_on_save(module, description["injection"])
+        mark_done(find_adapters(module).values(), "restored")
+    else:
+        unmark(find_adapters(module).values())
+    if description:
+        _go_on_describing(module, description, built_with)
     return True
 
 
@@ -260,9 +322,12 @@ def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: 
         inject(module, **description["injection"])
     if description["base_fingerprint"] is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])
-    mark_done(module, "restored")
-    if isinstance(module, pl.LightningModule) and "on_save_checkpoint" not in vars(module):
-        describe_on_save(module, description["injection"])
+    _go_on_describing(module, description, {})
+
+
+def _go_on_describing(module: nn.Module, description: Mapping[str, Any], built_with: Mapping[str, int]) -> None:
+    if is_lightning_module(module) and "on_save_checkpoint" not in vars(module):
+        describe_on_save(cast(pl.LightningModule, module), description["injection"], built_with=built_with)
 
 
 def base_fingerprint(module: nn.Module) -> str:

@@ -13,10 +13,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import AdapterLayer, Injection, count_trainable, find_skipped, fresh_adapters, inject
+from eva_lightning.adapters import (
+    AdapterLayer,
+    Injection,
+    count_trainable,
+    find_adapters,
+    find_skipped,
+    has_adapters,
+    inject,
+    refuse_merged,
+    refuse_trained,
+    wanted_adapters,
+)
 from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import ForwardFn, MaskFn
+from eva_lightning.done import done, mark_done, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
 from eva_lightning.errors import InputError
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan
@@ -25,8 +37,9 @@ from eva_lightning.state import EVAState
 from eva_lightning.streaming import compute_eva_state
 from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.summary import print_summary, streaming_progress
-from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
+from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages, refuses_unused_parameters
 from eva_lightning.training_batches import set_up_loader, training_batches
+from eva_lightning.training_checks import warn_of_layers_not_run
 
 _INJECTION = "_eva_lightning_injection"
 
@@ -39,6 +52,7 @@ class Initialiser:
         injection_arguments: For :func:`eva_lightning.adapters.inject`, where a module has no adapters.
         given: A precomputed state, instead of streaming.
         injection: What was put into the module at hand, if anything was.
+        not_run: Its layers that did not run when they were to be initialised, which was said.
     """
 
     rho: float
@@ -51,13 +65,39 @@ class Initialiser:
     mask_fn: MaskFn | None = None
     given: EVAState | None = None
     injection: Injection | None = field(default=None, init=False)
+    not_run: list[str] = field(default_factory=list, init=False)
 
     def take_up(self, pl_module: pl.LightningModule) -> None:
         """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
-        self.injection = vars(pl_module).get(_INJECTION)
+        injection = vars(pl_module).get(_INJECTION)
+        self.injection = injection if injection is not None and injection.is_in(pl_module) else None
+        self.not_run = []
 
-    def inject(self, pl_module: pl.LightningModule) -> None:
-        """Put adapters in.
+    def forget_reset(self, pl_module: pl.LightningModule) -> None:
+        """Let adapters that were made new in place be initialised again."""
+        unmark_reset(find_adapters(pl_module).values())
+
+    def to_do(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer] | None:
+        """The LoRA layers still to be initialised: none when all are; ``None`` if the module has no adapter at all.
+
+        Beside layers that are set already, those that somebody trained are set too.
+
+        Raises:
+            InputError: The module has adapters, but none that EVA can initialise, one is merged, or a name matches
+                nothing.
+        """
+        if not has_adapters(pl_module):
+            return None
+        layers = wanted_adapters(pl_module)
+        refuse_merged(layers)
+        if self.injection is None and without_mark(layers):
+            arguments = self.injection_arguments
+            layers = wanted_adapters(pl_module, arguments["target_modules"], arguments["exclude"])
+        new = without_mark(layers)
+        return new if len(new) == len(layers) else {name: layer for name, layer in new.items() if layer.is_fresh}
+
+    def inject(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
+        """Put adapters in; returns their layers.
 
         Raises:
             InputError: A layer has no shape yet, or see :func:`eva_lightning.adapters.inject`.
@@ -70,10 +110,11 @@ class Initialiser:
                 )
         self.injection = inject(pl_module, **self.injection_arguments)
         vars(pl_module)[_INJECTION] = self.injection
+        return wanted_adapters(pl_module)
 
     def undo(self, pl_module: pl.LightningModule) -> None:
         """Leave a module that has not been initialised as it was before."""
-        if ckpt.done(pl_module):
+        if done(pl_module):
             return
         if self.injection is not None:
             self.injection.undo(pl_module)
@@ -93,50 +134,68 @@ class Initialiser:
             raise
 
     def initialise(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, before_strategy: bool, verbose: bool
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, AdapterLayer],
+        *,
+        before_strategy: bool,
+        injected: bool,
+        verbose: bool,
     ) -> EVAState:
-        """Decompose, redistribute, write A and B, and give the optimizers the new parameters.
+        """Decompose, redistribute, write A and B, and give optimizers and averages the new parameters.
 
         Args:
             trainer: About to fit the module.
             pl_module: With adapters.
+            layers: Those to initialise.
             before_strategy: The strategy has not set the module up yet: there is nothing to rebuild.
+            injected: The adapters were put in a moment ago: optimizers do not know them.
             verbose: Print what is done.
 
         Returns:
             The state, with the ranks that the layers have now.
 
         Raises:
-            InputError: There is no adapter EVA can initialise, no training data, or a given state does not fit.
+            InputError: An adapter is trained, there is no training data, or a given state does not fit.
         """
         started = time.perf_counter()
-        layers = self._layers(pl_module)
+        refuse_trained(layers)
         before = count_trainable(pl_module)
         state = self.given or self._stream(trainer, pl_module, layers, before_strategy, verbose)
-        plan = self._apply(pl_module, layers, state)
-        if plan.replaces_parameters and not before_strategy:
+        plan = self._apply(trainer, pl_module, layers, state)
+        if not before_strategy and (plan.replaces_parameters or injected):
             rebuild_optimizers(trainer, pl_module)
-            refresh_averages(trainer, pl_module)
+        refresh_averages(trainer, pl_module)
         plan.state.seconds = time.perf_counter() - started
         if verbose and trainer.is_global_zero:
             after, skipped = count_trainable(pl_module), find_skipped(pl_module)
             print_summary(plan, before, after, self.injection, skipped, self.streaming.max_batches)
         return plan.state
 
-    def _apply(self, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState) -> Plan:
+    def _apply(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState
+    ) -> Plan:
+        # an adapter that takes no part in training ends a fit with DistributedDataParallel
+        stops = refuses_unused_parameters(trainer)
+        drop_idle = stops and self.injection is not None
         plan = make_plan(
-            layers, state, self.rho, self.metric, self.init, self.streaming.seed, given=self.given is not None
+            layers,
+            state,
+            self.rho,
+            self.metric,
+            self.init,
+            self.streaming.seed,
+            given=self.given is not None,
+            drop_idle=drop_idle,
         )
         apply_plan(pl_module, layers, plan, self.injection is not None, self.rescale_alpha)
-        ckpt.mark_done(pl_module, "initialised")
+        mark_done((layer for name, layer in layers.items() if plan.state.ranks[name] > 0), "initialised")
         vars(pl_module).pop(_INJECTION, None)
+        self.not_run = plan.untouched
+        if plan.untouched:
+            warn_of_layers_not_run(plan.untouched, len(layers), removed=drop_idle, stops=stops)
         return plan
-
-    def _layers(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
-        if self.injection is not None:
-            return fresh_adapters(pl_module)
-        arguments = self.injection_arguments
-        return fresh_adapters(pl_module, arguments["target_modules"], arguments["exclude"])
 
     def _stream(
         self,

@@ -15,6 +15,9 @@ from eva_lightning.token_subsampling import TokenChoice
 
 Tokens = tuple[Tensor, "Tensor | None"]
 
+FITTED = "_eva_lightning_fitted"
+"""Set on a mask that some layer's tokens had the shape of."""
+
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -189,11 +192,12 @@ def fit_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Te
     inputs that are not per token (a pooled vector)."""
     if mask is None:
         return None
-    if mask.shape == shape:
-        return mask.to(device)
-    if len(shape) == 1 and mask.numel() == shape[0]:
-        return mask.to(device).reshape(-1)
-    return None
+    flattened = len(shape) == 1 and mask.numel() == shape[0]
+    if mask.shape != shape and not flattened:
+        return None
+    setattr(mask, FITTED, True)
+    mask = mask.to(device)
+    return mask.reshape(-1) if flattened else mask
 
 
 def _in_features(layer: nn.Module) -> int:

@@ -27,7 +27,7 @@ class Plan:
         a: layer -> A (rank, in_features); layers with rank 0 are missing.
         state: the decomposition with ``ranks`` filled in.
         uniform: the ranks before.
-        untouched: layers that never ran; they keep what they have.
+        untouched: layers that never ran; they keep what they have, or have lost their adapter too.
         capped: layers narrower than their share of components.
     """
 
@@ -51,12 +51,13 @@ def make_plan(
     init: str,
     seed: int = 0,
     given: bool = False,
+    drop_idle: bool = False,
 ) -> Plan:
     """Ranks from the explained variance (paper section 3.5) and A from the components.
 
     The budget is the sum of the layers' ranks; a layer gets at most ``round(r * rho)`` and its input width. EVA-minor
     keeps uniform ranks, as in the paper (Table 12), and so do layers that PEFT can store with one rank only
-    (nn.MultiheadAttention): those stay out of the budget.
+    (nn.MultiheadAttention): those stay out of the budget. Layers that never ran lose their adapter with ``drop_idle``.
 
     Raises:
         InputError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
@@ -86,7 +87,7 @@ def make_plan(
         if rank > 0
     }
     untouched = [n for n in layers if n not in measured]
-    ranks |= {n: layers[n].rank for n in untouched}
+    ranks |= {n: 0 if drop_idle else layers[n].rank for n in untouched}
     state = dataclasses.replace(state, ranks={n: ranks[n] for n in layers})
     state.meta = {**state.meta, "rho": rho, "metric": metric, "init": init}
     capped = [n for n, layer in measured.items() if caps[n] < round(layer.rank * rho)]
@@ -112,10 +113,10 @@ def apply_plan(
     with isolated_rng(), restored_on_failure(module):
         for name, layer in layers.items():
             rank = plan.state.ranks[name]
-            if name in plan.untouched:
-                continue
             if rank == 0:
                 remove(module, layer)
+                continue
+            if name in plan.untouched:
                 continue
             if rank != layer.rank:
                 layer.resize(rank, None if rescale_alpha else layer.alpha)
@@ -140,6 +141,8 @@ def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float,
         )
     for name, layer in layers.items():
         if name not in state.components:
+            if name in state.ranks:  # it did not run when the state was measured either
+                continue
             raise InputError(f"the EVA state is of another model: {unknown_layer(name, state.components)}")
         held, width = state.components[name].shape
         if width != layer.in_features:

@@ -21,6 +21,7 @@ from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.svd import ExactSVD, StoppingRule, StreamingSVD, SVDResult, make_stopping_rule, solve
 from eva_lightning.svd.distributed import all_ranks, world_size
+from eva_lightning.token_masks import TokenMasks
 from eva_lightning.token_subsampling import TokenChoice
 
 
@@ -119,6 +120,7 @@ def _stream(
 ) -> tuple[int, dict[str, bool]]:
     """Run the model on minibatches until enough layers have converged; how many, and which layers."""
     converged: dict[str, bool] = {}
+    masks = TokenMasks(mask_fn)
     iterator, n, exhausted = iter(batches), 0, False
     with _closed_at_the_end(iterator):
         while n < options.max_batches:
@@ -128,9 +130,10 @@ def _stream(
                 break
             n += 1
             if not exhausted:
-                capture.begin(None if mask_fn is None else mask_fn(batch))
+                capture.begin(masks.begin(batch))
                 run(batch)
                 capture.end()
+                masks.end()
             if progress is not None:
                 progress(n, sum(converged.values()) / max(1, len(converged)))
             if not stopping.due(n):
@@ -183,7 +186,10 @@ def _collect(capture: InputCapture, minor: bool) -> EVAState:
     found = {n: result.to("cpu") for n, result in found.items()}
     of = {n: capture.owner.get(n, n) for n in capture.layers if capture.owner.get(n, n) in found}
     if not of:
-        raise InputError("none of the layers to adapt ran in the forward pass; check forward_fn and target_modules")
+        raise InputError(
+            "none of the layers to adapt ran in the forward pass, or mask_fn left no token; check forward_fn, mask_fn "
+            "and target_modules"
+        )
     results = {n: found[owner] for n, owner in of.items()}
     return EVAState(
         components={n: result.components for n, result in results.items()},

@@ -46,7 +46,8 @@ def print_summary(
     if plan.capped:
         table.add_row("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}")
     if plan.untouched:
-        table.add_row("not run", f"{len(plan.untouched)} layers keep their random A, e.g. {plan.untouched[0]}")
+        fate = "keep their random A" if state.ranks[plan.untouched[0]] else "have lost their adapters"
+        table.add_row("not run", f"{len(plan.untouched)} layers {fate}, e.g. {plan.untouched[0]}")
     if skipped:
         name, reason = next(iter(skipped.items()))
         table.add_row("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}")

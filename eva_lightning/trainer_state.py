@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
-import lightning.pytorch.callbacks as pl_callbacks
+from torch.nn.parallel import DistributedDataParallel
+
+from eva_lightning.namespaces import is_overridden, lightning_classes
 
 # WeightAveraging came with Lightning 2.5.3
-_AVERAGING_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
-_AVERAGING = tuple(getattr(pl_callbacks, n) for n in _AVERAGING_NAMES if hasattr(pl_callbacks, n))
+_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 
-def after_configure_model(pl_module: pl.LightningModule, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` once, after the module's ``setup`` and ``configure_model``; returns a function that calls it off."""
-    original = pl_module.configure_model
+def once_built(pl_module: pl.LightningModule, then: Callable[[], None]) -> Callable[[], None]:
+    """Call `then` once, after the module's ``setup`` and ``configure_model``; returns a function that calls it off.
+
+    WeightAveraging calls ``configure_model`` of its own accord, and before ``setup``: that does not count.
+    """
+    setup_hook, model_hook = pl_module.setup, pl_module.configure_model
+    kept = {name: vars(pl_module).get(name) for name in ("setup", "configure_model")}
+    builds_model = is_overridden("configure_model", pl_module)
+    is_set_up = False
 
     def stop() -> None:
-        vars(pl_module).pop("configure_model", None)
+        for name, before in kept.items():
+            vars(pl_module).pop(name, None)
+            if before is not None:
+                vars(pl_module)[name] = before
+
+    def setup(stage: str) -> None:
+        nonlocal is_set_up
+        setup_hook(stage)
+        is_set_up = True
+        if not builds_model:
+            stop()
+            then()
 
     def configure_model() -> None:
-        stop()
-        original()
-        then()
+        model_hook()
+        if is_set_up:
+            stop()
+            then()
 
-    vars(pl_module)["configure_model"] = configure_model
+    vars(pl_module)["setup"] = setup
+    if builds_model:
+        vars(pl_module)["configure_model"] = configure_model
     return stop
 
 
@@ -39,6 +61,14 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
 
 def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that keep an average of the weights copy the module as it is now."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _AVERAGING) and trainer.state.fn == "fit":
+    averaging = lightning_classes("callbacks", *_AVERAGING)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, averaging) and trainer.state.fn == "fit":
             callback.setup(trainer, pl_module, "fit")
+
+
+def refuses_unused_parameters(trainer: pl.Trainer) -> bool:
+    """Whether training fails on a parameter that gets no gradient (DDP, unless told to look for those)."""
+    model = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and not (model.find_unused_parameters or model.static_graph)

@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
 from eva_lightning.errors import InputError
+from eva_lightning.namespaces import is_overridden
 from eva_lightning.side_effects import isolated_rng, restored_sources
 
 

@@ -10,7 +10,14 @@ from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.export import merge_and_unload, save_pretrained
 from eva_lightning.adapters.injection import Injection, count_trainable, inject
 from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
-from eva_lightning.adapters.registry import find_adapters, find_skipped, fresh_adapters, has_adapters
+from eva_lightning.adapters.registry import (
+    find_adapters,
+    find_skipped,
+    has_adapters,
+    refuse_merged,
+    refuse_trained,
+    wanted_adapters,
+)
 from eva_lightning.adapters.targets import find_head, find_targets
 
 __all__ = [
@@ -23,9 +30,11 @@ __all__ = [
     "find_head",
     "find_skipped",
     "find_targets",
-    "fresh_adapters",
     "has_adapters",
     "inject",
     "merge_and_unload",
+    "refuse_merged",
+    "refuse_trained",
     "save_pretrained",
+    "wanted_adapters",
 ]

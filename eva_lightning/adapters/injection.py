@@ -23,10 +23,13 @@ from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
 from eva_lightning.adapters.quantised import announce_quantisation
 from eva_lightning.adapters.registry import (
     CONFIG_ATTRIBUTE,
+    OWN_ADAPTER,
     find_adapters,
     lora_layers,
     replace_everywhere,
+    replace_stale_configs,
     sync_configs,
+    unwrap_empty,
 )
 from eva_lightning.adapters.supported_layers import is_linear
 from eva_lightning.adapters.targets import find_targets, language_model_heads
@@ -58,6 +61,11 @@ class Injection:
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
     # PiSSA, MiLoRA and OLoRA move a part of the base weight into the adapter
     _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False, default_factory=list)
+    _stale_configs: list[tuple[Any, dict[str, Any]]] = field(repr=False, default_factory=list)
+
+    def is_in(self, module: nn.Module) -> bool:
+        """Whether the layers are still there: not merged, and not gone with the network they were in."""
+        return any(hasattr(m, CONFIG_ATTRIBUTE) for m in module.modules())
 
     def undo(self, module: nn.Module) -> None:
         """Put the base layers and every ``requires_grad`` flag back: the module is what it was before."""
@@ -73,6 +81,9 @@ class Injection:
             parameter.requires_grad_(flag)
         for layer_module, name, value in self._fast_paths:
             setattr(layer_module, name, value)
+        for group, configs in self._stale_configs:
+            group.clear()
+            group.update(configs)
 
 
 def inject(
@@ -117,6 +128,7 @@ def inject(
     check_choice("initialisation", initialisation, PEFT_NAMES)
     if find_adapters(module):
         raise InputError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
+    unwrap_empty(module)
     targets, heads = find_targets(module, target_modules, exclude, head)
     if initialisation != "lora" or adalora is not None:
         for name in targets:
@@ -142,7 +154,8 @@ def inject(
         if initialisation not in FROM_DATA:
             injection._weights = [(w, w.data.clone()) for w in weights]
     try:
-        _inject(module, targets, r, alpha, options, adalora)
+        config = _inject(module, targets, r, alpha, options, adalora)
+        injection._stale_configs = replace_stale_configs(module, config)
         layers = {layer.name: layer for layer in lora_layers(module) if hasattr(layer.module, CONFIG_ATTRIBUTE)}
         _set_trainable(module, layers, heads, bias, dict(_named_flags(module, requires_grad)))
         for layer in layers.values():
@@ -202,7 +215,7 @@ def _inject(
     alpha: float,
     options: Mapping[str, Any],
     adalora: Mapping[str, Any] | None,
-) -> None:
+) -> Any:
     from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 
     holder = _Holder(module)
@@ -214,7 +227,7 @@ def _inject(
     with isolated_rng(), warnings.catch_warnings():
         # PEFT corrects this for each layer by its type, and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        inject_adapter_in_model(config, holder)
+        inject_adapter_in_model(config, holder, adapter_name=OWN_ADAPTER)
     for m in module.modules():
         if id(m) not in modes:
             m.training = module.training
@@ -224,6 +237,7 @@ def _inject(
             setattr(m, CONFIG_ATTRIBUTE, config)
             m.register_forward_pre_hook(_accept_keyword, with_kwargs=True)
     _adapt_aliases(module)
+    return config
 
 
 def _refuse_weights(weights: Mapping[str, Tensor], initialisation: str) -> None:

@@ -20,6 +20,9 @@ from eva_lightning.side_effects import isolated_rng
 CONFIG_ATTRIBUTE = "_eva_lightning_config"
 """Where layers that we inject keep their LoraConfig, so that a part of the module (``module.net``) knows it too."""
 
+OWN_ADAPTER = "default"
+"""The name of the adapter that we inject, PEFT's default."""
+
 
 def find_adapters(module: nn.Module, adapter_name: str | None = None) -> dict[str, AdapterLayer]:
     """All LoRA layers of ``module`` that EVA can initialise, by canonical name, in module order.
@@ -40,10 +43,10 @@ def find_skipped(module: nn.Module, adapter_name: str | None = None) -> dict[str
     return {x.name: x.reason for x in lora_layers(module, adapter_name) if isinstance(x, SkippedLayer)}
 
 
-def fresh_adapters(
+def wanted_adapters(
     module: nn.Module, target_modules: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
 ) -> dict[str, AdapterLayer]:
-    """The LoRA layers of ``module`` that EVA is to initialise, by canonical name.
+    """The LoRA layers of ``module`` that EVA is to initialise, by canonical name, trained or not.
 
     Args:
         module: with LoRA layers.
@@ -51,7 +54,7 @@ def fresh_adapters(
         exclude: those to leave as they are.
 
     Raises:
-        InputError: there is none that EVA can initialise, a name matches nothing, or a layer is trained already.
+        InputError: there is none that EVA can initialise, or a name matches nothing.
     """
     layers = find_adapters(module)
     if not layers:
@@ -61,15 +64,38 @@ def fresh_adapters(
             f" ({'; '.join(reasons) or 'no adapter is active'})"
         )
     names = list(layers) if target_modules is None else select(list(layers), target_modules, "target_modules")
-    dropped = set() if exclude is None else set(select(list(layers), exclude, "exclude"))
-    chosen = {n: layers[n] for n in names if n not in dropped}
-    for layer in chosen.values():
+    # what an earlier injection left out has no adapter now
+    everything = [*layers, *map(canonical_names(module), dict(module.named_modules()))]
+    dropped = set() if exclude is None else set(select(everything, exclude, "exclude"))
+    return {n: layers[n] for n in names if n not in dropped}
+
+
+def refuse_merged(layers: Mapping[str, AdapterLayer]) -> None:
+    """Make sure that these layers compute with their adapters.
+
+    Raises:
+        InputError: an adapter is merged into its weight: it would not train.
+    """
+    merged = [name for name, layer in layers.items() if layer.module.merged]
+    if merged:
+        raise InputError(
+            f"the adapter of layer {merged[0]!r} is merged into its weight and would not train ({len(merged)} such); "
+            "call unmerge_adapter() before fit, or merge_and_unload() to begin with new adapters"
+        )
+
+
+def refuse_trained(layers: Mapping[str, AdapterLayer]) -> None:
+    """Make sure that initialising these layers erases nothing.
+
+    Raises:
+        InputError: a layer is trained already.
+    """
+    for layer in layers.values():
         if not layer.is_fresh:
             raise InputError(
                 f"layer {layer.name!r}: its LoRA matrix B is not zero, so the adapter is trained or PiSSA-like and "
                 "EVA would erase it; use adapters as LoraConfig makes them by default"
             )
-    return chosen
 
 
 def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[AdapterLayer]:
@@ -100,8 +126,29 @@ def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[Adap
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether there is any LoRA layer in ``module``, also of kinds that :func:`find_adapters` passes over."""
-    return any(hasattr(m, "lora_A") for m in module.modules())
+    """Whether there is any adapter in ``module``, also of kinds that :func:`find_adapters` passes over."""
+    return any(hasattr(m, "lora_A") and not _is_empty(m) for m in module.modules())
+
+
+def unwrap_empty(module: nn.Module) -> None:
+    """Put the base layer in the place of LoRA layers without any adapter, which PEFT's ``delete_adapter`` leaves."""
+    for m in list(module.modules()):
+        if hasattr(m, "lora_A") and _is_empty(m):
+            replace_everywhere(module, m, m.get_base_layer())  # type: ignore[operator]
+
+
+def replace_stale_configs(module: nn.Module, config: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Give a PeftModel that lost its adapters the config of those now inside it; returns what it had, to set back."""
+    tuners = [m for m in module.modules() if any(c.__name__ in ("PeftModel", "BaseTuner") for c in type(m).__mro__)]
+    groups: dict[int, Any] = {id(m.peft_config): m.peft_config for m in tuners}
+    stale = [(group, dict(group)) for group in groups.values() if group.get(OWN_ADAPTER) is not config]
+    for group, _ in stale:
+        group[OWN_ADAPTER] = config
+    return stale
+
+
+def _is_empty(layer: Any) -> bool:
+    return len(layer.lora_A) == 0 and len(getattr(layer, "lora_embedding_A", ())) == 0
 
 
 def canonical_names(module: nn.Module) -> Callable[[str], str]:

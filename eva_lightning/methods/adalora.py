@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from eva_lightning.adapters.adalora import RankAllocation, start_rank
+from eva_lightning.callback_base import Callback
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 
@@ -19,7 +20,7 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where) ->
     return [*callbacks, AdaLoRACallback()]
 
 
-class AdaLoRACallback(L.Callback):
+class AdaLoRACallback(Callback):
     """AdaLoRA's schedule in a Trainer: ranks shrink from 1.5 r to r where gradients show that they matter least.
 
     Warm-up, the cubic schedule and the orthogonality penalty (weight 0.5, as in PEFT) are laid over the number of

@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from eva_lightning import checkpoint as ckpt
-from eva_lightning.adapters import AdapterLayer, find_adapters
+from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
 from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import MaskFn
+from eva_lightning.callback_base import Callback
+from eva_lightning.done import mark_done, without_mark
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
+from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
@@ -32,7 +33,7 @@ Kind = Literal["corda", "lora-ga"]
 #: VTAB protocol's 64 images a minibatch, these.
 DEFAULT_BATCHES: dict[Kind, int] = {"corda": 4, "lora-ga": 2}
 
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: Kind) -> list[pl.Callback]:
@@ -41,7 +42,7 @@ def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, k
     return [*lora.prepare(module, options, where, initialisation=kind), start]
 
 
-class DataDrivenStart(pl.Callback):
+class DataDrivenStart(Callback):
     """Gives adapters the start of CorDA or LoRA-GA before the first training step.
 
     The module has adapters made by ``inject(module, initialisation=kind)``, which are plain LoRA up to then. At the
@@ -84,7 +85,7 @@ class DataDrivenStart(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
-        if stage == "fit" and isinstance(trainer.strategy, _SHARDED):
+        if stage == "fit" and isinstance(trainer.strategy, lightning_classes("strategies", *_SHARDED)):
             raise InputError(
                 f"{METHODS[self.kind].label} decomposes whole base weights, which {type(trainer.strategy).__name__} "
                 "shards: train it on one device or with DDP"
@@ -92,10 +93,17 @@ class DataDrivenStart(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the minibatches and write A, B and the base weights."""
-        if ckpt.done(pl_module) or trainer.limit_train_batches == 0:
+        adapters = find_adapters(pl_module)
+        if not adapters:
+            raise InputError(
+                f"{type(pl_module).__name__} has no adapters to start: put them in with "
+                f"inject(module, initialisation={self.kind!r})"
+            )
+        layers = without_mark(adapters)
+        if not layers or trainer.limit_train_batches == 0:
             return
+        refuse_trained(layers)
         started = time.perf_counter()
-        layers = find_adapters(pl_module)
         restore_rng = snapshot_rng()
         try:
             # this draws random numbers too, those that training would otherwise draw here a moment later
@@ -106,7 +114,7 @@ class DataDrivenStart(pl.Callback):
         except BaseException:
             restore_rng()
             raise
-        ckpt.mark_done(pl_module, "initialised")
+        mark_done(layers.values(), "initialised")
         if trainer.world_size > 1:
             rebuild_optimizers(trainer, pl_module)  # which sends the weights of the first process to the others
         refresh_averages(trainer, pl_module)
@@ -116,6 +124,14 @@ class DataDrivenStart(pl.Callback):
                 f"{METHODS[self.kind].label}: {len(means)} adapters started from {limit} minibatches in "
                 f"{time.perf_counter() - started:.1f} s{untouched if len(means) < len(layers) else ''}"
             )
+
+    def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: nothing but the weights."""
+        return {}
+
+    def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
+        """In that parent process: its adapters, which are about to get the child's weights, are set."""
+        mark_done(find_adapters(pl_module).values(), "restored")
 
     def _statistics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 
 from eva_lightning.adapters import inject
+from eva_lightning.callback_base import Callback
 from eva_lightning.checkpoint import describe_on_save, watch_loading
 from eva_lightning.errors import InputError
 from eva_lightning.methods.apply import AdapterOptions, Where
 
 
-class AdapterCheckpoints(L.Callback):
+class AdapterCheckpoints(Callback):
     """Describe the adapters in checkpoints and, where that is enough, leave the frozen weights out.
 
     30 checkpoints of a whole ViT-g take 140 GB. A module without adapters, but with the same pre-trained weights, takes
@@ -32,7 +33,7 @@ class AdapterCheckpoints(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Fill the frozen weights in again when a checkpoint is restored."""
-        describe_on_save(pl_module, self.injection, self.adapter_only)
+        describe_on_save(pl_module, self.injection, self.adapter_only, built_with={})
         self._stop_watching = watch_loading(pl_module, self.injection)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eva_lightning.batch_forward import MaskFn, no_grad_forward, training_loss
 from eva_lightning.layer_inputs import LayerInputs, fit_mask
 from eva_lightning.side_effects import observing
+from eva_lightning.token_masks import TokenMasks
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -78,10 +79,12 @@ def input_moments(
             moments[name] = Mean(torch.zeros(inputs.width, inputs.width, device=weight.device))
             stack.enter_context(_hooked(layer, observe(name, inputs)))
         stack.enter_context(observing(model))
+        masks = TokenMasks(mask_fn)
         for batch in stack.enter_context(_closed(batches)):
-            mask = None if mask_fn is None else mask_fn(batch)
+            mask = masks.begin(batch)
             with context():
                 no_grad_forward(None, model, batch)
+            masks.end()
             progress()
     for name, moment in moments.items():
         _check_finite(name, moment.total, "inputs")

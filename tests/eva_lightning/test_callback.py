@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -601,23 +602,87 @@ def test_modules_that_change_in_their_own_hooks(kind: Any, given: bool) -> None:
     assert not any(k in vars(module) for k in ("configure_model", "on_load_checkpoint"))
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_weight_averages_follow_the_redistributed_ranks(name: str, first: bool) -> None:
+class Weights(pl.Callback):
+    """Every value that B of the first layer had after a step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(find_adapters(pl_module)["net.0"].b.detach().clone())
+
+
+AVERAGES: dict[str, dict[str, Any]] = {
+    "WeightAveraging": {},
+    "EMAWeightAveraging": {"decay": 0.5},
+    "StochasticWeightAveraging": {"swa_lrs": 0.01, "swa_epoch_start": 1},
+}
+
+
+def average_of(name: str, seen: list[torch.Tensor]) -> torch.Tensor:
+    """What the callback is to leave in the module, from its definition."""
+    if name == "StochasticWeightAveraging":
+        # at the start of each epoch of 6 steps, the first with B = 0
+        return (seen[5] + seen[11]) / 3
+    if name == "WeightAveraging":
+        return torch.stack(seen).mean(0)
+    average = seen[0]
+    for value in seen[1:]:
+        average = 0.5 * average + 0.5 * value
+    return average
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["streamed", "given"])
+@pytest.mark.parametrize("rho", [1, 2])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_weight_averages_follow_the_adapters(name: str, first: bool, rho: int, given: bool) -> None:
     import lightning.pytorch.callbacks as callbacks
 
     if not hasattr(callbacks, name):
         pytest.skip(f"this Lightning has no {name}")
-    average = getattr(callbacks, name)(**({"swa_lrs": 0.01} if name.startswith("Sto") else {"decay": 0.5}))
-    eva = EVAInitCallback(rho=2, r=4)
-    module = build()
-    order = [eva, average] if first else [average, eva]
-    trainer(*order, max_epochs=3).fit(module, loader())
+    average = type("Subclass", (getattr(callbacks, name),), {})(**AVERAGES[name])
+    state = None
+    if given:
+        source = EVAInitCallback(rho=rho, r=4, verbose=False)
+        trainer(source, max_epochs=0).fit(build(), loader())
+        state = source.state
+    eva, weights, module = EVAInitCallback(rho=rho, r=4, state=state, verbose=False), Weights(), build()
+    order = [average, eva] if first else [eva, average]
+    trainer(*order, weights, max_epochs=3).fit(module, loader(), DataLoader(dataset(32), 16))
     assert eva.state is not None
-    assert {n: layer.rank for n, layer in find_adapters(module).items()} == {
-        n: r for n, r in eva.state.ranks.items() if r
-    }
-    assert any(layer.b.any() for layer in find_adapters(module).values())
+    layers = find_adapters(module)
+    assert {n: layer.rank for n, layer in layers.items()} == {n: r for n, r in eva.state.ranks.items() if r}
+    torch.testing.assert_close(layers["net.0"].b.detach(), average_of(name, weights.seen))
+
+
+@pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_weight_averages_of_modules_that_are_built_late(kind: Any, first: bool) -> None:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    eva, average, module = EVAInitCallback(rho=1, r=4, verbose=False), WeightAveraging(), kind()
+    trainer(*([average, eva] if first else [eva, average])).fit(module, loader())
+    assert all(layer.b.any() for layer in find_adapters(module).values())
+
+
+@pytest.mark.parametrize("rho", [1, 2])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_weight_averages_are_resumed(first: bool, rho: int, tmp_path: Any) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+    def run(**options: Any) -> Any:
+        module, eva, average = build(), EVAInitCallback(rho=rho, r=4, verbose=False), WeightAveraging()
+        keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", enable_version_counter=False)
+        order = [average, eva] if first else [eva, average]
+        trainer(*order, keep, enable_checkpointing=True, max_epochs=2).fit(
+            module, DataLoader(dataset(96), 16), **options
+        )
+        return module.state_dict()
+
+    whole = run()
+    resumed = run(ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_reused_callback_forgets_the_module_before() -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from eva_lightning import EVAInitCallback, load_from_checkpoint
 from eva_lightning.adapters import find_adapters
+from eva_lightning.checkpoint import NOTICE
 from tests.modules import Classifier, build, correlated, loader, mlp, trainer
 
 X = correlated(16, seed=9)
@@ -151,7 +152,7 @@ def test_adapter_only_checkpoints_leave_the_base_out_and_reload(tmp_path: Path) 
     stored = torch.load(path, weights_only=True)["state_dict"]
     assert not any("base_layer" in k for k in stored)
     assert {k for k in stored if "lora_" not in k} == {
-        "net.7.weight", "net.7.bias", "net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked",
+        NOTICE, "net.7.weight", "net.7.bias", "net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked",
     }  # fmt: skip
     assert torch.equal(Plain.load_from_checkpoint(path).eval()(X), module(X))
 
@@ -257,4 +258,4 @@ def test_checkpoint_without_a_description_is_not_guessed(tmp_path: Path) -> None
     del stripped["eva_lightning"]
     torch.save(stripped, tmp_path / "stripped.ckpt")
     with pytest.raises(ValueError, match="does not say how its adapters were made, and Plain has none"):
-        Plain.load_from_checkpoint(tmp_path / "stripped.ckpt")
+        load_from_checkpoint(Plain, tmp_path / "stripped.ckpt")
