@@ -1,4 +1,8 @@
-"""EVA for PyTorch Lightning: data-driven LoRA initialisation and ranks as one line in a Trainer."""
+"""EVA for PyTorch Lightning: data-driven LoRA initialisation and ranks as one line in a Trainer.
+
+Importing this package is all that ``MyModule.load_from_checkpoint`` needs to load checkpoints with redistributed ranks
+(:mod:`eva_lightning.on_import`).
+"""
 
 from __future__ import annotations
 

@@ -77,4 +77,9 @@ for stage in ("fit", "validate", "test", "predict"):
         return module
 
     attempt(stage, run, "plain")
+if ours:
+    import pytorch_lightning  # a copy of Lightning that comes after us: our callbacks are its callbacks too
+
+    assert isinstance(eva_lightning.EVAInitCallback(), pytorch_lightning.Callback)
+    assert type(vars(pytorch_lightning.LightningModule)["load_from_checkpoint"]).__name__ == "Loading"
 print(json.dumps({"imported": "eva_lightning" in sys.modules, **found}))
