@@ -1,4 +1,4 @@
-"""Adapters out of a module: a folder stock PEFT reads, or weights merged into the base model."""
+"""Adapters out of a module, as a folder that stock PEFT reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
-from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers, replace_everywhere
+from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers
 from eva_lightning.errors import InputError
 
 
@@ -108,22 +108,6 @@ def _as_plain_lora(weights: Mapping[str, Tensor], layer: AdapterLayer) -> dict[s
         a: torch.cat([weights[a], weights[INITIAL_A]]),
         b: torch.cat([weights[b], -weights[INITIAL_B]], dim=1),
     }
-
-
-def merge_and_unload(module: nn.Module) -> nn.Module:
-    """Add every adapter to its base weight and remove it; returns ``module``.
-
-    Plain LoRA is added in fp32 with one rounding at the end; DoRA and quantised base layers go through PEFT's own
-    ``merge``.
-
-    Raises:
-        InputError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
-    """
-    for layer in lora_layers(module):
-        base = layer.base
-        layer.merge()
-        replace_everywhere(module, layer.module, base)
-    return module
 
 
 def _plain(name: str) -> str:
