@@ -116,6 +116,9 @@ def make_plain(base: nn.Module) -> bool:
         _own_parameters(base.parametrizations.weight)  # type: ignore[union-attr, arg-type]
         _own_class(base)
         parametrize.remove_parametrizations(base, "weight")
+        if "weight" in base._buffers:  # torch's choice where all that it was computed from is frozen
+            weight: Any = base._buffers.pop("weight")
+            base.weight = nn.Parameter(weight.detach(), False)
     for hook in list(base._forward_pre_hooks.values()):
         if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight":
             remove = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm

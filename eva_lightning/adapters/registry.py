@@ -178,8 +178,9 @@ def describe_layers(config: Any, layers: list[tuple[str, AdapterLayer]], names: 
     """
     layers = [(n, layer) for n, layer in layers if not n.endswith(OUT_PROJECTION)]  # its attention's entry is for both
     targets = {name for name, _ in layers}
-    inside = tuple(f"{name}." for name in targets)
-    others = [n for n in names if n not in targets and not n.startswith(inside)]
+    # what the adapters brought is not there when PEFT looks; parts of the layers themselves (parametrizations) are
+    plain = [n.replace(".base_layer", "") for n in names if not re.search(r"\.lora_\w+(\.|$)", n)]
+    others = [n for n in plain if n not in targets]
     ambiguous = any(n.endswith(f".{name}") for n in others for name in targets)
     config.target_modules = "|".join(re.escape(name) for name in sorted(targets)) if ambiguous else targets
     config.rank_pattern = {_anchored(n): layer.rank for n, layer in layers if layer.rank != config.r}
