@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import has_adapters
+from eva_lightning.adapters.registry import materialise
 from eva_lightning.adapters.lora_options import injection_arguments
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
@@ -241,6 +242,8 @@ class EVAInitCallback(pl.Callback):
         with self.initialiser.undone_on_failure(pl_module):
             if not has_adapters(pl_module):
                 self.initialiser.inject(pl_module)
+            else:
+                materialise(pl_module)
             if initialise:
                 self.state = self.initialiser.initialise(
                     trainer, pl_module, before_strategy=before_strategy, verbose=self.verbose

@@ -80,7 +80,7 @@ def save_pretrained(
         folder = Path(name)
         export.write(folder)
         if verify:
-            check_export(model, folder, export.layers, export.merged, example)
+            check_export(model, folder, export.layers, example)
         with replacing(path / _FILES[0]) as tensors, replacing(path / _FILES[1]) as config:
             for source, target in zip(_FILES, (tensors, config), strict=True):
                 shutil.copyfile(folder / source, target)

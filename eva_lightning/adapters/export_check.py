@@ -27,9 +27,7 @@ ROOT = "base_model.model."
 """What PEFT puts before names in its files."""
 
 
-def check_export(
-    model: nn.Module, folder: Path, layers: list[AdapterLayer], merged: set[str], example: Any = None
-) -> None:
+def check_export(model: nn.Module, folder: Path, layers: list[AdapterLayer], example: Any = None) -> None:
     """Make sure that stock PEFT makes of ``folder`` and the base model what ``model`` is.
 
     Every adapted layer is run on a probe in both, and every other parameter and buffer compared bit for bit. Values
@@ -39,7 +37,6 @@ def check_export(
         model: with the adapters.
         folder: what was exported.
         layers: the LoRA layers of ``model``.
-        merged: plain names of those that went in as whole layers.
         example: an input to compare whole outputs for.
 
     Raises:
@@ -67,8 +64,9 @@ def check_export(
                 "Lightning checkpoint, or merge_and_unload and save the whole module"
             ) from error
     peft_model: Any = loaded.get_base_model()
-    adapted = {plain_name(layer.path) for layer in layers}
-    _compare_values(model, peft_model, adapted | merged)
+    modules = {id(layer.module) for layer in layers}
+    names = model.named_modules(remove_duplicate=False)
+    _compare_values(model, peft_model, {plain_name(path) for path, m in names if id(m) in modules})
     for layer in layers:
         if not isinstance(layer, AttentionOutputLayer):
             _compare_layer(model, peft_model, layer)
@@ -128,23 +126,25 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _values(model: nn.Module, adapted: set[str]) -> dict[str, Tensor]:
-    """What a model computes with, by plain name, without what belongs to adapted layers."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    """What a model computes with, by plain name, without adapters and the weights of adapted layers."""
+    from peft.utils.other import ModulesToSaveWrapper
 
-    hidden = [
-        f"{path}.original_module."
-        for path, m in model.named_modules()
-        if isinstance(m, AuxiliaryTrainingWrapper) and "modules_to_save" in m._modules
-    ]
+    # by name, because a parameter may be shared with a module that is in use
+    unused = tuple(f"{p}.original_module." for p, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
+    hidden = {
+        id(tensor)
+        for m in model.modules()
+        if hasattr(m, "lora_A")
+        for name, tensor in _tensors(m)
+        if name.startswith(("lora_", INITIAL_A, INITIAL_B))
+    }
     found = {}
     for path, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        name = plain_name(path)
-        if any(path.startswith(h) for h in hidden) or any(name.startswith(f"{a}.lora_") for a in adapted):
-            continue
-        parent, _, last = name.replace(".base_layer.", ".").rpartition(".")
-        if parent in adapted and last in ("weight", INITIAL_A, INITIAL_B, "in_proj_weight"):
-            continue
-        found[f"{parent}.{last}" if parent else last] = tensor
+        name = plain_name(path).replace(".base_layer.", ".")
+        parent, _, last = name.rpartition(".")
+        computed = last in ("weight", "in_proj_weight") and parent.removesuffix(".out_proj") in adapted
+        if id(tensor) not in hidden and not computed and not path.startswith(unused):
+            found[name] = tensor
     return found
 
 
