@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import has_adapters
-from eva_lightning.adapters.registry import materialise
 from eva_lightning.adapters.lora_options import injection_arguments
+from eva_lightning.adapters.registry import materialise
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser

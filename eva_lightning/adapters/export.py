@@ -6,6 +6,7 @@ import copy
 import re
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,9 +35,7 @@ _FILES = ("adapter_model.safetensors", "adapter_config.json")
 _IN_THE_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def save_pretrained(
-    model: nn.Module, directory: str | Path, verify: bool | None = None, example: Any = None
-) -> Path:
+def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None = None, example: Any = None) -> Path:
     """Write the adapters and all else that training changed in ``model`` as a PEFT adapter folder.
 
     ``PeftModel.from_pretrained(base, directory)`` on a freshly built ``model`` without adapters then computes what
@@ -75,6 +74,12 @@ def save_pretrained(
     export = _Export.of(model)
     if verify is None:
         verify = example is not None or sum(p.numel() for p in model.parameters()) <= VERIFY_UP_TO
+    if export.merged:
+        warnings.warn(
+            f"layers {sorted(export.merged)} are saved as whole layers with their adapters merged: stock PEFT would "
+            "not run these adapters (torch's fused encoder layer, or a layer under several names)",
+            stacklevel=2,
+        )
     path = Path(directory)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

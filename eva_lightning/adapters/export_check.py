@@ -84,6 +84,7 @@ def base_copy(model: nn.Module, written: set[str]) -> nn.Module:
         model: with adapters; its memory is shared where nothing is written.
         written: names of parameters and buffers that the export holds.
     """
+    from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     copied = independent_copy(model, [*model.parameters(), *model.buffers()])
@@ -95,7 +96,8 @@ def base_copy(model: nn.Module, written: set[str]) -> nn.Module:
             replace_everywhere(copied, m, m.original_module)
         elif hasattr(m, "_orig_mod"):
             replace_everywhere(copied, m, m._orig_mod)
-    for m in [m for m in copied.modules() if hasattr(m, "lora_A") and hasattr(m, "get_base_layer")]:
+    adapted: list[Any] = [m for m in copied.modules() if isinstance(m, LoraLayer)]
+    for m in adapted:
         base: Any = m.get_base_layer()
         replace_everywhere(copied, m, base)
         if isinstance(base, nn.MultiheadAttention):
@@ -183,6 +185,6 @@ def _compare_layer(model: nn.Module, loaded: nn.Module, layer: AdapterLayer) -> 
 
 def _differs(what: str, gap: float) -> InputError:
     return InputError(
-        f"stock PEFT would load this export differently: {what} would differ by {gap:.2g} of the largest value; nothing "
-        "was written. Keep a Lightning checkpoint, or merge_and_unload and save the whole module"
+        f"stock PEFT would load this export differently: {what} would differ by {gap:.2g} of the largest value; "
+        "nothing was written. Keep a Lightning checkpoint, or merge_and_unload and save the whole module"
     )

@@ -28,7 +28,7 @@ EXAMPLE_TOLERANCE = 1e-3
 
 
 def merge_and_unload(module: nn.Module, example: Any = None) -> nn.Module:
-    """Add every active adapter to its base weight, and take all adapters out; returns ``module``.
+    """Add every active adapter to its base weight, and take all adapters out.
 
     Sums are made in fp64 with one rounding at the end. Every layer is checked first: a copy of it with the adapter
     merged must compute what the layer computes, within 1e-5 of the largest output before that rounding (5% with 8-bit
@@ -43,6 +43,9 @@ def merge_and_unload(module: nn.Module, example: Any = None) -> nn.Module:
         example: an input of ``module``; a tuple holds several arguments, a mapping those by name. With it the outputs
             of the whole module are compared too, which finds layers whose weight is read elsewhere. The old weights are
             kept until then.
+
+    Returns:
+        ``module``; of a LoRA layer itself, its base layer.
 
     Raises:
         InputError: a layer cannot be merged: its class uses the weight in its own way, values are NaN or infinite or on
@@ -59,7 +62,7 @@ def merge_and_unload(module: nn.Module, example: Any = None) -> nn.Module:
         _unload_the_rest(module)
         _announce(shared, changed)
         _untie_config(module)
-    return module
+    return layers[0].base if layers and layers[0].module is module else module
 
 
 def merged_copy(layer: AdapterLayer) -> Any:
@@ -123,7 +126,7 @@ def make_plain(base: nn.Module) -> bool:
         if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight":
             remove = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
             remove(base)
-        elif isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":  # type: ignore[attr-defined]
+        elif isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
             _own_parameters(base)
             prune.remove(base, "weight")
     if "weight" not in base._parameters:
@@ -204,14 +207,15 @@ def _merge_in_place(module: nn.Module, layer: AdapterLayer) -> list[tuple[nn.Mod
         _merged_by_peft(layer.module, layer.adapter)
     else:
         merged = merged_copy(layer)
-        replace_everywhere(module, layer.module, base)  # first: PEFT's attention layer cannot be walked without its parts
+        # first, because PEFT's attention layer cannot be walked without its parts
+        replace_everywhere(module, layer.module, base)
         if isinstance(base, nn.MultiheadAttention):
-            _hand_over_hooks(base.out_proj, base.out_proj.get_base_layer())
-            base.out_proj = base.out_proj.get_base_layer()
+            projection: Any = base.out_proj
+            _hand_over_hooks(projection, projection.get_base_layer())
+            base.out_proj = projection.get_base_layer()
         trains = any(p.requires_grad for n, p in base.named_parameters() if n != "bias")
-        dtype = _dtype_of(base, next(merged.parameters()))
         computed = make_plain(base)
-        changed = [(owner, name, computed) for owner, name in _take_over(base, merged, dtype)]
+        changed = [(owner, name, computed) for owner, name in _take_over(base, merged)]
         if computed:
             base.weight.requires_grad_(trains)
     _hand_over_hooks(layer.module, base)
@@ -219,16 +223,16 @@ def _merge_in_place(module: nn.Module, layer: AdapterLayer) -> list[tuple[nn.Mod
     return changed
 
 
-def _take_over(base: nn.Module, merged: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str]]:
+def _take_over(base: nn.Module, merged: nn.Module) -> list[tuple[nn.Module, str]]:
     """New parameters in ``base`` for those that have another value in ``merged``; where they stand."""
     changed = []
     for path, value in merged.named_parameters():
         parent, _, name = path.rpartition(".")
         owner = base.get_submodule(parent)
         old: Any = owner._parameters[name]
-        new = value.detach().to(old.dtype if old.dtype != value.dtype else dtype)
+        new = value.detach().to(old.dtype)
         if not torch.equal(new, old):
-            owner._parameters[name] = nn.Parameter(new.to(old.dtype), old.requires_grad)
+            owner._parameters[name] = nn.Parameter(new, old.requires_grad)
             vars(owner._parameters[name]).update(vars(old))
             changed.append((owner, name))
     return changed

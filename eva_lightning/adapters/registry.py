@@ -137,7 +137,7 @@ def materialise(module: nn.Module) -> list[str]:
     return found
 
 
-def _on_meta(layer: nn.Module, adapter: str) -> bool:
+def _on_meta(layer: Any, adapter: str) -> bool:
     own = [(n, p) for n, p in layer.named_parameters() if n.startswith("lora_")]
     return any(p.device.type == "meta" for n, p in own if n.split(".")[1] == adapter)
 
