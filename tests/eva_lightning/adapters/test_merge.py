@@ -206,7 +206,7 @@ def test_diverged_and_overflowing_weights_are_named() -> None:
     net = adapted(around(linear()))
     net[2].lora_B.default.weight.data[0, 0] = float("nan")
     before = snapshot(net)
-    with pytest.raises(InputError, match="layer '2' cannot be merged: lora_B.*NaN or infinite.*checkpoint"):
+    with pytest.raises(InputError, match=r"layer '2' cannot be merged: lora_B.*NaN or infinite.*checkpoint"):
         merge_and_unload(net)
     assert_untouched(net, before)
     net = adapted(around(linear())).half()
