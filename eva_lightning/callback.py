@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters.lora_options import injection_arguments
+from eva_lightning.adapters.registry import materialise
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.callback_base import Callback
 from eva_lightning.done import done
@@ -300,6 +301,7 @@ class EVAInitCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, initialise: bool, before_strategy: bool = False
     ) -> None:
         with self.initialiser.undone_on_failure(pl_module):
+            materialise(pl_module)
             layers = self.initialiser.to_do(pl_module)
             injected = layers is None
             if layers is None:

@@ -7,9 +7,10 @@ transformers and costs seconds that ``import eva_lightning`` should not.
 from __future__ import annotations
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
-from eva_lightning.adapters.export import merge_and_unload, save_pretrained
+from eva_lightning.adapters.export import save_pretrained
 from eva_lightning.adapters.injection import Injection, count_trainable, inject
 from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
+from eva_lightning.adapters.merge import merge_and_unload
 from eva_lightning.adapters.registry import (
     find_adapters,
     find_skipped,

@@ -146,27 +146,6 @@ class AdapterLayer:
             if bias is not None:
                 bias.zero_()
 
-    def merge(self) -> None:
-        """Add the adapter to the base weight, in fp32 with one rounding at the end.
-
-        DoRA, biases in B and quantised weights go through PEFT's own ``merge``.
-
-        Raises:
-            InputError: the merged weights are NaN or infinite.
-        """
-        base: Any = self.base
-        special = self.adapter in self.module.lora_variant or self.module.lora_B[self.adapter].bias is not None
-        with torch.no_grad():
-            if special or self.is_quantised:
-                self.module.merge(safe_merge=True, adapter_names=[self.adapter])
-                return
-            delta = self.module.scaling[self.adapter] * self.b.float().flatten(1) @ self.a.float().flatten(1)
-            delta = delta.T if getattr(self.module, "fan_in_fan_out", False) else delta
-            merged = (base.weight.float() + delta.reshape(base.weight.shape)).to(base.weight.dtype)
-            if not torch.isfinite(merged).all():
-                raise InputError(f"layer {self.name!r}: merged weights are NaN or infinite")
-            base.weight.copy_(merged)
-
 
 @dataclass(frozen=True)
 class SkippedLayer(AdapterLayer):
@@ -177,6 +156,3 @@ class SkippedLayer(AdapterLayer):
     """
 
     reason: str = ""
-
-    def merge(self) -> None:
-        self.module.merge(safe_merge=True, adapter_names=[self.adapter])

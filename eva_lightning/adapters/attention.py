@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.layer_inputs import AttentionInputs, AttentionOutputs, LayerInputs
 
@@ -36,12 +34,6 @@ class AttentionInputLayer(AdapterLayer):
         update: Any = LoraLayer.update_layer
         update(self.module, self.adapter, rank, alpha, config=config)
 
-    def merge(self) -> None:
-        # both projections at once; as plain tensors, which become parameters again when PEFT's layer is next walked
-        with torch.no_grad():
-            self.module.merge(safe_merge=True, adapter_names=[self.adapter])
-            self.module.named_modules()
-
 
 @dataclass(frozen=True)
 class AttentionOutputLayer(AdapterLayer):
@@ -57,6 +49,3 @@ class AttentionOutputLayer(AdapterLayer):
 
     def inputs(self) -> LayerInputs:
         return AttentionOutputs(self.attention)
-
-    def merge(self) -> None:
-        """Done: PEFT merges it together with the input projections."""

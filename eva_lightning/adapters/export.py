@@ -1,11 +1,15 @@
-"""Adapters out of a module: a folder stock PEFT reads, or weights merged into the base model."""
+"""Adapters out of a module, as a folder that stock PEFT reads."""
 
 from __future__ import annotations
 
 import copy
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +19,214 @@ from torch import Tensor, nn
 
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.adapters.attention import AttentionOutputLayer
 from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
-from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers, replace_everywhere
+from eva_lightning.adapters.export_check import ROOT, check_export, plain_name
+from eva_lightning.adapters.injection import bypassed_by_fast_path
+from eva_lightning.adapters.merge import check_merge, merged_copy
+from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers
 from eva_lightning.errors import InputError
+from eva_lightning.files import replacing
+
+VERIFY_UP_TO = 2**28
+"""Parameters of the largest model that :func:`save_pretrained` verifies unless told: 268 million."""
+
+_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_IN_THE_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
-    """Write the adapters, head and biases that train in ``model`` as a PEFT adapter folder.
+def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None = None, example: Any = None) -> Path:
+    """Write the adapters and all else that training changed in ``model`` as a PEFT adapter folder.
 
     ``PeftModel.from_pretrained(base, directory)`` on a freshly built ``model`` without adapters then computes what
     ``model`` computes. Pass the network itself (``module.net``), not the LightningModule around it, to get names that
     fit the bare network. PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA, which have taken a part of the base weight away, go
-    in as plain LoRA of twice the rank: the change since their start. Layers that trained in full, and batch norms with
-    their statistics, go in as ``modules_to_save``.
+    in as plain LoRA of twice the rank: the change since their start.
+
+    Layers that trained in full go in as ``modules_to_save``. Where PEFT could not tell such a layer from another by its
+    name, and for single parameters, biases and buffers (statistics), the file holds the values themselves: PEFT writes
+    them into the base model, and ``disable_adapter`` does not take them out. Adapters that stock PEFT would not run as
+    they ran here go in merged, as whole layers: those that torch's fused ``nn.TransformerEncoderLayer`` reads past in
+    eval mode, and those of a layer that stands under several names.
 
     Args:
         model: a module that contains LoRA layers, with or without a PeftModel around it.
-        directory: created if missing; ``adapter_config.json`` and ``adapter_model.safetensors`` are overwritten.
+        directory: created if missing; ``adapter_config.json`` and ``adapter_model.safetensors`` are replaced.
+        verify: load the folder with stock PEFT into a copy of the base model first, and compare every layer and every
+            tensor with ``model``; ``None``: for models of up to 268 million parameters. The copy shares the memory of
+            frozen weights.
+        example: an input of ``model``, to compare whole outputs too; a tuple holds several arguments, a mapping those
+            by name.
 
     Returns:
         The directory.
 
     Raises:
-        InputError: there are no LoRA layers, they come from several LoraConfigs, or PEFT cannot tell by its name a
-            module that trained in full from another.
+        InputError: there are no LoRA layers, they come from several LoraConfigs, a value is NaN or infinite or on the
+            meta device, or stock PEFT cannot load what is written or computes something else with it; says why.
+            Nothing is written then.
     """
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    layers = lora_layers(model)
-    if not find_adapters(model) and not is_adalora(model):
-        raise InputError(f"{type(model).__name__} has no LoRA layers to save")
-    if len({id(layer.config) for layer in layers}) > 1:
-        raise InputError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
-    config = copy.deepcopy(layers[0].config)
-    names = [_plain(name) for name, _ in model.named_modules()]
-    describe_layers(config, [(_plain(layer.path), layer) for layer in layers], names)
-    moved = any(hasattr(layer.module, INITIAL_A) for layer in layers)
-    if is_adalora(model):
-        config.rank_pattern = None  # AdaLoRA's are masks; the ranks it gave up are zeros in E
-    elif moved:
-        _double(config)
-    # the file holds A and B: PEFT must not initialise them again on loading
-    config.init_lora_weights = True
-    config.inference_mode = True
-    whole, loose = _trained_outside(model, layers)
-    _check_reach([_plain(name) for name in whole], [_plain(n) for n, m in model.named_modules() if m.state_dict()])
-    config.modules_to_save = sorted({_plain(name) for name in whole}) or None
-
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        prefix = f"base_model.model.{_plain(layer.path)}"
-        weights = layer.module.state_dict()
-        for name, tensor in (_as_plain_lora(weights, layer) if moved else weights).items():
-            if name.startswith("lora_"):
-                tensors[f"{prefix}.{name.replace(f'.{layer.adapter}', '', 1)}"] = tensor
-    for name in whole:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            tensors[f"base_model.model.{_plain(name)}.{key}"] = tensor
-    if config.bias != "none":
-        tensors |= {f"base_model.model.{_plain(n)}": t for n, t in loose.items() if n.rpartition(".")[2] == "bias"}
-        loose = {n: t for n, t in loose.items() if n.rpartition(".")[2] != "bias"}
-    if loose:
+    model = getattr(model, "_orig_mod", model)
+    export = _Export.of(model)
+    if verify is None:
+        verify = example is not None or sum(p.numel() for p in model.parameters()) <= VERIFY_UP_TO
+    if export.merged:
         warnings.warn(
-            f"parameters {sorted(loose)} train, but a PEFT adapter folder cannot hold single parameters: they are not "
-            "in it; keep a Lightning checkpoint for them",
+            f"layers {sorted(export.merged)} are saved as whole layers with their adapters merged: stock PEFT would "
+            "not run these adapters (torch's fused encoder layer, or a layer under several names)",
             stacklevel=2,
         )
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path / "adapter_model.safetensors"
-    )
-    config.save_pretrained(str(path))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export.write(folder)
+        if verify:
+            check_export(model, folder, export.layers, example)
+        with replacing(path / _FILES[0]) as tensors, replacing(path / _FILES[1]) as config:
+            for source, target in zip(_FILES, (tensors, config), strict=True):
+                shutil.copyfile(folder / source, target)
     return path
+
+
+@dataclass
+class _Export:
+    """What is going to be written.
+
+    Attributes:
+        config: the LoraConfig.
+        layers: all LoRA layers.
+        merged: plain names of those that go in as whole layers.
+        tensors: by name in the file.
+    """
+
+    config: Any
+    layers: list[AdapterLayer]
+    merged: set[str]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Export:
+        layers = lora_layers(model)
+        if not find_adapters(model) and not is_adalora(model):
+            raise InputError(f"{type(model).__name__} has no LoRA layers to save")
+        if len({id(layer.config) for layer in layers}) > 1:
+            raise InputError("the LoRA layers come from several LoraConfigs; save each PeftModel on its own")
+        _refuse_kinds(layers)
+        export = cls(copy.deepcopy(layers[0].config), layers, set(_not_as_lora(model, layers)))
+        export._add_layers(model)
+        export._add_the_rest(model)
+        export._refuse_values()
+        return export
+
+    def write(self, folder: Path) -> None:
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in self.tensors.items()}, folder / _FILES[0])
+        self.config.save_pretrained(str(folder))
+
+    def _add_layers(self, model: nn.Module) -> None:
+        config = self.config
+        adapted = [layer for layer in self.layers if not self._is_merged(layer)]
+        moved = any(hasattr(layer.module, INITIAL_A) for layer in self.layers)
+        names = [plain_name(name) for name, _ in model.named_modules(remove_duplicate=False)]
+        describe_layers(config, [(plain_name(layer.path), layer) for layer in adapted], names)
+        if is_adalora(model):
+            config.rank_pattern = None  # AdaLoRA's are masks; the ranks it gave up are zeros in E
+        elif moved:
+            _double(config)
+        if not adapted:
+            config.target_modules = "dummy-target-modules"  # PEFT's word for none
+        # the file holds A and B: PEFT must not initialise them again on loading; targets are whole names
+        config.init_lora_weights, config.inference_mode = True, True
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        for layer in adapted:
+            weights = layer.module.state_dict()
+            for name, tensor in (_as_plain_lora(weights, layer) if moved else weights).items():
+                if name.startswith("lora_") and f".{layer.adapter}" in name:
+                    key = name.replace(f".{layer.adapter}", "", 1)
+                    self.tensors[f"{ROOT}{plain_name(layer.path)}.{key}"] = tensor
+
+    def _add_the_rest(self, model: nn.Module) -> None:
+        """Whole modules under names that PEFT finds, and single values."""
+        whole: dict[str, Mapping[str, Tensor]] = {}
+        for layer in self.layers:
+            if self._is_merged(layer) and not isinstance(layer, AttentionOutputLayer):
+                whole |= dict.fromkeys(_names_of(model, layer.module), _merged_weights(layer))
+        trained, loose = _changed_outside(model, self.layers, self.merged)
+        whole |= {name: m.state_dict() for name, m in trained.items()}
+        self.tensors |= {f"{ROOT}{name}": tensor for name, tensor in loose.items()}
+        self.tensors |= _token_deltas(model)
+        names = list(_loaded_names(model, self.merged))
+        targets = [plain_name(layer.path) for layer in self.layers if not self._is_merged(layer)]
+        found = {name for name in whole if _is_found(name, names, targets)}
+        self.config.modules_to_save = sorted(found) or None
+        for name, weights in whole.items():
+            self.tensors |= {f"{ROOT}{name}.{key}": tensor for key, tensor in weights.items()}
+
+    def _is_merged(self, layer: AdapterLayer) -> bool:
+        return _attention_name(layer) in self.merged
+
+    def _refuse_values(self) -> None:
+        for name, tensor in self.tensors.items():
+            where = f"{name.removeprefix(ROOT)!r} cannot be saved: it"
+            if tensor.device.type == "meta":
+                raise InputError(f"{where} is on the meta device, without values")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(
+                    f"{where} has NaN or infinite values, as after a diverged run; go back to an earlier checkpoint"
+                )
+
+
+def _refuse_kinds(layers: list[AdapterLayer]) -> None:
+    """What the folder of a plain LoRA cannot express."""
+    config = layers[0].config
+    start = config.init_lora_weights
+    moved = any(hasattr(layer.module, INITIAL_A) for layer in layers)
+    if isinstance(start, str) and start.startswith(_IN_THE_BASE_WEIGHT) and not moved:
+        raise InputError(
+            f"init_lora_weights={start!r} took a part of the base weights that is not known here; save with "
+            "PeftModel.save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    for name in ("layer_replication", "target_parameters"):
+        if getattr(config, name, None):
+            raise InputError(f"LoraConfig's {name} cannot be saved; use PeftModel.save_pretrained")
+
+
+def _not_as_lora(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[str]:
+    """Plain names of layers whose adapter stock PEFT would not run as it runs here."""
+    bypassed = bypassed_by_fast_path(model)
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for layer in layers:
+        several = places[id(layer.module)] > 1 and not isinstance(layer, AttentionOutputLayer)
+        if id(layer.module) in bypassed or several:
+            yield _attention_name(layer)
+
+
+def _attention_name(layer: AdapterLayer) -> str:
+    """The layer's name; of an attention's output projection, the attention's."""
+    path = plain_name(layer.path)
+    return path.removesuffix(".base_layer.out_proj") if isinstance(layer, AttentionOutputLayer) else path
+
+
+def _merged_weights(layer: AdapterLayer) -> dict[str, Tensor]:
+    merged = merged_copy(layer)
+    check_merge(layer, merged)
+    held = {plain_name(name).replace("base_layer.", "") for name in layer.base.state_dict()}
+    weights = merged.state_dict()
+    if not held >= set(weights):
+        raise InputError(
+            f"layer {layer.name!r} cannot be saved: stock PEFT would not run its adapter, and its weight is computed, "
+            "so that it cannot go in merged; call merge_and_unload and save the whole module"
+        )
+    dtypes = {name: tensor.dtype for name, tensor in layer.base.state_dict().items()}
+    default = next(iter(dtypes.values()))
+    return {name: tensor.to(dtypes.get(name, default)) for name, tensor in weights.items()}
+
+
+def _names_of(model: nn.Module, module: nn.Module) -> list[str]:
+    return [plain_name(name) for name, m in model.named_modules(remove_duplicate=False) if m is module]
 
 
 def _double(config: Any) -> None:
@@ -110,53 +247,77 @@ def _as_plain_lora(weights: Mapping[str, Tensor], layer: AdapterLayer) -> dict[s
     }
 
 
-def merge_and_unload(module: nn.Module) -> nn.Module:
-    """Add every adapter to its base weight and remove it; returns ``module``.
+def _loaded_names(model: nn.Module, merged: set[str]) -> Iterator[str]:
+    """Names of the modules that PEFT walks when it looks for those to save: adapters are in already."""
+    for path, _ in model.named_modules(remove_duplicate=False):
+        name = plain_name(path)
+        owner = next((m for m in merged if name.startswith(f"{m}.")), None)
+        if owner is None:
+            yield name
+        elif not re.search(r"\.lora_\w+(\.|$)", inner := name.removeprefix(owner)):
+            yield owner + inner.replace(".base_layer", "")
 
-    Plain LoRA is added in fp32 with one rounding at the end; DoRA and quantised base layers go through PEFT's own
-    ``merge``.
 
-    Raises:
-        InputError: merging gives NaN or infinite weights; names the layer (layers before it are merged already).
+def _is_found(name: str, names: list[str], targets: list[str]) -> bool:
+    """Whether PEFT takes ``name`` in ``modules_to_save`` for that module only, and still adapts all targets.
+
+    It takes every module whose name ends so, and keeps adapters away from whatever the name matches as a regular
+    expression.
     """
-    for layer in lora_layers(module):
-        base = layer.base
-        layer.merge()
-        replace_everywhere(module, layer.module, base)
-    return module
+    try:
+        pattern = re.compile(rf"(^|.*\.){name}($|\..*)")
+    except re.error:
+        return False
+    ends_alike = [n for n in set(names) if n.endswith(name)]
+    return ends_alike == [name] and not any(pattern.match(target) for target in targets)
 
 
-def _plain(name: str) -> str:
-    """Without torch.compile's wrapper, and PEFT's around a module that trains in full."""
-    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _check_reach(whole: list[str], names: list[str]) -> None:
-    """PEFT takes every module whose name ends with an entry of ``modules_to_save``, and then misses its weights."""
-    for name in whole:
-        others = [n for n in names if n.endswith(name) and n not in whole and not n.startswith(f"{name}.")]
-        if others:
-            raise InputError(
-                f"{name!r} trained in full, but PEFT would take {others[0]!r} for it too when loading, because their "
-                "names end alike; rename one of them"
-            )
-
-
-def _trained_outside(model: nn.Module, layers: list[AdapterLayer]) -> tuple[list[str], dict[str, Tensor]]:
-    """Modules to save whole, and single trained parameters besides, by name in ``model``."""
+def _changed_outside(
+    model: nn.Module, layers: list[AdapterLayer], merged: set[str]
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Modules that trained in full, and single trained parameters and buffers besides, by their plain names."""
     adapters = {id(p) for layer in layers for n, p in layer.module.named_parameters() if "base_layer" not in n}
-    whole: list[str] = []
+    inside = {id(m) for layer in layers for n, m in layer.module.named_modules() if ".lora_" in f".{n}"}
+    whole: dict[str, nn.Module] = {}
     loose: dict[str, Tensor] = {}
-    for name, m in model.named_modules():
+    for path, m in _own_modules(model):
+        name = plain_name(path)
         own = {k: p for k, p in m.named_parameters(recurse=False) if id(p) not in adapters}
         trained = {k: p for k, p in own.items() if p.requires_grad}
+        buffers = {k: b for k, b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set}
+        buffers = {k: b for k, b in buffers.items() if k not in (INITIAL_A, INITIAL_B) and id(m) not in inside}
         norm = isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
         if name and not name.endswith("base_layer") and (norm or (trained and len(trained) == len(own) and _leaf(m))):
-            whole.append(name)
-        else:
-            loose |= {f"{name}.{k}" if name else k: p for k, p in trained.items()}
+            whole[name] = m
+        elif not any(name == x or name.startswith(f"{x}.") for x in merged):
+            loose |= {f"{name}.{k}" if name else k: t for k, t in (trained | buffers).items()}
     return whole, loose
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, without the untrained originals that PEFT keeps beside those it trains, and its token deltas."""
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    hidden: list[str] = []
+    for path, m in model.named_modules():
+        if isinstance(m, TrainableTokensWrapper):
+            hidden.append(path)
+        elif isinstance(m, AuxiliaryTrainingWrapper):
+            hidden.append(f"{path}.original_module")
+        if not any(path == h or path.startswith(f"{h}.") for h in hidden):
+            yield path, m
+
+
+def _token_deltas(model: nn.Module) -> dict[str, Tensor]:
+    """New values of single tokens (``trainable_token_indices``)."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    return {
+        f"{ROOT}{plain_name(path)}.{key}": tensor
+        for path, m in model.named_modules()
+        if isinstance(m, TrainableTokensWrapper)
+        for key, tensor in m.adapter_state_dict(m.active_adapters[0], m.state_dict()).items()
+    }
 
 
 def _leaf(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import (
@@ -193,6 +194,31 @@ def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             changed.append((m, "use_nested_tensor", m.use_nested_tensor))
             m.use_nested_tensor = False
     return changed
+
+
+def bypassed_by_fast_path(module: nn.Module) -> set[int]:
+    """Ids of the LoRA layers that torch's fused encoder reads past in eval mode where nothing keeps it from it."""
+    return {
+        id(x)
+        for m in module.modules()
+        if isinstance(m, nn.TransformerEncoderLayer) and _can_be_fused(m)
+        for x in m.modules()
+        if hasattr(x, "lora_A")
+    }
+
+
+def _can_be_fused(layer: nn.TransformerEncoderLayer) -> bool:
+    """The conditions of its ``forward`` that do not depend on the input."""
+    attention: Any = layer.self_attn
+    return (
+        attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        # activation_relu_or_gelu is what disable_fast_paths sets
+        and (layer.activation in (F.relu, F.gelu) or isinstance(layer.activation, (nn.ReLU, nn.GELU)))
+        and getattr(layer.norm1, "eps", None) == getattr(layer.norm2, "eps", None)
+    )
 
 
 class _Holder(nn.Module):

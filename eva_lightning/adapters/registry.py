@@ -125,6 +125,68 @@ def lora_layers(module: nn.Module, adapter_name: str | None = None) -> list[Adap
     return found
 
 
+def materialise(module: nn.Module) -> list[str]:
+    """Give adapters on the meta device (PEFT's ``low_cpu_mem_usage=True``) the values PEFT starts them with.
+
+    They come to the device of their base layers, in the precision they were made in; B is zero. The global generators
+    are as before.
+
+    Returns:
+        The canonical names of their layers.
+
+    Raises:
+        InputError: weights of such a layer are on the meta device too, or it starts as a part of the base weight.
+    """
+    if not any(p.device.type == "meta" for p in module.parameters()):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    canonical, configs = canonical_names(module), _configs(module)
+    found = []
+    for path, m in [(path, m) for path, m in module.named_modules() if isinstance(m, LoraLayer)]:
+        name = canonical(path)
+        for adapter in [a for a in (*m.lora_A, *m.lora_embedding_A) if _on_meta(m, a)]:
+            if any(p.device.type == "meta" for n, p in m.get_base_layer().named_parameters() if ".lora_" not in n):
+                raise InputError(
+                    f"layer {name!r}: its weights are on the meta device, without values; build the model on a real "
+                    "device, or call to_empty and load_state_dict, before fit"
+                )
+            config = _config_of(path, adapter, configs) or getattr(m, CONFIG_ATTRIBUTE, None)
+            if config is None or config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+                start = getattr(config, "init_lora_weights", None)
+                raise InputError(
+                    f"layer {name!r}: its adapter is on the meta device and cannot be started there "
+                    f"(init_lora_weights={start!r}); make it with low_cpu_mem_usage=False"
+                )
+            _start(m, adapter, config)
+            found.append(name)
+    return found
+
+
+def _on_meta(layer: Any, adapter: str) -> bool:
+    own = [(n, p) for n, p in layer.named_parameters() if n.startswith("lora_")]
+    return any(p.device.type == "meta" for n, p in own if n.split(".")[1] == adapter)
+
+
+def _start(layer: Any, adapter: str, config: Any) -> None:
+    """PEFT's own start of an adapter, with flags and precision as they are."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    kept = {n: (p.dtype, p.requires_grad) for n, p in layer.named_parameters() if n.startswith("lora_")}
+    modes = {n: m.training for n, m in layer.named_modules()}
+    # an attention's own update_layer would start that of the output projection too, which has its turn
+    update: Any = LoraLayer.update_layer if isinstance(layer, MultiheadAttention) else type(layer).update_layer
+    with isolated_rng():
+        update(layer, adapter, layer.r[adapter], layer.lora_alpha[adapter], config=config)
+    for n, p in layer.named_parameters():
+        if n in kept:
+            p.data = p.data.to(kept[n][0])
+            p.requires_grad_(kept[n][1])
+    for n, m in layer.named_modules():
+        m.training = modes.get(n, layer.training)
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether there is any adapter in ``module``, also of kinds that :func:`find_adapters` passes over."""
     return any(hasattr(m, "lora_A") and not _is_empty(m) for m in module.modules())
@@ -225,8 +287,9 @@ def describe_layers(config: Any, layers: list[tuple[str, AdapterLayer]], names: 
     """
     layers = [(n, layer) for n, layer in layers if not n.endswith(OUT_PROJECTION)]  # its attention's entry is for both
     targets = {name for name, _ in layers}
-    inside = tuple(f"{name}." for name in targets)
-    others = [n for n in names if n not in targets and not n.startswith(inside)]
+    # what the adapters brought is not there when PEFT looks; parts of the layers themselves (parametrizations) are
+    plain = [n.replace(".base_layer", "") for n in names if not re.search(r"\.lora_\w+(\.|$)", n)]
+    others = [n for n in plain if n not in targets]
     ambiguous = any(n.endswith(f".{name}") for n in others for name in targets)
     config.target_modules = "|".join(re.escape(name) for name in sorted(targets)) if ambiguous else targets
     config.rank_pattern = {_anchored(n): layer.rank for n, layer in layers if layer.rank != config.r}

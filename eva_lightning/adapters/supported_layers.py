@@ -44,6 +44,11 @@ def refusal(layer: nn.Module) -> str | None:
     return None
 
 
+def is_silent(layer: AdapterLayer) -> bool:
+    """Whether the adapter is of an attention's ``out_proj`` alone, which is never called: it changes nothing."""
+    return isinstance(layer, SkippedLayer) and layer.reason == OUT_PROJECTION_IS_SILENT
+
+
 def make_layer(
     name: str, path: str, module: Any, adapter: str, config: Any, attention: nn.MultiheadAttention | None
 ) -> AdapterLayer:

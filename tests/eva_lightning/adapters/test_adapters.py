@@ -257,12 +257,14 @@ def test_merging_keeps_the_function(use_dora: bool) -> None:
     torch.testing.assert_close(module(X), before, rtol=1e-4, atol=1e-5)
 
 
-def test_single_trained_parameters_are_named_in_a_warning(tmp_path: Path) -> None:
+def test_single_trained_parameters_are_loaded_by_stock_peft(tmp_path: Path) -> None:
     module = Classifier(small_vit())
+    base = copy.deepcopy(module.net)
     inject(module, r=2)
-    module.net.cls_token.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"parameters \['cls_token'\] train"):
-        save_pretrained(module.net, tmp_path)
+    nn.init.normal_(module.net.cls_token.requires_grad_(True))
+    save_pretrained(module.net, tmp_path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).get_base_model()
+    assert torch.equal(loaded.cls_token, module.net.cls_token)
 
 
 def test_layer_under_two_names_is_adapted_under_both(tmp_path: Path) -> None:
