@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import AdapterLayer, Injection, count_trainable, find_skipped, fresh_adapters, inject
@@ -18,7 +17,6 @@ from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.engine_plan import Allocation
-from eva_lightning.errors import InputError
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
@@ -60,14 +58,8 @@ class Initialiser:
         """Put adapters in.
 
         Raises:
-            InputError: A layer has no shape yet, or see :func:`eva_lightning.adapters.inject`.
+            InputError: See :func:`eva_lightning.adapters.inject`.
         """
-        for name, parameter in pl_module.named_parameters():
-            if isinstance(parameter, UninitializedParameter):
-                raise InputError(
-                    f"parameter {name!r} of a lazy layer has no shape yet; run one batch through "
-                    f"{type(pl_module).__name__} before fit"
-                )
         self.injection = inject(pl_module, **self.injection_arguments)
         vars(pl_module)[_INJECTION] = self.injection
 
@@ -120,7 +112,7 @@ class Initialiser:
         plan.state.seconds = time.perf_counter() - started
         if verbose and trainer.is_global_zero:
             after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            print_summary(plan, before, after, self.injection, skipped, self.streaming.max_batches)
+            print_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.max_batches)
         return plan.state
 
     def _apply(self, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState) -> Plan:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import lightning.pytorch as pl
 import lightning.pytorch.callbacks as pl_callbacks
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # WeightAveraging came with Lightning 2.5.3
 _AVERAGING_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
@@ -26,6 +27,17 @@ def after_configure_model(pl_module: pl.LightningModule, then: Callable[[], None
 
     vars(pl_module)["configure_model"] = configure_model
     return stop
+
+
+def changes_modules_after(callback: pl.Callback, trainer: pl.Trainer) -> bool:
+    """Whether a callback after `callback` may freeze or change layers in its ``setup``, as BackboneFinetuning does."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    later = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
+    return any(
+        isinstance(c, pl_callbacks.BaseFinetuning)
+        or (is_overridden("setup", c, pl.Callback) and not type(c).__module__.startswith("lightning."))
+        for c in later
+    )
 
 
 def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,13 +11,14 @@ from eva_lightning.adapters.export import merge_and_unload, save_pretrained
 from eva_lightning.adapters.injection import Injection, count_trainable, inject
 from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
 from eva_lightning.adapters.registry import find_adapters, find_skipped, fresh_adapters, has_adapters
-from eva_lightning.adapters.targets import find_head, find_targets
+from eva_lightning.adapters.targets import choose_layers, find_head, find_targets
 
 __all__ = [
     "DEFAULT_ALPHA",
     "DEFAULT_RANK",
     "AdapterLayer",
     "Injection",
+    "choose_layers",
     "count_trainable",
     "find_adapters",
     "find_head",

@@ -61,7 +61,8 @@ def fresh_adapters(
             f" ({'; '.join(reasons) or 'no adapter is active'})"
         )
     names = list(layers) if target_modules is None else select(list(layers), target_modules, "target_modules")
-    dropped = set() if exclude is None else set(select(list(layers), exclude, "exclude"))
+    modules = [n for n, _ in module.named_modules() if n]
+    dropped = set() if exclude is None else set(select(list(layers), exclude, "exclude", modules))
     chosen = {n: layers[n] for n in names if n not in dropped}
     for layer in chosen.values():
         if not layer.is_fresh:

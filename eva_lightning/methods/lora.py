@@ -56,7 +56,8 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
         "lora_dropout": options.dropout,
         **injection,
     }
-    inject(module, **arguments)
+    # a fresh module gets the same layers, whatever is frozen in it
+    arguments |= {"target_modules": inject(module, **arguments).targets, "exclude": None}
     return [AdapterCheckpoints(arguments, adapter_only="initialisation" not in injection)]
 
 
