@@ -17,6 +17,7 @@ from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.engine_plan import Allocation
+from eva_lightning.errors import InputError
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
@@ -126,7 +127,14 @@ class Initialiser:
 
     def _layers(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
         if self.injection is not None:
-            return fresh_adapters(pl_module)
+            layers = fresh_adapters(pl_module)
+            frozen = [name for name, layer in layers.items() if not (layer.a.requires_grad and layer.b.requires_grad)]
+            if frozen:
+                raise InputError(
+                    f"the adapter of {frozen[0]!r} ({len(frozen)} such) was frozen after it was put in and would never "
+                    "train; freeze layers before fit, or in a setup hook"
+                )
+            return layers
         arguments = self.injection_arguments
         return fresh_adapters(pl_module, arguments["target_modules"], arguments["exclude"])
 

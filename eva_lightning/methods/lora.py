@@ -50,6 +50,7 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
     arguments = {
         "r": options.rank,
         "alpha": options.alpha,
+        "target_modules": options.target_modules,
         "head": where.head if where.head is None or isinstance(where.head, str) else list(where.head),
         "exclude": None if where.exclude is None else list(where.exclude),
         "bias": options.bias,
