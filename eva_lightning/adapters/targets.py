@@ -185,7 +185,8 @@ def choose_layers(
     for name in targets:
         _refuse(name, refusal(module.get_submodule(name)))
     if not targets:
-        raise InputError(_nothing_to_adapt(module, heads, left, list(training)), setting="target_modules")
+        text = _nothing_to_adapt(module, heads, left, list(training), head == "auto")
+        raise InputError(text, setting="target_modules")
     return Choice(targets, heads, left)
 
 
@@ -200,7 +201,9 @@ def is_below(name: str, modules: Iterable[str]) -> bool:
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
-def _nothing_to_adapt(module: nn.Module, heads: list[str], left: list[str], training: list[str]) -> str:
+def _nothing_to_adapt(
+    module: nn.Module, heads: list[str], left: list[str], training: list[str], head_was_found: bool
+) -> str:
     layers = linear_layers(module)
     possible = [n for n, m in adaptable_layers(module).items() if n not in layers and refusal(m) is None]
     example = f", such as {possible[0]!r}" if possible else ""
@@ -209,12 +212,10 @@ def _nothing_to_adapt(module: nn.Module, heads: list[str], left: list[str], trai
         return text + (
             f"{len(left)} linear layers are frozen ({summarised(left, layers)}) while others train "
             f"({summarised(training, training)}); adapt_frozen=True gives the frozen ones adapters, target_modules "
-            f"names other layers{example}, head= what is to train in full"
+            f"names other layers{example}" + (", head= what is to train in full" if head_was_found else "")
         )
-    text += (
-        f"{len(layers)} nn.Linear in all, output head {heads}; name layers with target_modules{example}, or the head "
-        "with head="
-    )
+    text += f"{len(layers)} nn.Linear in all, output head {heads}; name layers with target_modules{example}"
+    text += ", or the head with head=" if head_was_found else ""
     kinds = unsupported_kinds(module)
     return f"{text}; {kinds}" if kinds else text
 
