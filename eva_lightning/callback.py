@@ -27,7 +27,7 @@ from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
-from eva_lightning.trainer_state import once_built, refresh_averages
+from eva_lightning.trainer_state import changes_modules_after, once_built, refresh_averages
 from eva_lightning.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class EVAInitCallback(Callback):
     stays what it was (rsLoRA: alpha/sqrt(r)); layers left with rank 0 lose their adapter.
 
     Where the module has PEFT LoRA layers they are used, with their own r and alpha. Where it has none, LoRA goes into
-    every linear layer but the output head, the rest is frozen, and the head stays trainable. Optimizers and schedulers
-    are rebuilt for the changed parameters: ``configure_optimizers`` runs twice.
+    every linear layer but the output head, the rest is frozen, and the head stays trainable; layers that were frozen
+    before ``fit`` are left alone if other layers than the head train, and adapted if none does. Optimizers and
+    schedulers are rebuilt for the changed parameters: ``configure_optimizers`` runs twice.
 
     Batch order, random state, train/eval flags, batch norm statistics and logs stay as they would be without it. A
     second ``fit`` of the same module, or one resumed from a checkpoint, keeps its adapters. If the streaming fails or
@@ -72,12 +73,13 @@ class EVAInitCallback(Callback):
         target_modules: layers to adapt (list of names or last name parts, or a regular expression); ``None``: every
             linear one (nn.Linear, quantised ones, transformers' Conv1D). Convolutions and nn.MultiheadAttention only
             if named.
-        exclude: layers to leave out, matched likewise.
+        exclude: layers to leave out, matched likewise, or modules with everything in them: ``"teacher"``.
         lora: a ``peft.LoraConfig``, or a mapping of some of its options (``{"bias": "all", "use_dora": True}``), for
             modules without LoRA layers. Honoured: rank, alpha, their patterns, targets, bias, dropout, DoRA, rsLoRA,
             ``lora_bias`` and ``modules_to_save`` (the same as ``head``). For anything else, make the adapters with
             PEFT before ``fit``.
-        head: output layers that stay trainable in full; "auto" finds them.
+        head: output layers that train in full; "auto" finds them, among those that train if some are frozen.
+        adapt_frozen: adapt layers frozen before ``fit`` also if others than the head train, such as a frozen tower.
         streaming: how minibatches are streamed and decomposed; default: ``StreamingOptions()``.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
             (:func:`eva_lightning.ranks.explained_variance`).
@@ -111,6 +113,7 @@ class EVAInitCallback(Callback):
         *,
         lora: LoraOptions | None = None,
         head: str | Sequence[str] | None = "auto",
+        adapt_frozen: bool = False,
         streaming: StreamingOptions | None = None,
         metric: str = "ratio",
         init: str = "eva",
@@ -142,7 +145,7 @@ class EVAInitCallback(Callback):
             init=init,
             rescale_alpha=rescale_alpha,
             streaming=streaming,
-            injection_arguments=injection_arguments(lora, r, alpha, target_modules, exclude, head),
+            injection_arguments=injection_arguments(lora, r, alpha, target_modules, exclude, head, adapt_frozen),
             forward_fn=forward_fn,
             mask_fn=mask_fn,
             given=EVAState.load(state) if isinstance(state, (str, os.PathLike)) else state,
@@ -185,8 +188,8 @@ class EVAInitCallback(Callback):
         self.initialiser.forget_reset(pl_module)
         ckpt.describe_on_save(pl_module, arguments, self.adapter_only_checkpoints)
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
-        if builds_later and not _shards(trainer):
-            # the module may make layers, or load weights, in hooks that run after this one
+        if (builds_later or changes_modules_after(self, trainer)) and not _shards(trainer):
+            # the module may make layers, load weights or freeze in hooks that run after this one; so may callbacks
             self._stop_waiting = once_built(pl_module, partial(self._prepare, trainer, pl_module))
         else:
             self._prepare(trainer, pl_module)

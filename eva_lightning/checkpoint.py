@@ -64,6 +64,7 @@ def describe(
         "adapters": {layer.path: {"rank": layer.rank, "alpha": layer.alpha} for layer in layers},
         "injection": dict(injection),
         "built_with": dict(built_with),
+        "trains": [_plain(n) for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n],
         "done": done(module),
         "base_fingerprint": base_fingerprint(module) if adapter_only else None,
     }
@@ -304,6 +305,7 @@ def fit_to_checkpoint(
             elif layer.rank != incoming[layer.path] or layer.alpha != alphas.get(layer.path, layer.alpha):
                 layer.resize(incoming[layer.path], alphas.get(layer.path))
         sync_configs(module)
+    _train_as_before(module, description)
     if description.get("base_fingerprint") is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])
     # a checkpoint from before the initialisation (the learning rate finder makes them) has nothing to protect
@@ -320,6 +322,7 @@ def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: 
     """AdaLoRA keeps its ranks and masks components: a fresh module needs the same layers, no resizing."""
     if not is_adalora(module):
         inject(module, **description["injection"])
+    _train_as_before(module, description)
     if description["base_fingerprint"] is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])
     _go_on_describing(module, description, {})
@@ -328,6 +331,19 @@ def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: 
 def _go_on_describing(module: nn.Module, description: Mapping[str, Any], built_with: Mapping[str, int]) -> None:
     if is_lightning_module(module) and "on_save_checkpoint" not in vars(module):
         describe_on_save(cast(pl.LightningModule, module), description["injection"], built_with=built_with)
+
+
+def _train_as_before(module: nn.Module, description: Mapping[str, Any]) -> None:
+    """Let train besides the adapters what trained when the checkpoint was written, whatever is frozen in ``module``."""
+    if "trains" in description:
+        trains = set(description["trains"])
+        for name, p in module.named_parameters():
+            if "lora_" not in name and p.is_floating_point():
+                p.requires_grad_(_plain(name) in trains)
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def base_fingerprint(module: nn.Module) -> str:

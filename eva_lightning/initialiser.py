@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import (
@@ -21,6 +20,7 @@ from eva_lightning.adapters import (
     find_skipped,
     has_adapters,
     inject,
+    refuse_frozen,
     refuse_merged,
     refuse_trained,
     wanted_adapters,
@@ -30,7 +30,6 @@ from eva_lightning.adapters.registry import disabled
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.done import done, mark_done, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
-from eva_lightning.errors import InputError
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
@@ -100,14 +99,8 @@ class Initialiser:
         """Put adapters in; returns their layers.
 
         Raises:
-            InputError: A layer has no shape yet, or see :func:`eva_lightning.adapters.inject`.
+            InputError: See :func:`eva_lightning.adapters.inject`.
         """
-        for name, parameter in pl_module.named_parameters():
-            if isinstance(parameter, UninitializedParameter):
-                raise InputError(
-                    f"parameter {name!r} of a lazy layer has no shape yet; run one batch through "
-                    f"{type(pl_module).__name__} before fit"
-                )
         self.injection = inject(pl_module, **self.injection_arguments)
         vars(pl_module)[_INJECTION] = self.injection
         return wanted_adapters(pl_module)
@@ -157,10 +150,12 @@ class Initialiser:
             The state, with the ranks that the layers have now.
 
         Raises:
-            InputError: An adapter is trained, there is no training data, or a given state does not fit.
+            InputError: An adapter is trained, or frozen since it was put in, there is no training data, or a given state does not fit.
         """
         started = time.perf_counter()
         refuse_trained(layers)
+        if self.injection is not None:
+            refuse_frozen(layers)
         before = count_trainable(pl_module)
         state = self.given or self._stream(trainer, pl_module, layers, before_strategy, verbose)
         plan = self._apply(trainer, pl_module, layers, state)
@@ -170,7 +165,7 @@ class Initialiser:
         plan.state.seconds = time.perf_counter() - started
         if verbose and trainer.is_global_zero:
             after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            print_summary(plan, before, after, self.injection, skipped, self.streaming.max_batches)
+            print_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.max_batches)
         return plan.state
 
     def _apply(

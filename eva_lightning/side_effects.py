@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,32 @@ def isolated_rng() -> Iterator[None]:
 
 def snapshot_rng() -> Callable[[], None]:
     """Record the state of the global generators; returns a function that restores it."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return partial(set_rng_state, rng_state())
 
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
-    return restore
+def rng_state() -> dict[str, Any]:
+    """The state of the global generators of Python, NumPy and torch (CPU, CUDA), in numbers and tensors only.
+
+    A checkpoint can hold it (``weights_only`` loading).
+    """
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the legacy generator is what users' data sets draw from
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators into a state of :func:`rng_state`; those of devices that are gone are left out."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
 
 
 @contextmanager

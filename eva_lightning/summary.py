@@ -12,12 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from eva_lightning.adapters import Injection
+from eva_lightning.adapters.frozen_layers import by_training
+from eva_lightning.adapters.targets import linear_layers, summarised
 from eva_lightning.rank_plan import Plan
 from eva_lightning.state import EVAState
 
 
 def print_summary(
     plan: Plan,
+    module: pl.LightningModule,
     before: int,
     after: int,
     injection: Injection | None,
@@ -38,9 +41,7 @@ def print_summary(
     if injection is None:
         table.add_row("adapters", f"those of the module, r = {statistics.mean(plan.uniform.values()):g}")
     else:
-        table.add_row("adapters", f"injected; head {', '.join(injection.head) or 'none'} trains in full")
-        if injection.frozen_head:
-            table.add_row("frozen head", f"{', '.join(injection.frozen_head)}, unless named with head=")
+        _add_injection(table, injection, module)
     table.add_row("minibatches", f"{state.n_batches}, {_why_stopped(state, max_batches)}")
     table.add_row("seconds", f"{state.seconds:.2f}")
     if plan.capped:
@@ -52,6 +53,21 @@ def print_summary(
         name, reason = next(iter(skipped.items()))
         table.add_row("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}")
     Console().print(table)
+
+
+def _add_injection(table: Table, injection: Injection, module: pl.LightningModule) -> None:
+    """What the module is now: flags may have changed since the injection, and layers may have gone."""
+    full, part, frozen = by_training(module, [*injection.head, *injection.frozen_head])
+    trains = f"head {', '.join(full)} trains in full" if full else "no head trains in full"
+    table.add_row("adapters", f"injected; {trains}")
+    if part:
+        table.add_row("head in part", f"{', '.join(part)}: some of its parameters are frozen")
+    if frozen:
+        table.add_row("frozen head", f"{', '.join(frozen)}: trains if named with head=")
+    if injection.left_frozen:
+        where = summarised(injection.left_frozen, [*linear_layers(module), *injection.targets])
+        many = len(injection.left_frozen)
+        table.add_row("left frozen", f"{where} ({many} layers, frozen before fit); adapt_frozen=True adapts them")
 
 
 def _why_stopped(state: EVAState, max_batches: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.nn.parallel import DistributedDataParallel
 
-from eva_lightning.namespaces import is_overridden, lightning_classes
+from eva_lightning.namespaces import NAMES, is_overridden, lightning_classes
 
 # WeightAveraging came with Lightning 2.5.3
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
@@ -48,6 +48,22 @@ def once_built(pl_module: pl.LightningModule, then: Callable[[], None]) -> Calla
     if builds_model:
         vars(pl_module)["configure_model"] = configure_model
     return stop
+
+
+def changes_modules_after(callback: pl.Callback, trainer: pl.Trainer) -> bool:
+    """Whether a callback after `callback` may freeze or change layers in its ``setup``, as BackboneFinetuning does."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    later = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
+    finetuning = lightning_classes("callbacks", "BaseFinetuning")
+    does_nothing = [copy.setup for copy in lightning_classes("callbacks.callback", "Callback")]
+    return any(
+        isinstance(c, finetuning) or (type(c).setup not in does_nothing and _package(type(c)) is None) for c in later
+    )
+
+
+def _package(cls: type) -> str | None:
+    """The copy of Lightning that defines `cls` itself, if one does."""
+    return next((copy for copy in NAMES if cls.__module__.startswith(f"{copy}.")), None)
 
 
 def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

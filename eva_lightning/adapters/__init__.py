@@ -15,17 +15,19 @@ from eva_lightning.adapters.registry import (
     find_adapters,
     find_skipped,
     has_adapters,
+    refuse_frozen,
     refuse_merged,
     refuse_trained,
     wanted_adapters,
 )
-from eva_lightning.adapters.targets import find_head, find_targets
+from eva_lightning.adapters.targets import choose_layers, find_head, find_targets
 
 __all__ = [
     "DEFAULT_ALPHA",
     "DEFAULT_RANK",
     "AdapterLayer",
     "Injection",
+    "choose_layers",
     "count_trainable",
     "find_adapters",
     "find_head",
@@ -34,6 +36,7 @@ __all__ = [
     "has_adapters",
     "inject",
     "merge_and_unload",
+    "refuse_frozen",
     "refuse_merged",
     "refuse_trained",
     "save_pretrained",

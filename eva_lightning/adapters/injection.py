@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import (
@@ -33,7 +34,7 @@ from eva_lightning.adapters.registry import (
     unwrap_empty,
 )
 from eva_lightning.adapters.supported_layers import is_linear
-from eva_lightning.adapters.targets import find_targets, language_model_heads
+from eva_lightning.adapters.targets import choose_layers, language_model_heads
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.side_effects import isolated_rng
 
@@ -46,8 +47,10 @@ class Injection:
 
     Attributes:
         targets: names of the adapted layers.
-        head: names of the output layers that train in full.
-        frozen_head: names of output layers that are neither adapted nor trained: a language model's, unless asked for.
+        head: names of the output layers that train.
+        frozen_head: names of output layers that are neither adapted nor trained: those that were frozen, and a language
+            model's unless asked for.
+        left_frozen: names of layers that got no adapter because they were frozen while others trained.
         trainable_before, trainable_after: numbers of trainable parameters.
     """
 
@@ -56,6 +59,7 @@ class Injection:
     trainable_before: int
     trainable_after: int
     frozen_head: list[str] = field(default_factory=list)
+    left_frozen: list[str] = field(default_factory=list)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False, default_factory=list)
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
@@ -97,6 +101,7 @@ def inject(
     bias: Bias = "none",
     initialisation: Initialisation = "lora",
     adalora: Mapping[str, Any] | None = None,
+    adapt_frozen: bool = False,
     **lora_options: Any,
 ) -> Injection:
     """Give ``module`` LoRA layers in place (A random, B = 0), freeze the rest, leave head and biases trainable.
@@ -109,10 +114,11 @@ def inject(
         r: rank of every adapter; capped at the layer's input width.
         alpha: LoRA's alpha.
         target_modules: layers to adapt; ``None`` means every linear layer but the output head. Convolutions and
-            nn.MultiheadAttention can be named; see :func:`eva_lightning.adapters.find_targets`.
-        exclude: layers to leave alone; they are frozen like the rest.
-        head: the output layers, which keep their trainability; see :func:`eva_lightning.adapters.find_head`. With
-            "auto" a language model's projection onto its vocabulary is frozen: it is pre-trained, and often tied.
+            nn.MultiheadAttention can be named; see :func:`eva_lightning.adapters.choose_layers`.
+        exclude: layers, or modules with all layers in them, to leave alone; they are frozen like the rest.
+        head: the output layers; see :func:`eva_lightning.adapters.find_head`. Those that are named train, those that
+            "auto" finds keep their trainability; of these a language model's projection onto its vocabulary is frozen:
+            it is pre-trained, and often tied.
         bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
         initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
@@ -120,17 +126,21 @@ def inject(
             "lora" and wait for :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
             rank they start with.
+        adapt_frozen: adapt layers that are frozen also where other layers than the head train; by default a frozen
+            teacher or tower is left alone there. Where all but the head is frozen, it is adapted either way.
         **lora_options: of PEFT's LoraConfig, such as ``use_dora``, ``use_rslora``, ``lora_dropout``, ``rank_pattern``.
 
     Raises:
-        InputError: the module has adapters already, a name matches nothing, there is nothing to adapt, or the
-            initialisation is unknown or not possible on a layer.
+        InputError: the module has adapters already or lazy layers without shapes, a name matches nothing, there is
+            nothing to adapt, or the initialisation is unknown or not possible on a layer.
     """
     check_choice("initialisation", initialisation, PEFT_NAMES)
     if find_adapters(module):
         raise InputError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     unwrap_empty(module)
-    targets, heads = find_targets(module, target_modules, exclude, head)
+    _refuse_lazy(module)
+    choice = choose_layers(module, target_modules, exclude, head, adapt_frozen)
+    targets, heads = choice.targets, choice.head
     if initialisation != "lora" or adalora is not None:
         for name in targets:
             if not is_linear(module.get_submodule(name)):
@@ -143,7 +153,9 @@ def inject(
     attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = [
         (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
     ]
-    injection = Injection(targets, heads, count_trainable(module), 0, frozen, requires_grad, attention_parameters)
+    injection = Injection(
+        targets, heads, count_trainable(module), 0, frozen, choice.left_frozen, requires_grad, attention_parameters
+    )
     options = {
         name: _below_holder(value) if name.endswith("_pattern") else value for name, value in lora_options.items()
     }
@@ -158,7 +170,8 @@ def inject(
         config = _inject(module, targets, r, alpha, options, adalora)
         injection._stale_configs = replace_stale_configs(module, config)
         layers = {layer.name: layer for layer in lora_layers(module) if hasattr(layer.module, CONFIG_ATTRIBUTE)}
-        _set_trainable(module, layers, heads, bias, dict(_named_flags(module, requires_grad)))
+        flags = dict(_named_flags(module, requires_grad))
+        _set_trainable(module, layers, heads, bias, flags, named_head=head != "auto")
         for layer in layers.values():
             layer.config.bias = bias
             if initialisation == "milora":
@@ -173,7 +186,19 @@ def inject(
         injection.undo(module)
         raise
     injection.trainable_after = count_trainable(module)
+    still = [h for h in heads if not any(p.requires_grad for p in module.get_submodule(h).parameters())]
+    injection.head = [h for h in heads if h not in still]
+    injection.frozen_head = [*frozen, *still]
     return injection
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise InputError(
+                f"parameter {name!r} of a lazy layer has no shape yet; run one batch through {type(module).__name__} "
+                "before fit"
+            )
 
 
 def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
@@ -302,8 +327,14 @@ def _accept_keyword(
 
 
 def _set_trainable(
-    module: nn.Module, layers: dict[str, AdapterLayer], heads: list[str], bias: Bias, before: dict[str, bool]
+    module: nn.Module,
+    layers: dict[str, AdapterLayer],
+    heads: list[str],
+    bias: Bias,
+    before: dict[str, bool],
+    named_head: bool,
 ) -> None:
+    """Of what was there before: biases as asked for and the head train on if they did, a head that was named does."""
     adapted = {f"{layer.path}.base_layer.bias" for layer in layers.values()}
     everything = list(module.named_parameters(remove_duplicate=False))  # a tied head is named where it is tied to
     of_heads = {id(p) for n, p in everything if any(n.startswith(f"{h}.") for h in heads)}
@@ -313,7 +344,8 @@ def _set_trainable(
         in_head = id(parameter) in of_heads
         is_bias = name == "bias" or name.endswith(".bias")
         trains = in_head or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
-        parameter.requires_grad_(trains and before[name])
+        on_request = in_head and named_head and parameter.is_floating_point()
+        parameter.requires_grad_(on_request or (trains and before[name]))
 
 
 def _named_flags(module: nn.Module, flags: list[tuple[nn.Parameter, bool]]) -> Iterable[tuple[str, bool]]:

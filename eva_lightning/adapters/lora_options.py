@@ -38,6 +38,7 @@ def injection_arguments(
     target_modules: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     head: str | Sequence[str] | None = "auto",
+    adapt_frozen: bool = False,
 ) -> dict[str, Any]:
     """Arguments for :func:`eva_lightning.adapters.inject` from a LoraConfig and the callback's short arguments.
 
@@ -45,6 +46,7 @@ def injection_arguments(
         lora: A ``peft.LoraConfig``, a mapping of some of its options, or ``None``.
         r, alpha, target_modules, exclude: As in :func:`eva_lightning.adapters.inject`; ``None``: what `lora` says.
         head: Output layers that train in full; ``"auto"``: what `lora` says (``modules_to_save``), else found.
+        adapt_frozen: As in :func:`eva_lightning.adapters.inject`.
 
     Returns:
         Numbers, strings, lists and dictionaries only, so that a checkpoint can hold them.
@@ -62,6 +64,7 @@ def injection_arguments(
         "exclude": _agreed("exclude", _names(exclude), "exclude_modules", options),
         "head": _names(head),
         "bias": options.get("bias", "none"),
+        **({"adapt_frozen": adapt_frozen} if adapt_frozen is not False else {}),
         **{name: _plain(options[name]) for name in _PASSED_ON if name in options},
     }
     if options.get("modules_to_save") is not None:
@@ -141,3 +144,6 @@ def _check_values(arguments: Mapping[str, Any]) -> None:
     check_number("alpha", arguments["alpha"], above=0)
     check_number("lora_dropout", arguments.get("lora_dropout", 0.0), at_least=0, below=1)
     check_choice("bias", arguments["bias"], BIASES)
+    if arguments.get("adapt_frozen", True) is not True:
+        given = arguments["adapt_frozen"]
+        raise InputTypeError(f"adapt_frozen must be True or False, got {given!r}", setting="adapt_frozen")

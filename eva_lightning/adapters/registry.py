@@ -64,9 +64,9 @@ def wanted_adapters(
             f" ({'; '.join(reasons) or 'no adapter is active'})"
         )
     names = list(layers) if target_modules is None else select(list(layers), target_modules, "target_modules")
-    # what an earlier injection left out has no adapter now
-    everything = [*layers, *map(canonical_names(module), dict(module.named_modules()))]
-    dropped = set() if exclude is None else set(select(everything, exclude, "exclude"))
+    # what an earlier injection left out has no adapter now, and a name means everything under it
+    modules = [n for n in map(canonical_names(module), dict(module.named_modules())) if n]
+    dropped = set() if exclude is None else set(select(list(layers), exclude, "exclude", modules))
     return {n: layers[n] for n in names if n not in dropped}
 
 
@@ -81,6 +81,20 @@ def refuse_merged(layers: Mapping[str, AdapterLayer]) -> None:
         raise InputError(
             f"the adapter of layer {merged[0]!r} is merged into its weight and would not train ({len(merged)} such); "
             "call unmerge_adapter() before fit, or merge_and_unload() to begin with new adapters"
+        )
+
+
+def refuse_frozen(layers: Mapping[str, AdapterLayer]) -> None:
+    """Make sure that these layers, whose adapters were put in to be trained, can train.
+
+    Raises:
+        InputError: an adapter was frozen since.
+    """
+    frozen = [name for name, layer in layers.items() if not (layer.a.requires_grad and layer.b.requires_grad)]
+    if frozen:
+        raise InputError(
+            f"the adapter of {frozen[0]!r} ({len(frozen)} such) was frozen after it was put in and would never train; "
+            "freeze layers before fit, or in a setup hook"
         )
 
 

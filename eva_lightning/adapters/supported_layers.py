@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer, SkippedLayer
 from eva_lightning.adapters.attention import OUT_PROJECTION, AttentionInputLayer, AttentionOutputLayer
@@ -28,6 +29,12 @@ def is_adaptable(layer: nn.Module) -> bool:
     return is_linear(layer) or isinstance(layer, (*Convolution, nn.MultiheadAttention))
 
 
+SUPPORTED = (
+    "supported are nn.Linear (also quantised), transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+    "nn.MultiheadAttention"
+)
+
+
 def refusal(layer: nn.Module) -> str | None:
     """Why a layer cannot be adapted, or ``None``."""
     if isinstance(layer, nn.Embedding):
@@ -47,6 +54,32 @@ def refusal(layer: nn.Module) -> str | None:
 def is_silent(layer: AdapterLayer) -> bool:
     """Whether the adapter is of an attention's ``out_proj`` alone, which is never called: it changes nothing."""
     return isinstance(layer, SkippedLayer) and layer.reason == OUT_PROJECTION_IS_SILENT
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Why a layer with parameters is of no kind that can be adapted, or ``None``."""
+    if is_adaptable(layer) or isinstance(layer, nn.Embedding) or next(layer.parameters(recurse=False), None) is None:
+        return None
+    return f"layers of the kind {type(layer).__name__} are not supported; {SUPPORTED}"
+
+
+def unsupported_kinds(module: nn.Module) -> str:
+    """Which layers with weight matrices cannot be adapted, one of each kind, in a sentence; empty if there are none."""
+    kinds: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name, m in module.named_modules():
+        own = ((n, p) for n, p in m.named_parameters(recurse=False) if not isinstance(p, UninitializedParameter))
+        if not name or not any("weight" in n and p.dim() > 1 for n, p in own):
+            continue
+        kind, reason = type(m).__name__, refusal(m)
+        if unsupported(m):
+            kinds.setdefault(kind, f"{kind} ({name!r})")
+        elif reason is not None and not isinstance(m, nn.Embedding):
+            reasons.setdefault(kind, f"{name!r} cannot be adapted: {reason}")
+    sentences = list(reasons.values())
+    if kinds:
+        sentences.append(f"layers of these kinds are not supported: {', '.join(kinds.values())}; {SUPPORTED}")
+    return "; ".join(sentences)
 
 
 def make_layer(

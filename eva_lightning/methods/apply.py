@@ -29,6 +29,7 @@ class AdapterOptions:
     Attributes:
         rank: LoRA rank r; EVA's mean rank per layer; AdaLoRA's at the end.
         alpha: LoRA's α; the update is scaled by α/r.
+        target_modules: Layers to adapt (:class:`~eva_lightning.callback.EVAInitCallback`); None for every linear one.
         bias: ``"all"`` trains every bias of the model too, ``"lora_only"`` those of adapted layers, or ``"none"``.
         dropout: Dropout on the adapters' inputs.
         rho: EVA's ρ ≥ 1; 1 keeps ranks uniform.
@@ -45,6 +46,7 @@ class AdapterOptions:
 
     rank: int = 16
     alpha: float = 1.0
+    target_modules: Sequence[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "all"
     dropout: float = 0.0
     rho: float = DEFAULT_RHO
@@ -76,6 +78,7 @@ class AdapterOptions:
             rho=self.rho,
             r=self.rank,
             alpha=self.alpha,
+            target_modules=self.target_modules,
             exclude=where.exclude,
             lora={"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
             head=where.head,

@@ -51,13 +51,15 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
     arguments = {
         "r": options.rank,
         "alpha": options.alpha,
+        "target_modules": options.target_modules,
         "head": where.head if where.head is None or isinstance(where.head, str) else list(where.head),
         "exclude": None if where.exclude is None else list(where.exclude),
         "bias": options.bias,
         "lora_dropout": options.dropout,
         **injection,
     }
-    inject(module, **arguments)
+    # a fresh module gets the same layers, whatever is frozen in it
+    arguments |= {"target_modules": inject(module, **arguments).targets, "exclude": None}
     return [AdapterCheckpoints(arguments, adapter_only="initialisation" not in injection)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.progress import Progress
@@ -25,21 +25,24 @@ def decompose(
     images: Dataset[Batch],
     options: OnePassPCA,
     *,
+    target_modules: Sequence[str] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> EVAState:
     """Components of the inputs of every layer that gets an adapter, over all of `images` once.
 
-    The layers are the linear ones of `module` but its head. Their inputs go into incremental PCA (paper, Algorithm 2;
-    scikit-learn's ``IncrementalPCA`` in the authors' code) in batches of at least ``options.min_tokens`` tokens. A
-    layer that sees fewer tokens per image than the median one, such as in attention pooling, gets smaller batches.
+    The layers are, by default, the linear ones of `module` but its head. Their inputs go into incremental PCA (paper,
+    Algorithm 2; scikit-learn's ``IncrementalPCA`` in the authors' code) in batches of at least ``options.min_tokens``
+    tokens. A layer that sees fewer tokens per image than the median one, such as in attention pooling, gets smaller
+    batches.
 
     Args:
         module: Without adapters, in fp32; back on its own device afterwards.
         images: Data set of images ``(3, H, W)`` and labels that fetches lists (``__getitems__``), as
             :class:`~eva_lightning.vision.data.datamodule.SplitDataset` does.
         options: Sizes.
+        target_modules: Layers to adapt; None for every linear one but the head.
         seed: Seed of the order.
         device: Where to compute.
         progress: Show a progress bar.
@@ -48,7 +51,7 @@ def decompose(
         A state with ``options.components`` components per layer (at most its width) and no ranks, for
         ``EVAInitCallback(state=...)``.
     """
-    names, _ = find_targets(module, head=module.head_name)
+    names, _ = find_targets(module, target_modules, head=module.head_name)
     layers = {name: module.get_submodule(name) for name in names}
     home = next(module.parameters()).device
     module.to(device)
@@ -87,7 +90,9 @@ def _tokens_per_image(module: nn.Module, layers: dict[str, nn.Module], images: D
     seen: dict[str, int] = {}
     handles = [
         layer.register_forward_pre_hook(
-            lambda _, args, name=name: seen.__setitem__(name, args[0].numel() // args[0].shape[-1])
+            lambda layer, args, name=name: seen.__setitem__(
+                name, args[0].numel() // getattr(layer, "in_channels", args[0].shape[-1])
+            )
         )
         for name, layer in layers.items()
     ]

@@ -47,6 +47,10 @@ class Settings:
     rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
     alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank", RESULT, above=0)
     bias: str = option("none", "biases to train with adapters", RESULT, choices=("all", "lora_only", "none"))
+    target_modules: tuple[str, ...] | None = option(
+        None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear in a block",
+        RESULT, omit_default=True,
+    )  # fmt: skip
     head: str = option("train", "action head: in full, frozen, or like other layers", RESULT, choices=HEADS)
     seeds: int = option(3, "number of seeds, one run each", SELECTION, at_least=1)
     first_seed: int = option(0, "the first of them", PER_RUN, at_least=0)

@@ -109,7 +109,14 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         exclude.append(module.head_name)
     head = module.head_name if settings.head == "train" else None
     bias: Any = settings.bias
-    options = AdapterOptions(rank=settings.rank, alpha=settings.alpha, bias=bias, rho=settings.rho, seed=settings.seed)
+    options = AdapterOptions(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        bias=bias,
+        rho=settings.rho,
+        seed=settings.seed,
+    )
     callbacks = apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
     for callback in callbacks:
         if isinstance(callback, EVAInitCallback):

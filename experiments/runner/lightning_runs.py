@@ -11,6 +11,7 @@ import lightning as L
 import torch
 
 from eva_lightning.callback import EVAInitCallback
+from eva_lightning.side_effects import rng_state, set_rng_state
 from eva_lightning.state import EVAState
 
 _LOGGER = logging.getLogger(__name__)
@@ -28,6 +29,36 @@ def trainer_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if on_gpu(accelerator) and torch.cuda.is_bf16_supported() else "32-true"
 
 
+class RandomState(L.Callback):
+    """Keep the global random generators, of each process its own, in checkpoints.
+
+    A resumed run then draws the dropout masks that the uninterrupted one would have drawn. Lightning restores no
+    generator. Data loaders have generators of their own, which depend on seed and epoch only.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state for each process; all of them write checkpoints together."""
+        own = rng_state()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"states": [own]}
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return {"states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them for ``on_train_start``."""
+        self._restored = dict(state_dict)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the generators, now that nothing draws from them any more but the training."""
+        if self._restored is not None and len(self._restored["states"]) == trainer.world_size:
+            set_rng_state(self._restored["states"][trainer.global_rank])
+        self._restored = None
+
+
 def fit(
     trainer: L.Trainer,
     module: L.LightningModule,
@@ -35,7 +66,12 @@ def fit(
     checkpoint: Path | None,
     progress: Callable[[], str],
 ) -> None:
-    """Train, from `checkpoint` if there is one; `progress` says how far it is when it is interrupted."""
+    """Train, from `checkpoint` if there is one; `progress` says how far it is when it is interrupted.
+
+    Interrupted in whatever way and resumed, a run ends with the weights it would have had.
+    """
+    # last, so that what other callbacks do at the start of training draws from the generators before they are set
+    trainer.callbacks.append(RandomState())  # type: ignore[attr-defined]
     if checkpoint is not None:
         _LOGGER.info("resuming from %s", checkpoint)
     try:

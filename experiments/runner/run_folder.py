@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from filelock import FileLock
 from eva_lightning.errors import InputError
 from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
 from experiments.runner.run_log import logging_to
-from experiments.runner.settings import Role, flag, has_identity, identity, plain
+from experiments.runner.settings import Role, flag, has_identity, identity, plain, role_of
 
 _CONTENTS = (
     "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
@@ -135,7 +136,8 @@ class RunFolder:
         if first == f"{_FIRST_LINE}{self.id}":
             return
         found = _mapping(config, lambda text: yaml.load(text, _LOADER))
-        now = {name: plain(getattr(self.settings, name)) for name in identity(self.settings, Role.RESULT)}
+        names = [item.name for item in fields(self.settings) if Role.RESULT in role_of(item)]
+        now = {name: plain(getattr(self.settings, name)) for name in names}
         differ = [name for name in now if found.get(name) != now[name]]
         if not differ and first.startswith(_FIRST_LINE):
             # the same path, but what lies there is another file

@@ -50,6 +50,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     identity: Callable[[Any], Any] | None = None,
+    omit_default: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -60,6 +61,8 @@ def option(
         choices: The values allowed; of a list, for each of its items.
         at_least, above, at_most, below: Bounds of a number, or of each number in a list. None passes.
         identity: What stands for the value in a run's identity, such as a digest for the path of a file.
+        omit_default: No part of a run's identity while it has its default: for settings that came later, so that runs
+            from before keep theirs.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -68,6 +71,7 @@ def option(
         "choices": None if choices is None else tuple(choices),
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "identity": identity,
+        "omit_default": omit_default,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -130,9 +134,11 @@ def identity(settings: Any, role: Role = Role.RESULT, without: Role | None = Non
     found = {}
     for item in fields(settings):
         has = role_of(item)
+        value = getattr(settings, item.name)
+        if item.metadata["omit_default"] and value == item.default:
+            continue
         if role in has and (without is None or without not in has):
             stands_for = item.metadata["identity"]
-            value = getattr(settings, item.name)
             found[item.name] = plain(value if stands_for is None else stands_for(value))
     return found
 

@@ -123,7 +123,7 @@ def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA)
     images: Any = data.train_dataloader().dataset
     progress = settings.progress and sys.stdout.isatty()
     device = "cuda" if on_gpu(settings.accelerator) else "cpu"
-    return decompose(module, images, options, device=device, progress=progress)
+    return decompose(module, images, options, target_modules=settings.target_modules, device=device, progress=progress)
 
 
 def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[str, Any]:

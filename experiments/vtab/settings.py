@@ -65,6 +65,10 @@ class SharedOptions:
     bias: str = option(
         "all", "biases to train with adapters: all, lora_only or none", RESULT, choices=("all", "lora_only", "none")
     )
+    target_modules: tuple[str, ...] | None = option(
+        None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear but the head",
+        INITIALISATION, omit_default=True,
+    )  # fmt: skip
     init: str = option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute", RESULT)
     metric: str = option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance", RESULT)
     tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]", INITIALISATION, above=0, at_most=1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from eva_lightning.adapters.targets import find_targets
 from eva_lightning.methods.registry import MethodKey
@@ -54,14 +56,14 @@ class ModelSize:
             )
         head_name = classifier_name(model)
         head = model.get_submodule(head_name)
-        names, _ = find_targets(model, head=head_name)
-        layers = [model.get_submodule(name) for name in names]
-        widths = tuple((int(layer.in_features), int(layer.out_features)) for layer in layers)  # type: ignore[arg-type]
+        named = nn.ModuleDict({"model": model})  # as a run's module names its layers
+        names, _ = find_targets(named, settings.target_modules, head=f"model.{head_name}")
+        widths = tuple(width for name in names for width in _widths(named.get_submodule(name)))
         in_head = sum(p.numel() for p in head.parameters())
-        named = [(name, p.numel()) for name, p in model.named_parameters()]
-        biases = sum(n for name, n in named if name.endswith("bias") and not name.startswith(f"{head_name}."))
+        sizes = [(name, p.numel()) for name, p in model.named_parameters()]
+        biases = sum(n for name, n in sizes if name.endswith("bias") and not name.startswith(f"{head_name}."))
         return cls(
-            parameters=sum(n for _, n in named) - in_head,
+            parameters=sum(n for _, n in sizes) - in_head,
             widths=widths,
             biases=biases,
             features=int(head.in_features),  # type: ignore[arg-type]
@@ -78,6 +80,13 @@ class ModelSize:
     def state_bytes(self, components: int) -> int:
         """Of an EVA state on disk."""
         return sum(4 * min(components, wide) * (wide + 2) for wide, _ in self.widths)
+
+
+def _widths(layer: Any) -> list[tuple[int, int]]:
+    """Inputs and outputs of a layer's adapters, one or, of an attention, two."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return [(layer.embed_dim, 3 * layer.embed_dim), (layer.embed_dim, layer.embed_dim)]
+    return [(layer.weight[0].numel(), len(layer.weight))]
 
 
 def cache_bytes(task: str, image_size: int, splits: Iterable[str] = SPLITS) -> int:

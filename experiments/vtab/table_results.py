@@ -112,7 +112,8 @@ def _differences(metrics: Mapping[str, Any]) -> Iterable[str]:
     defaults = identity(Settings(root="", task=next(iter(HEADINGS))), Role.RESULT, without=Role.PER_RUN)
     # what a machine does in its own way keeps results comparable
     where = {item.name for item in fields(Settings) if Role.PLACE in role_of(item)}
-    changed = {name: settings.get(name) for name in defaults if settings.get(name) != defaults[name]}
+    names = dict.fromkeys((*defaults, *settings))
+    changed = {name: settings.get(name) for name in names if settings.get(name) != defaults.get(name)}
     model, weights, protocol = (changed.pop(name, None) for name in ("model", "weights", "protocol"))
     if model not in (None, *PAPER_MODELS):
         yield f"model {model} instead of DINOv2-g/14"

@@ -77,6 +77,17 @@ def test_embeddings_have_no_adapters_and_the_head_as_asked(head: str, trains: in
     assert sum("blocks" in name for name in trained) == 2 * 4 * 2
 
 
+@pytest.mark.parametrize("method", ["eva", "lora", "pissa", "corda", "adalora"])
+def test_layers_to_adapt_can_be_named_for_every_method(method: str, root: Path) -> None:
+    settings = finetune.parse(command(root, method, "--target-modules=blocks.0"))
+    base = DecisionTransformerModule.from_pretrained(root / "init.ckpt")
+    callbacks = prepare(settings, base)
+    if method == "eva":
+        callbacks[0].initialiser.inject(base)  # type: ignore[attr-defined]
+    adapted = {name.partition(".lora_")[0] for name, _ in base.named_parameters() if ".lora_" in name}
+    assert adapted == {f"model.blocks.0.{name}" for name in ("qkv", "proj", "fc1", "fc2")}
+
+
 def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 from eva_lightning import EVAState
 from eva_lightning.vision import module as vision_module
 from eva_lightning.vision.data.datamodule import VTAB1K
+from experiments.metaworld import finetune
+from experiments.runner.run_folder import RunFolder
 from experiments.vtab.settings import Settings, command_line, main, parse
 from tests.eva_lightning.vision.fakes import make_task
 from tests.paths import ROOT
@@ -89,6 +91,29 @@ def test_adapter_folder_loads_in_stock_peft_with_the_same_accuracy(arguments: li
         logits = model(images)
     assert (logits.argmax(-1) == labels).float().mean().item() == pytest.approx(metrics["accuracy"])
     assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_layers_to_adapt_can_be_named_and_models_without_linear_layers_ask_for_it(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*arguments, "--model", "test_resnet", "--epochs", "1", "--plots", "false"]
+    assert command_line(words) == 2
+    said = capsys.readouterr().err
+    assert "--target-modules: ImageClassifier has no layer to adapt" in said
+    assert "such as 'model.conv1.0'" in said
+    assert "head=" not in said, "which is no option of this command"
+    metrics = main([*words, "--target-modules", "layer1,model.layer2.0.conv1"])
+    assert list(metrics["ranks"]) == [f"model.layer{n}" for n in ("1.0.conv1", "1.0.conv2", "2.0.conv1")]
+    assert metrics["experiment"]["target_modules"] == ["layer1", "model.layer2.0.conv1"]
+    with pytest.raises(ValueError, match=r"holds another run, with target_modules=\['layer1', .*\] \(now None\)"):
+        main(words)
+
+
+def test_runs_keep_the_identity_they_had_before_layers_could_be_named() -> None:
+    """Computed by the version before."""
+    assert RunFolder("x", Settings(root="x", task="caltech101")).id == "7f1a886271d738c9"
+    assert RunFolder("x", finetune.Settings(task=("push-v3",), init="x")).id == "4cdecd1af9f6d225"
+    assert RunFolder("x", Settings(root="x", task="caltech101", target_modules=("qkv",))).id != "7f1a886271d738c9"
 
 
 def test_learns_colours(arguments: list[str]) -> None:
