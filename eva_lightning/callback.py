@@ -180,7 +180,7 @@ class EVAInitCallback(pl.Callback):
         if isinstance(trainer.strategy, _OPAQUE) and self.initialiser.given is None:
             raise InputError(
                 f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
-                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
+                "device first (python -m eva_lightning.precompute) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"
             )
         builds_later = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
