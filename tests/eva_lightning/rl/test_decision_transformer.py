@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from eva_lightning.rl.decision_transformer import (
