@@ -294,7 +294,7 @@ class EVAInitCallback(Callback):
         if _is_opaque(trainer) and self.initialiser.given is None:
             raise InputError(
                 f"{type(trainer.strategy).__name__} shards the model before EVA can run it; compute the state on one "
-                "device first (callback.state.save(path)) and pass EVAInitCallback(state=path), or use "
+                "device first (python -m eva_lightning.precompute) and pass EVAInitCallback(state=path), or use "
                 "ModelParallelStrategy (FSDP2)"
             )
         early = _shards(trainer) or self.initialiser.given is not None

@@ -150,7 +150,8 @@ class Initialiser:
             The state, with the ranks that the layers have now.
 
         Raises:
-            InputError: An adapter is trained, or frozen since it was put in, there is no training data, or a given state does not fit.
+            InputError: An adapter is trained or was frozen since it was put in, there is no training data, or a given
+                state does not fit.
         """
         started = time.perf_counter()
         refuse_trained(layers)

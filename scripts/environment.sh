@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Creates or completes .venv from requirements.lock; called by make.   usage: scripts/environment.sh [PYTHON]
+# Creates or completes an environment from a lock file; called by make.
+# usage: scripts/environment.sh [PYTHON] [FOLDER, .venv if not given] [LOCK, requirements.lock if not given]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python="${1:-python3}"
-venv=.venv
+venv="${2:-.venv}"
+lock="${3:-requirements.lock}"
 unfinished="$venv/.unfinished"
 
 die() {
@@ -42,7 +44,7 @@ touch "$unfinished"
 # uv is itself one of the locked packages, so its hash is checked too.
 locked_uv="$(mktemp)"
 trap 'rm -f "$locked_uv"' EXIT
-awk '/^uv==/ { found = 1 } found { print } found && !/\\$/ { exit }' requirements.lock >"$locked_uv"
+awk '/^uv==/ { found = 1 } found { print } found && !/\\$/ { exit }' "$lock" >"$locked_uv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$locked_uv"
 
 # uv does not read pip's configuration: hand it the package index that pip would use.
@@ -54,6 +56,6 @@ fi
 uv=("$venv/bin/uv" pip install --python "$venv/bin/python")
 # Byte code is compiled here, on all cores: otherwise the first import of torch and transformers pays for it, and
 # where PYTHONDONTWRITEBYTECODE is set every import does (ten seconds for each test process).
-"${uv[@]}" "${repair[@]}" --compile-bytecode --require-hashes -r requirements.lock
+"${uv[@]}" "${repair[@]}" --compile-bytecode --require-hashes -r "$lock"
 "${uv[@]}" --quiet --no-deps --no-build-isolation --editable .
 rm -f "$unfinished"

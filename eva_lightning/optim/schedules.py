@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from eva_lightning.errors import check_choice
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # its name since Lightning 2.5.3
 
 Schedule = Callable[[int, int, int], float]
 """``schedule(step, warmup_steps, total_steps)``: the factor on the learning rate of step 0, 1, ..., total_steps - 1."""

@@ -31,7 +31,7 @@ class RunnerOptions:
     )
     cpus_per_run: float = option(1.0, "CPU cores per run, for ray and slurm", Role.PLACE, at_least=0)
     ray_address: str | None = option(
-        None, "running Ray cluster (auto, or ray://host:port); starts its own if not given", Role.PLACE
+        None, "running Ray cluster (auto, or ray://host:port); if not given, one for this machine alone", Role.PLACE
     )
     slurm: dict[str, str] | None = option(
         None, "what to ask SLURM for, as partition=gpu,time=4:00:00,memory=32G; any option of sbatch", Role.PLACE

@@ -45,7 +45,7 @@ def check_pool(options: RunnerOptions) -> None:
         InputError: One is not installed.
     """
     if options.backend == "ray":
-        import_ray()
+        import_ray(options.ray_address)
     elif options.backend == "slurm":
         import_submitit()
 

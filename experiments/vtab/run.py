@@ -33,6 +33,7 @@ from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA, module_options
 from experiments.runner.lightning_runs import eva_metrics, eva_state, fit, on_gpu, trainer_precision
 from experiments.runner.loggers import open_loggers, parse_loggers
+from experiments.runner.one_machine import one_machine
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.run_logging import RunLogging
 from experiments.runner.settings import Role, identity, plain
@@ -178,6 +179,7 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
+        plugins=one_machine(settings.devices),  # type: ignore[arg-type]
         precision=trainer_precision(settings.precision, settings.accelerator),  # type: ignore[arg-type]
         max_epochs=settings.epochs,
         limit_train_batches=batches,
@@ -199,6 +201,7 @@ def _test(settings: Settings, parts: Parts, trainer: L.Trainer) -> tuple[dict[st
     tester = L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
+        plugins=one_machine(settings.devices),  # type: ignore[arg-type]
         precision="32-true",
         callbacks=[RunLogging()],
         logger=trainer.loggers or False,

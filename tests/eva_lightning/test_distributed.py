@@ -1,25 +1,35 @@
-"""Two gloo processes: every rank gets the same adapters, those of the union of the data."""
+"""Several gloo processes: every rank gets the same adapters, those of the union of the data, and trains them alike.
+
+A launch of two or four processes takes most of a minute on two cores, so one serves several tests.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from eva_lightning import EVAInitCallback, EVAState, StreamingOptions
-from eva_lightning.adapters import find_adapters
+from eva_lightning import EVAInitCallback, EVAState, StreamingOptions, precompute
+from eva_lightning.adapters import find_adapters, save_pretrained
+from tests.eva_lightning import strategy_run
 from tests.modules import build, dataset, trainer
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.distributed
+
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # since torch 2.7
+_KINDS = ["ddp", "fsdp2"] if FSDP2_ON_CPU else ["ddp"]
+KINDS_OF = [(2, *_KINDS), pytest.param((4, *_KINDS), marks=pytest.mark.nightly)]
 
 
 class Saving(EVAInitCallback):
@@ -77,65 +87,135 @@ def test_two_processes_agree_with_one_on_the_union(strategy: str, engine: str, t
         assert overlap > (0.9999 if engine == "exact" else 0.98), name
 
 
-SHARDED = """
-import json, sys
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
-from tests.modules import Classifier, dataset, mlp
-from eva_lightning import EVAInitCallback, StreamingOptions
+@dataclass(frozen=True)
+class Launched:
+    """What the processes of one launch of strategy_run.py left."""
 
-class Sharded(Classifier):
-    def configure_model(self):
-        for layer in self.net:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+    folder: Path
+    devices: int
 
-torch.manual_seed(0)
-module = Sharded(mlp())
-module.net[1] = torch.nn.Identity()
-callback = EVAInitCallback(rho=2, r=4, streaming=StreamingOptions(tau=1.0), verbose=False)
-strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, callbacks=[callback],
-                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(module, DataLoader(dataset(96), 8))
-found = {
-    "ranks": callback.state.ranks,
-    "n_samples": callback.state.n_samples,
-    "sharded": {type(p).__name__ for p in module.parameters()} == {"DTensor"},
-    "shapes": {n: list(p.shape) for n, p in module.named_parameters() if "lora_A" in n},
-    "moved": any(bool(p.full_tensor().any()) for n, p in module.named_parameters() if "lora_B" in n),
-}
-with open(f"{sys.argv[1]}-{trainer.global_rank}.json", "w") as file:
-    json.dump(found, file)
-"""
+    def ranks(self, name: str) -> list[dict[str, Any]]:
+        return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.devices)]
+
+
+def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Returns when all processes have ended: they share the pipes."""
+    command = [sys.executable, "-m", "tests.eva_lightning.strategy_run", "--folder", str(folder), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+
+
+def one_process(folder: Path) -> EVAState:
+    """The state of the whole data, by the command for one process."""
+    words = ["--r", "4", "--engine", "exact", "--tau", "1", "--accelerator", "cpu", "--output", str(folder / "eva")]
+    assert precompute.main([f"{__name__}:whole", *words]) == 0
+    return EVAState.load(folder / "eva")
+
+
+def whole() -> tuple[strategy_run.Sharded, DataLoader[Any]]:
+    torch.manual_seed(0)
+    return strategy_run.Sharded(), DataLoader(dataset(strategy_run.SAMPLES), 16)
+
+
+@pytest.fixture(scope="module", params=KINDS_OF, ids=lambda kinds: f"{kinds[0]}-{'-'.join(kinds[1:])}")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    devices, *kinds = request.param
+    folder = tmp_path_factory.mktemp("strategies")
+    one_process(folder)
+    done = launch(folder, "--devices", str(devices), "--state", str(folder / "eva"), "--kinds", *kinds)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Launched(folder, devices)
+
+
+def kinds_in(launched: Launched) -> list[str]:
+    return [kind for kind in ("ddp", "fsdp2") if (launched.folder / f"{kind}-0.pt").exists()]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 on the CPU needs torch 2.7: CPU streams record events"
+def test_every_rank_starts_with_the_directions_of_all_data_and_ends_with_the_same_parameters(
+    launched: Launched,
+) -> None:
+    state = EVAState.load(launched.folder / "eva")
+    starts = []
+    for kind in kinds_in(launched):
+        first, *others = launched.ranks(kind)
+        starts.append(first["a"])
+        assert first["sharded"] == (kind == "fsdp2")
+        assert first["steps"] == strategy_run.STEPS
+        assert set(first["n_samples"].values()) == {strategy_run.SAMPLES}
+        assert len(set(first["ranks"].values())) > 1
+        assert {n: len(a) for n, a in first["a"].items()} == {n: r for n, r in first["ranks"].items() if r}
+        for other in others:
+            assert other["ranks"] == first["ranks"]
+            for part in ("a", "end"):
+                same_bits(first[part], other[part])
+        assert any(bool(p.any()) for n, p in first["end"].items() if "lora_B" in n)
+        for name, a in first["a"].items():
+            overlap = (a @ state.components[name][: len(a)].T).square().sum() / len(a)
+            assert overlap > 0.9999, name
+    if len(starts) == 2:
+        same_bits(*starts)
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted_under_a_strategy(launched: Launched) -> None:
+    for kind in kinds_in(launched):
+        for rank, resumed in zip(launched.ranks(kind), launched.ranks(f"{kind}-resumed"), strict=True):
+            assert resumed["steps"] == strategy_run.STEPS
+            same_bits(rank["end"], resumed["end"])
+
+
+@pytest.mark.slow
+def test_a_precomputed_state_starts_every_strategy_alike(launched: Launched, tmp_path: Path) -> None:
+    module, data = whole()
+    given = EVAInitCallback(rho=2, r=4, state=launched.folder / "eva", verbose=False)
+    trainer(given, max_epochs=0).fit(module, data)
+    expected = {name: adapter.a for name, adapter in find_adapters(module).items()}
+    for kind in kinds_in(launched):
+        for rank in launched.ranks(f"{kind}-given"):
+            same_bits(expected, rank["a"])
+
+
+@pytest.mark.slow
+def test_one_consolidated_adapter_folder_from_the_checkpoint_of_many(launched: Launched, tmp_path: Path) -> None:
+    for kind in kinds_in(launched):
+        module = strategy_run.Sharded.load_from_checkpoint(launched.folder / f"{kind}-epoch=1.ckpt")
+        same_bits({n: p.detach() for n, p in module.named_parameters()}, launched.ranks(kind)[0]["end"])
+        save_pretrained(module.net, tmp_path / kind)
+        assert [p.name for p in (tmp_path / kind).glob("*.safetensors")] == ["adapter_model.safetensors"]
+        reloaded = PeftModel.from_pretrained(whole()[0].net, str(tmp_path / kind)).eval()
+        x = dataset(16).tensors[0]
+        with torch.no_grad():
+            assert torch.equal(reloaded(x), module.eval()(x))
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_meet_on_its_loopback_interface(launched: Launched) -> None:
+    found = [(launched.folder / f"listening-{rank}.txt").read_text() for rank in range(launched.devices)]
+    addresses = re.findall(r"LISTEN +\d+ +\d+ +(\S+):\d+ ", "\n".join(found))
+    assert len(addresses) > launched.devices  # gloo's in every process, and the rendezvous server
+    assert set(addresses) <= {"127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rank", "how", "when"),
+    [("ddp", 1, "raise", "streaming"), ("ddp", 0, "kill", "training"), ("fsdp2", 1, "kill", "training")],
 )
-def test_fsdp2_gets_its_ranks_before_sharding(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    assert first["sharded"]
-    assert first["moved"]
-    assert set(first["n_samples"].values()) == {96}
-    assert len(set(first["ranks"].values())) > 1
-    shapes = {n.split(".lora_A")[0]: s[0] for n, s in first["shapes"].items()}
-    assert shapes == first["ranks"]
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path, kind: str, rank: int, how: str, when: str) -> None:
+    if kind == "fsdp2" and not FSDP2_ON_CPU:
+        pytest.skip("FSDP2 on the CPU needs torch 2.7")
+    done = launch(tmp_path, "--devices", "2", "--kinds", kind, "--fail", str(rank), how, when)
+    ended = time.time()
+    assert ended - float((tmp_path / "failed.txt").read_text()) < 60
+    assert done.returncode != 0
+    assert not list(tmp_path.glob("*.pt"))
+    if how == "raise":
+        assert f"ValueError: rank {rank} found a bad sample" in done.stderr
+    else:
+        assert re.search(r"Connection closed by peer|Connection reset|SIGKILL|exit code: -9", done.stderr)
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert set(first) == set(second)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from eva_lightning.rl.decision_transformer import (
     TOKENS_PER_STEP,
@@ -137,7 +138,7 @@ def test_normalisation_floors_and_clips() -> None:
 def test_training_flops_count_the_matrix_products() -> None:
     model = small()
     with torch.no_grad():
-        counted = torch.utils.flop_counter.FlopCounterMode(display=False)
+        counted = FlopCounterMode(display=False)
         given = inputs(b=2)
         with counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(**given)
