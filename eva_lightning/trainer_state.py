@@ -78,10 +78,11 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
 def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that keep an average of the weights copy the module as it is now."""
     averaging = lightning_classes("callbacks", *_AVERAGING)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit":
+        return
+    callbacks: list[Any] = [c for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
     for callback in callbacks:
-        if isinstance(callback, averaging) and trainer.state.fn == "fit":
-            callback.setup(trainer, pl_module, "fit")
+        callback.setup(trainer, pl_module, "fit")
 
 
 def refuses_unused_parameters(trainer: pl.Trainer) -> bool:
