@@ -7,13 +7,14 @@ nothing here imports either. Lightning itself refuses a module of one copy in a 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from eva_lightning.errors import InputTypeError
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 
-def lightning_classes(module: str, *names: str) -> tuple[type, ...]:
+def lightning_classes(module: str, *names: str) -> tuple[type[Any], ...]:
     """Those of the classes that exist in the copies imported, for ``isinstance``.
 
     Args:

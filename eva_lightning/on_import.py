@@ -49,7 +49,7 @@ def _wrap_loading(module: ModuleType) -> None:
 
 
 def _join_callbacks(module: ModuleType) -> None:
-    ours = sys.modules.get("eva_lightning.callback_base")
+    ours: Any = sys.modules.get("eva_lightning.callback_base")
     if hasattr(ours, "join"):  # not while it is being imported
         ours.join()
 
