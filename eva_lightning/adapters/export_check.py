@@ -91,7 +91,8 @@ def base_copy(model: nn.Module, written: set[str]) -> nn.Module:
     for layer in lora_layers(copied):
         if hasattr(layer.module, INITIAL_A):
             _give_back_start(layer)
-    for m in list(copied.modules()):
+    parts: list[Any] = list(copied.modules())
+    for m in parts:
         if isinstance(m, AuxiliaryTrainingWrapper):
             replace_everywhere(copied, m, m.original_module)
         elif hasattr(m, "_orig_mod"):

@@ -28,8 +28,10 @@ def independent_copy(module: nn.Module, shared: Iterable[Tensor] = ()) -> Any:
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # old weight norm's weight, which deepcopy refuses
     for tensor in shared:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(tensor.data, tensor.requires_grad) if is_parameter else tensor.detach()
+        if type(tensor) is nn.Parameter:
+            memo[id(tensor)] = nn.Parameter(tensor.data, tensor.requires_grad)
+        elif type(tensor) is Tensor:  # others, such as quantised ones, know how they are copied
+            memo[id(tensor)] = tensor.detach()
     return copy.deepcopy(module, memo)
 
 

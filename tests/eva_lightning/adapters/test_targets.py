@@ -290,8 +290,12 @@ def test_names_that_peft_cannot_tell_apart(tmp_path: Path) -> None:
     assert list(find_adapters(PeftModel.from_pretrained(plain, str(tmp_path)))) == ["a"]
     twice = nn.ModuleDict({"head": nn.Linear(4, 2), "body": nn.Linear(4, 4), "old_head": nn.Linear(4, 2)})
     inject(twice, r=2, target_modules=["body"], head="head")
-    with pytest.raises(ValueError, match="'head' trained in full, but PEFT would take 'old_head' for it too"):
-        save_pretrained(twice, tmp_path)
+    nn.init.ones_(twice["head"].weight)
+    save_pretrained(twice, tmp_path)
+    plain = nn.ModuleDict({"head": nn.Linear(4, 2), "body": nn.Linear(4, 4), "old_head": nn.Linear(4, 2)})
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path)).get_base_model()
+    assert bool((loaded["head"].weight == 1).all())
+    assert loaded["old_head"] is plain["old_head"]
 
 
 # --- nn.MultiheadAttention --------------------------------------------------------------------------------------------
