@@ -58,7 +58,7 @@ def print_summary(
 def _add_injection(table: Table, injection: Injection, module: pl.LightningModule) -> None:
     """What the module is now: flags may have changed since the injection, and layers may have gone."""
     full, part, frozen = by_training(module, [*injection.head, *injection.frozen_head])
-    trains = f"head {', '.join(full)} trains in full" if full else "no head trains in full"
+    trains = f"head {', '.join(full)} trains in full" if full else "no head is trained whole"
     table.add_row("adapters", f"injected; {trains}")
     if part:
         table.add_row("head in part", f"{', '.join(part)}: some of its parameters are frozen")
