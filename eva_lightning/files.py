@@ -97,6 +97,16 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure that the folder `path`, which need not exist yet, can be written; nothing is left there.
+
+    Raises:
+        DiskFullError, UnwritableError: It cannot.
+    """
+    with saying_why(Path(path)), tempfile.TemporaryFile(dir=_existing(Path(path))):
+        pass
+
+
 @contextlib.contextmanager
 def saying_why(target: Path) -> Iterator[None]:
     """Turn an ``OSError`` of writing `target` into the sentence for a user.
@@ -159,10 +169,7 @@ def file_digest(path: str | os.PathLike[str], span: int | None = None) -> str:
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
     """Room on the disk that holds `path`, which need not exist yet."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(_existing(Path(path))).free
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -188,7 +195,7 @@ def temporary_name(ending: str) -> str:
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is one that :func:`replacing` or :func:`filling` works in, or left when it was killed."""
+    """Whether a file or folder is one that :func:`replacing` or :func:`filling` works in, or has left."""
     return Path(path).name.startswith(_TEMPORARY)
 
 
@@ -203,6 +210,11 @@ def _saying_no_room(target: Path) -> Iterator[None]:
             f"the disk that holds {target} is full ({format_bytes(free_bytes(target))} free): what was there stays; "
             "make room, then run it again"
         ) from error
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Files that hold a checksum of themselves, verified when they are read; what to do with one that is damaged.
 
 The checksum is inside the file, so that no kill can part them: in JSON an entry, in an archive of ``torch.save`` the
-comment at its end, which torch and Lightning do not look at. Neither protects against a forger, who would write another.
+comment at its end, which torch and Lightning do not look at. It finds damage, not forgery: a forger writes another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOGGER = logging.getLogger(__name__)
 CHECKSUM = "checksum"
 """The entry of a JSON document that holds the checksum of the others."""
 
-_MARK = "sha256:"
+_MARK = "content-sha256:"
 _SEAL = re.compile(rb"eva_lightning sha256:([0-9a-f]{64})")
 _SEAL_LENGTH = len(b"eva_lightning sha256:") + 64
 _LENGTH_FIELD = 2  # bytes before a zip archive's comment that say how long it is
@@ -100,7 +100,7 @@ class SealedWriter:
             raise self._error
         self._file.seek(-_LENGTH_FIELD, os.SEEK_END)
         self._file.write(struct.pack("<H", _SEAL_LENGTH))
-        self._file.write(f"eva_lightning {_MARK}{self._digest.hexdigest()}".encode())
+        self._file.write(f"eva_lightning sha256:{self._digest.hexdigest()}".encode())
 
 
 def damage(file: Path) -> str | None:
