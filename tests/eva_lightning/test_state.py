@@ -253,7 +253,7 @@ def test_25_kills_while_saving_over_a_state_leave_it_whole(tmp_path: Path) -> No
         deadline = time.monotonic() + 30
         while not (tmp_path / "eva.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(delays.uniform(0.01, 0.3))
+        time.sleep(delays.uniform(0.01, 0.15))
         os.kill(process, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
         state = EVAState.load(tmp_path / "eva")
