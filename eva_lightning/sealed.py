@@ -143,18 +143,22 @@ def whole_checkpoint(file: Path) -> Path | None:
         reason = damage(candidate) if candidate.is_file() else None
         if reason is not None:
             earlier = candidate == file and previous(file).is_file()
-            set_aside(candidate, reason, "going back to the checkpoint before it" if earlier else "starting again")
+            set_aside(
+                candidate,
+                f"{candidate} is damaged ({reason})",
+                "going back to the checkpoint before it" if earlier else "starting again",
+            )
         elif candidate.is_file():
             return candidate
     return None
 
 
-def set_aside(file: Path, reason: str, instead: str) -> Path:
+def set_aside(file: Path, what: str, instead: str) -> Path:
     """Rename a damaged file, so that it is neither used nor lost, and say so.
 
     Args:
         file: The file.
-        reason: What is wrong with it.
+        what: A sentence that names it and says what is wrong, such as that of a :class:`DamagedFileError`.
         instead: What happens now.
 
     Returns:
@@ -169,7 +173,7 @@ def set_aside(file: Path, reason: str, instead: str) -> Path:
         where = f"set aside as {target.name}"
     except OSError as error:  # another process was faster, or the folder cannot be written
         where = f"not set aside ({(error.strerror or str(error)).lower()})"
-    _LOGGER.warning("%s is damaged (%s): %s, %s", file, reason, where, instead)
+    _LOGGER.warning("%s: %s, %s", what, where, instead)
     return target
 
 

@@ -74,10 +74,10 @@ def _known_settings(file: Path) -> dict[str, Any]:
     try:
         known = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        set_aside(file, " ".join(str(error).split()), "writing a new one")
+        set_aside(file, f"{file} is damaged ({' '.join(str(error).split())})", "writing a new one")
         return {}
     if known is not None and not isinstance(known, dict):
-        set_aside(file, "no mapping in it", "writing a new one")
+        set_aside(file, f"{file} is damaged (no mapping in it)", "writing a new one")
         return {}
     return known or {}
 

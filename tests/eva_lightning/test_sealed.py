@@ -91,8 +91,8 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path: Path, caplog: py
 
 
 def test_a_file_that_cannot_be_set_aside_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not set_aside(tmp_path / "gone", "empty", "starting again").exists()
-    assert "gone is damaged (empty)" in caplog.text
+    assert not set_aside(tmp_path / "gone", "gone is damaged", "starting again").exists()
+    assert "gone is damaged: not set aside (no such file or directory), starting again" in caplog.text
 
 
 @pytest.mark.parametrize(
