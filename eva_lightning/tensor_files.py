@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from eva_lightning.errors import DamagedFileError
@@ -29,7 +29,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], document: str = "")
         document: Anything, such as JSON; kept in the file's metadata.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, file, {"format": "pt", _CHECKSUM: _checksum(plain, document), _DOCUMENT: document})
+    # not save_file, which works in a temporary file of its own that a kill leaves behind
+    file.write_bytes(save(plain, {"format": "pt", _CHECKSUM: _checksum(plain, document), _DOCUMENT: document}))
 
 
 def read_tensors(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
