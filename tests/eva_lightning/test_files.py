@@ -162,6 +162,7 @@ FULL_WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio tries once more
 @pytest.mark.parametrize("writer", FULL_WRITERS)
 def test_a_full_disk_leaves_the_old_file_and_says_make_room(
     writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
