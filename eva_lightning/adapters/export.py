@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,12 +24,11 @@ from eva_lightning.adapters.injection import bypassed_by_fast_path
 from eva_lightning.adapters.merge import check_merge, merged_copy
 from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers
 from eva_lightning.errors import InputError
-from eva_lightning.files import replacing
+from eva_lightning.files import filling
 
 VERIFY_UP_TO = 2**28
 """Parameters of the largest model that :func:`save_pretrained` verifies unless told: 268 million."""
 
-_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _IN_THE_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -80,16 +77,11 @@ def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None
             "not run these adapters (torch's fused encoder layer, or a layer under several names)",
             stacklevel=2,
         )
-    path = Path(directory)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        export.write(folder)
+    with filling(directory) as temporary:
+        export.write(temporary)
         if verify:
-            check_export(model, folder, export.layers, example)
-        with replacing(path / _FILES[0]) as tensors, replacing(path / _FILES[1]) as config:
-            for source, target in zip(_FILES, (tensors, config), strict=True):
-                shutil.copyfile(folder / source, target)
-    return path
+            check_export(model, temporary, export.layers, example)
+    return Path(directory)
 
 
 @dataclass
@@ -123,7 +115,8 @@ class _Export:
         return export
 
     def write(self, folder: Path) -> None:
-        save_file({k: t.detach().cpu().contiguous().clone() for k, t in self.tensors.items()}, folder / _FILES[0])
+        tensors = {k: t.detach().cpu().contiguous().clone() for k, t in self.tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
         self.config.save_pretrained(str(folder))
 
     def _add_layers(self, model: nn.Module) -> None:

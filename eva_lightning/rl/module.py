@@ -13,11 +13,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
+from eva_lightning.checkpoint_io import save_sealed
+from eva_lightning.errors import DamagedFileError, InputError, MissingInputError, check_number, unknown
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
 from eva_lightning.optim.schedules import set_per_step, warmup_cosine
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
+from eva_lightning.sealed import damage
 
 Batch = Mapping[str, Tensor]
 
@@ -274,12 +276,15 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingInputError: There is no such file.
-        InputError: It is no such checkpoint.
+        InputError: It is damaged, or no such checkpoint.
     """
     if not Path(file).is_file():
         raise MissingInputError(
             f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
         )
+    reason = damage(Path(file))
+    if reason is not None:
+        raise DamagedFileError(f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again")
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -316,7 +321,7 @@ def save_weights(
         "pytorch-lightning_version": L.__version__,
     }
     with replacing(file) as temporary:
-        torch.save(content, temporary)
+        save_sealed(content, temporary)
     return Path(file)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eva_lightning.files import write_json
+from eva_lightning.errors import DamagedFileError
+from eva_lightning.files import file_digest
 from eva_lightning.processes import process_pool
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.video import STRIDE, side_by_side, write_video
+from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 
 Frames = npt.NDArray[np.uint8]
 
@@ -55,8 +57,8 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         a failure to draw must not cost the numbers of a comparison.
     """
     note = file.with_suffix(".json")
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and file.is_file() else {}
-    if known.get("film") == asdict(film):
+    known = _known(note) if file.is_file() else {}
+    if known.get("film") == asdict(film) and known.get("sha256") == file_digest(file):
         return (known["solved"][0], known["solved"][1]), ""
     if film.size == 0:
         return None, "no video: film_size is 0"
@@ -66,8 +68,19 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         solved = _draw(film, file, workers)
     except Exception as error:
         return None, f"no video: {error}"
-    write_json(note, {"film": asdict(film), "solved": solved})
+    write_sealed_json(note, {"film": asdict(film), "solved": solved, "sha256": file_digest(file)})
     return solved, ""
+
+
+def _known(note: Path) -> dict[str, Any]:
+    """What an earlier call has noted."""
+    if not note.is_file():
+        return {}
+    try:
+        return read_sealed_json(note)
+    except DamagedFileError as error:
+        set_aside(note, str(error), "drawing the video again")
+        return {}
 
 
 def interesting_goal(before: Sequence[bool], after: Sequence[bool]) -> int:

@@ -21,7 +21,6 @@ from experiments.metaworld.pretrain import Settings
 from experiments.metaworld.training import fit, make_trainer
 from experiments.runner.lightning_runs import trainer_precision
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
-from experiments.runner.one_machine import one_machine
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.settings import plain
 
@@ -106,7 +105,6 @@ def _train(
         callbacks=[*_rollouts(settings, index), history],
         accelerator=settings.accelerator,
         devices=settings.devices,
-        plugins=one_machine(settings.devices),
         precision=trainer_precision(settings.precision, settings.accelerator),
         val_check_interval=settings.val_every if validates else None,
         check_val_every_n_epoch=None,

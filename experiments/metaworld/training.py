@@ -10,9 +10,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.rl.module import running_mean
 from eva_lightning.side_effects import isolated_rng, observing
 from experiments.runner import lightning_runs
+from experiments.runner.one_machine import one_machine
 from experiments.runner.run_folder import RunFolder
 
 
@@ -85,6 +87,7 @@ def make_trainer(
     checkpoint_every: int,
     progress: bool,
     callbacks: Sequence[L.Callback],
+    devices: int = 1,
     **options: Any,
 ) -> L.Trainer:
     """A trainer that counts steps and keeps the last checkpoint.
@@ -95,6 +98,7 @@ def make_trainer(
         checkpoint_every: Steps between checkpoints; 0 for none.
         progress: Show a progress bar, in a terminal.
         callbacks: All others.
+        devices: Processes on this machine.
         options: Further arguments of the trainer.
     """
     checkpoints = ModelCheckpoint(
@@ -109,6 +113,8 @@ def make_trainer(
         max_epochs=-1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        devices=devices,
+        plugins=[AtomicCheckpointIO(), *one_machine(devices)],
         callbacks=[*callbacks, *([checkpoints] if checkpoint_every else [])],
         enable_checkpointing=checkpoint_every > 0,
         enable_progress_bar=progress and sys.stdout.isatty(),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from eva_lightning.files import write_json
+from eva_lightning.errors import DamagedFileError
+from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
@@ -73,8 +73,13 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
     """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = {}
+    if file.is_file():
+        try:
+            known = read_sealed_json(file)
+        except DamagedFileError as error:
+            set_aside(file, str(error), "writing the choices of this comparison alone")
     for name, choice in choices.items():
         candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
         known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
-    write_json(file, known)
+    write_sealed_json(file, known)

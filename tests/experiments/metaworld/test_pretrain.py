@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
 from eva_lightning.rl.tasks import MT40
+from eva_lightning.sealed import read_sealed_json
 from experiments.metaworld.pretrain import Settings, command_line, main, parse
 from tests.eva_lightning.rl.synthetic import write_synthetic
 from tests.paths import ROOT
@@ -45,7 +47,7 @@ def test_defaults_and_configs_are_the_papers_and_the_small_recipe() -> None:
 def test_a_run_writes_its_folder(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = main([*arguments, "--export", str(tmp_path / "light.ckpt")])
     run = tmp_path / "runs" / "run"
-    assert metrics == json.loads((run / "metrics.json").read_text())
+    assert metrics == read_sealed_json(run / "metrics.json")
     assert metrics["steps"] == 8
     assert metrics["val_loss"] == pytest.approx((metrics["val_loss/reach-v3"] + metrics["val_loss/drawer-open-v3"]) / 2)
     assert 0 < metrics["model_flop_utilisation"] < 1
@@ -69,8 +71,26 @@ def test_a_run_writes_its_folder(arguments: list[str], tmp_path: Path, capsys: p
         main([*arguments, "--lr", "2e-2"])
 
 
+def _flipped(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[:half] + bytes(byte ^ 0xFF for byte in content[half : half + 4]) + content[half + 4 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "whole": lambda content: content,
+    "four bytes flipped": _flipped,
+    "cut": lambda content: content[:-200],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_an_interrupted_run_continues_to_the_same_weights(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damage: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = main([*arguments, "--name", "whole", "--dropout", "0"])
     again = [*arguments, "--dropout", "0"]
@@ -90,10 +110,21 @@ def test_an_interrupted_run_continues_to_the_same_weights(
             main(again)
     assert "rerun to resume" in capsys.readouterr().out
     assert not (tmp_path / "runs" / "run" / "metrics.json").exists()
+    last = tmp_path / "runs" / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(DAMAGES[damage](last.read_bytes()))
     metrics = main(again)
+    said, start = capsys.readouterr().out, "last.ckpt" if damage == "whole" else "last.ckpt.previous"
+    assert f"resuming from {last.with_name(start)}\n" in said
+    assert ("set aside as last.ckpt.damaged, going back to the checkpoint before it" in said) == (damage != "whole")
     assert metrics["val_loss"] == whole["val_loss"]
     weights = [read_checkpoint(tmp_path / "runs" / name / "weights.ckpt")["state_dict"] for name in ("run", "whole")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    # the end of the run is a checkpoint of the project as well: a damaged one is an error, not another network
+    file = tmp_path / "runs" / "run" / "weights.ckpt"
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    if damage != "whole":
+        with pytest.raises(InputError, match=r"weights\.ckpt is damaged or no checkpoint \("):
+            read_checkpoint(file)
     with (tmp_path / "runs" / "run" / "metrics.csv").open() as handle:
         assert [int(row["step"]) for row in csv.DictReader(handle)] == [4, 8]
 

@@ -100,17 +100,20 @@ def test_the_smallest_sufficient_state_serves(base: Settings, monkeypatch: pytes
     assert [obtain(k) for k in (32, 64, 16, 48, 32)] == ["32", "64", "32", "64", "32"]
 
 
-def test_damaged_state_is_computed_again(base: Settings) -> None:
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_damaged_state_is_set_aside_and_computed_again(base: Settings, suffix: str) -> None:
     shared = state_of(by(base), 8)
     path = shared.obtain()
-    tensors = path.with_name(f"{path.name}.safetensors")
+    damaged = path.with_name(f"{path.name}.{suffix}")
     whole = EVAState.load(path)
-    tensors.write_bytes(tensors.read_bytes()[:-100])
+    content = damaged.read_bytes()[:-100]
+    damaged.write_bytes(content)
     states._SOUND.clear()  # another process
     assert shared.obtain() == path
     again = EVAState.load(path)
     assert all((whole.components[name] == v).all() for name, v in again.components.items())
     assert len((path.parent / "computed.log").read_text().splitlines()) == 2
+    assert damaged.with_name(f"{damaged.name}.damaged").read_bytes() == content
 
 
 def metrics_of(settings: Settings, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from eva_lightning.errors import InputError, MissingInputError, unknown
+from eva_lightning.files import write_text
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.tasks import get_task
 from tools.vtab.originals import ORIGINALS, REFUSED
@@ -88,7 +89,7 @@ def build_task(
                 advance(original.task, done, total)
     lines["train800val200"] = lines["train800"] + lines["val200"]
     for name, content in lines.items():
-        (part / f"{name}.txt").write_text("\n".join(content) + "\n", encoding="utf-8")
+        write_text(part / f"{name}.txt", "\n".join(content) + "\n")
     part.replace(target)
 
 
