@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
+
+#: How numbers that are not finite stand in JSON, which has none: the words of protocol buffers' JSON.
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -49,8 +53,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Write a JSON document, all or nothing."""
-    write_text(path, json.dumps(document, indent=2) + "\n")
+    """Write a JSON document, all or nothing; see :func:`as_json`."""
+    write_text(path, as_json(document, indent=2) + "\n")
+
+
+def as_json(document: Any, indent: int | None = None) -> str:
+    """A document as JSON that every program reads: numbers that are not finite become the words `NON_FINITE`."""
+    return json.dumps(_in_words(document), indent=indent, allow_nan=False)
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_words(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_words(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return NON_FINITE[0] if math.isnan(value) else NON_FINITE[1 + (value < 0)]
+    return value
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:

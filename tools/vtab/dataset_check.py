@@ -261,5 +261,5 @@ class _Memory:
 def _damage(path: Path) -> Literal["broken", "truncated"] | None:
     try:
         return image_damage(path)
-    except OSError:
+    except InputError:
         return "broken"

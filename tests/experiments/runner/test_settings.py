@@ -84,7 +84,7 @@ def test_files(tmp_path: Path) -> None:
         ("--batch-size x", "--batch-size must be a whole number, got x"),
         ("--batch-size 0", "--batch-size must be a whole number of at least 1, got 0"),
         ("--lr -1", "--lr must be a number above 0, got -1.0"),
-        ("--lr .nan", "--lr must be a number above 0, got nan"),
+        ("--lr .nan", "--lr must be a finite number, got nan"),
         ("--tau 2", "--tau must be a number above 0 and of at most 1, got 2.0"),
         ("--limit x", "--limit must be a whole number or none, got x"),
         ("--lrs 1,x", "--lrs must be a list, each item a number, got"),
