@@ -1,4 +1,4 @@
-"""Reading files that somebody else wrote or a disk damaged: what a parser makes of bad bytes is one error of ours.
+"""Reading files that somebody else wrote or a disk damaged: a parser's errors become one of ours.
 
 Parsers report bad bytes by whatever happens to go wrong in them, a dozen exceptions of a dozen libraries. :func:`reading`
 turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds the call of a
@@ -85,10 +85,10 @@ def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = "", what: 
     """
     with reading(path, remedy, what):
         # a pipe would block where it is opened
-        kind = os.stat(path).st_mode
+        kind = Path(path).stat().st_mode
         if not stat.S_ISREG(kind):
             raise InputError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(kind) else 'no ordinary file'}")
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise InputError(f"{os.fspath(path)} is larger than the {format_bytes(most)} that are read of such files")
