@@ -38,6 +38,18 @@ class UnreachableError(InputError, ConnectionError):
     """A server that is needed does not answer."""
 
 
+class UnwritableError(InputError, OSError):
+    """A file or folder cannot be written, for a reason other than a full disk."""
+
+
+class DiskFullError(InputError, OSError):
+    """A disk is full; what was on it before is still there."""
+
+
+class DamagedFileError(InputError):
+    """A file that this project wrote is not as it was written."""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str], *, list_all: bool = True) -> str:
     """Sentence saying that `name` is no known `kind`, with up to three near names from `choices`.
 

@@ -10,40 +10,70 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import DiskFullError, InputError, UnwritableError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: How numbers that are not finite stand in JSON, which has none: the words of protocol buffers' JSON.
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = ".eva_lightning-"
+#: Folders in which this process has removed what killed ones left.
+_tidied: set[Path] = set()
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends without an error.
 
-    Readers see the old content or the new, never a part; a process that is killed leaves the old one. The content is
-    on the disk before it takes the name, so that a power failure loses no more.
+    Readers see the old content or the new, never a part; a process that is killed, a full disk and a power failure
+    leave the old one: the content is on the disk before it takes the name, and the name before this returns.
+
+    Raises:
+        DiskFullError: The disk is full.
+        UnwritableError: The file cannot be written for another reason.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=target.suffix or ".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        temporary.chmod(mode)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # the suffix, because libraries choose a format by it
+    with _beside(target.parent, target, lambda: _new_file(target.parent, target.suffix or ".part")) as temporary:
+        try:
+            with _saying_no_room(target):
+                yield temporary
+            with saying_why(target):
+                _settle(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the block ends without an error; others there stay.
+
+    For libraries that write several files by names of their own. Every file is replaced as by :func:`replacing`, once
+    all are written; the last ones by name come last.
+
+    Raises:
+        DiskFullError, UnwritableError: As :func:`replacing`.
+    """
+    target = Path(folder)
+    with _beside(target, target, lambda: tempfile.mkdtemp(dir=target, prefix=_TEMPORARY)) as temporary:
+        try:
+            with _saying_no_room(target):
+                yield temporary
+            with saying_why(target):
+                for file in sorted(temporary.iterdir()):
+                    _settle(file, target / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -76,18 +106,33 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     """The folder `path`, made where it does not exist.
 
     Raises:
-        InputError: It cannot be made or written.
+        DiskFullError, UnwritableError: It cannot be made or written.
     """
     folder = Path(path)
-    try:
+    with saying_why(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise
-        raise InputError(f"{folder} cannot be written: {(error.strerror or str(error)).lower()}") from error
     return folder
+
+
+@contextlib.contextmanager
+def saying_why(target: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of writing `target` into the sentence for a user.
+
+    Raises:
+        DiskFullError: The disk is full.
+        UnwritableError: The file or folder cannot be written for another reason.
+    """
+    with _saying_no_room(target):
+        try:
+            yield
+        except (UnwritableError, DiskFullError):
+            raise
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UnwritableError(f"cannot write to {target}: {(error.strerror or str(error)).lower()}") from error
 
 
 @contextlib.contextmanager
@@ -154,6 +199,118 @@ def format_bytes(size: float) -> str:
     while abs(size) >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1
     return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+def temporary_name(ending: str) -> str:
+    """A name that :func:`is_temporary` knows, and that the next process to write there deletes."""
+    return f"{_TEMPORARY}{ending}"
+
+
+def is_temporary(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is one that :func:`replacing` or :func:`filling` works in, or left when it was killed."""
+    return Path(path).name.startswith(_TEMPORARY)
+
+
+@contextlib.contextmanager
+def _saying_no_room(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"the disk that holds {target} is full ({format_bytes(free_bytes(target))} free): what was there stays; "
+            "make room, then run it again"
+        ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """As ``mkdir(parents=True)``, and a power failure does not undo it."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path, target: Path, make: Callable[[], str]) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        with saying_why(target):
+            _make_folder(folder)
+            _remove_leftovers(folder)
+            temporary = stack.enter_context(_claimed(make))
+        yield temporary
+
+
+def _new_file(folder: Path, suffix: str) -> str:
+    handle, name = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY, suffix=suffix)
+    os.close(handle)
+    return name
+
+
+@contextlib.contextmanager
+def _claimed(make: Callable[[], str]) -> Iterator[Path]:
+    """What `make` creates, under a lock that tells it from what a killed process left: its process ends it."""
+    path, handle = Path(make()), None
+    try:
+        while fcntl is not None:
+            with contextlib.suppress(FileNotFoundError):
+                handle = os.open(path, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # a file system that knows no locks
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if os.fstat(handle).st_nlink:
+                    break
+                os.close(handle)
+            # another process took it for a leftover before the lock
+            path = Path(make())
+        yield path
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left, once per process and folder."""
+    if fcntl is None or folder.absolute() in _tidied:
+        return
+    _tidied.add(folder.absolute())
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _settle(temporary: Path, target: Path) -> None:
+    """Give a finished file its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    with contextlib.suppress(PermissionError):  # a file system that knows no permissions
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+    temporary.replace(target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

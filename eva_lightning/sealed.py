@@ -1,0 +1,191 @@
+"""Files that hold a checksum of themselves, verified when they are read; what to do with one that is damaged.
+
+The checksum is inside the file, so that no kill can part them: in JSON an entry, in an archive of ``torch.save`` the
+comment at its end, which torch and Lightning do not look at. Neither protects against a forger, who would write another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from eva_lightning.errors import DamagedFileError
+from eva_lightning.files import digest, saying_why, write_json
+
+_LOGGER = logging.getLogger(__name__)
+
+CHECKSUM = "checksum"
+"""The entry of a JSON document that holds the checksum of the others."""
+
+_MARK = "sha256:"
+_SEAL = re.compile(rb"eva_lightning sha256:([0-9a-f]{64})")
+_SEAL_LENGTH = len(b"eva_lightning sha256:") + 64
+_LENGTH_FIELD = 2  # bytes before a zip archive's comment that say how long it is
+_BLOCK = 1 << 20
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON document with its checksum."""
+    content = json.loads(json.dumps(document))  # keys become words, tuples lists: as they will be read
+    return {**content, CHECKSUM: _MARK + digest(content)}
+
+
+def write_sealed_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write a JSON document with its checksum, all or nothing."""
+    write_json(path, sealed(document))
+
+
+def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The document without its checksum; one of an earlier version, which has none, is taken as it is.
+
+    Raises:
+        DamagedFileError: The file is cut, changed, or no JSON document.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(document, dict):
+        raise DamagedFileError(f"{path} is damaged (no mapping in it)")
+    expected = document.pop(CHECKSUM, None)
+    # a checksum under another name is one whose name was damaged
+    lost = any(isinstance(value, str) and value.startswith(_MARK) for value in document.values())
+    if (expected is None and lost) or (expected is not None and expected != _MARK + digest(document)):
+        raise DamagedFileError(f"{path} is damaged (its checksum differs: something in it was changed)")
+    return document
+
+
+class SealedWriter:
+    """What ``torch.save`` writes to: hands all on to `file`, and ends it with the checksum.
+
+    The first error is kept until :meth:`end`: torch would hide it behind one of its own.
+
+    Args:
+        file: Open for writing, at its beginning.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write all of `data`."""
+        if self._error is None:
+            try:
+                self._file.write(data)
+                self._digest.update(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch; the file is flushed when it is closed."""
+
+    def end(self) -> None:
+        """Make the checksum the archive's comment.
+
+        Raises:
+            OSError: Something could not be written.
+        """
+        if self._error is not None:
+            raise self._error
+        self._file.seek(-_LENGTH_FIELD, os.SEEK_END)
+        self._file.write(struct.pack("<H", _SEAL_LENGTH))
+        self._file.write(f"eva_lightning {_MARK}{self._digest.hexdigest()}".encode())
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a file that ``torch.save`` wrote, or None; its content is neither loaded nor unpickled.
+
+    Ours have a checksum over every byte. Others are compared with the CRC-32 that every entry of the archive has.
+    """
+    size = file.stat().st_size
+    if size == 0:
+        return "it is empty"
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - _SEAL_LENGTH))
+        seal = _SEAL.fullmatch(stream.read())
+        if seal is not None:
+            return None if _body_digest(stream, size) == seal[1].decode() else "its checksum differs"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch writes no other comment and does not compress
+            if archive.comment or any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "its end was changed"
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
+        return f"it is cut or changed: {str(error)[:120]}"
+    return None if wrong is None else f"its part {wrong} was changed"
+
+
+def check_undamaged(file: Path) -> None:
+    """Make sure that a file of ``torch.save`` is as it was written.
+
+    Raises:
+        DamagedFileError: It is not.
+    """
+    reason = damage(file)
+    if reason is not None:
+        raise DamagedFileError(f"{file} is damaged ({reason}): take another copy of it, or make it again")
+
+
+def previous(file: Path) -> Path:
+    """Where the checkpoint before `file` is kept."""
+    return file.with_name(f"{file.name}.previous")
+
+
+def whole_checkpoint(file: Path) -> Path | None:
+    """`file`, or the one before it where it is damaged or missing; None where there is neither.
+
+    Damaged ones are set aside, and a warning says what happens instead.
+    """
+    for candidate in (file, previous(file)):
+        reason = damage(candidate) if candidate.is_file() else None
+        if reason is not None:
+            earlier = candidate == file and previous(file).is_file()
+            set_aside(candidate, reason, "going back to the checkpoint before it" if earlier else "starting again")
+        elif candidate.is_file():
+            return candidate
+    return None
+
+
+def set_aside(file: Path, reason: str, instead: str) -> Path:
+    """Rename a damaged file, so that it is neither used nor lost, and say so.
+
+    Args:
+        file: The file.
+        reason: What is wrong with it.
+        instead: What happens now.
+
+    Returns:
+        Its new name.
+    """
+    target, number = file.with_name(f"{file.name}.damaged"), 1
+    while target.exists():
+        number += 1
+        target = file.with_name(f"{file.name}.damaged-{number}")
+    with saying_why(target):
+        file.replace(target)
+    _LOGGER.warning("%s is damaged (%s): set aside as %s, %s", file, reason, target.name, instead)
+    return target
+
+
+def _body_digest(stream: BinaryIO, size: int) -> str:
+    """SHA-256 of an archive as it was before it had a comment."""
+    found, left = hashlib.sha256(), size - _SEAL_LENGTH - _LENGTH_FIELD
+    stream.seek(0)
+    while left > 0 and (block := stream.read(min(_BLOCK, left))):
+        found.update(block)
+        left -= len(block)
+    length = stream.read(_LENGTH_FIELD)
+    found.update(b"\0\0" if length == struct.pack("<H", _SEAL_LENGTH) else length)
+    return found.hexdigest()
