@@ -1,4 +1,4 @@
-"""Reading files that somebody else wrote or a disk damaged: a parser's errors become one of ours.
+"""Reading files that others wrote or a disk damaged: a parser's errors become one of ours.
 
 Parsers report bad bytes by whatever happens to go wrong in them, a dozen exceptions of a dozen libraries. :func:`reading`
 turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds the call of a
@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from eva_lightning.errors import InputError, InputTypeError, MissingInputError
 from eva_lightning.files import NON_FINITE, format_bytes, is_disk_full
+from eva_lightning.names import shown
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,15 @@ def reading(path: str | os.PathLike[str], remedy: str = "", what: str = "") -> I
 
     Raises:
         MissingInputError: There is no such file.
-        InputError: It cannot be read, or its content cannot be parsed. Errors of this project pass as they are.
+        InputError: It cannot be read, or its content cannot be parsed. Errors of this project pass, with its name.
     """
     name, end = f"{what} {os.fspath(path)}".strip(), f": {remedy}" if remedy else ""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise InputError(f"{name} is damaged ({error}){end}") from error
     except FileNotFoundError as error:
         raise MissingInputError(f"{name} does not exist{end}") from error
     except BaseException as error:
@@ -57,9 +60,8 @@ def reading(path: str | os.PathLike[str], remedy: str = "", what: str = "") -> I
         if is_disk_full(error):
             raise
         logger.debug("%s cannot be parsed", name, exc_info=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(f"{name} cannot be read ({os.strerror(error.errno).lower()}){end}") from error
-        raise InputError(f"{name} is damaged or of another format ({in_short(error)}){end}") from error
+        verdict = "cannot be read" if isinstance(error, OSError) and error.errno is not None else "is damaged"
+        raise InputError(f"{name} {verdict} ({in_short(error)}){end}") from error
 
 
 def in_short(error: BaseException) -> str:
@@ -68,6 +70,8 @@ def in_short(error: BaseException) -> str:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower()
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is not None and problem:  # of YAML
         return f"line {mark.line + 1}: {problem}"
@@ -110,13 +114,8 @@ def read_text(path: str | os.PathLike[str], remedy: str = "", most: int = LARGES
             raise ValueError(f"line {content[: error.start].count(10) + 1}: no text in UTF-8") from error
 
 
-def read_json(path: str | os.PathLike[str], remedy: str = "", *, metrics: bool = False) -> Any:
+def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
     """A JSON document.
-
-    Args:
-        path: The file.
-        remedy: What to do where it is damaged, as the end of the sentence.
-        metrics: Results, in which a number may be ``"NaN"`` or infinite (see :func:`eva_lightning.files.as_json`).
 
     Raises:
         MissingInputError: There is no such file.
@@ -124,32 +123,40 @@ def read_json(path: str | os.PathLike[str], remedy: str = "", *, metrics: bool =
     """
     text = read_text(path, remedy)
     with reading(path, remedy):
-        found = json.loads(
-            text,
-            parse_constant=float if metrics else _refuse,
-            parse_float=float if metrics else _finite,
-            object_pairs_hook=_once_each,
-        )
-        return _with_numbers(found) if metrics else found
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once_each)
 
 
-def typed(kind: type[T], document: Any) -> T:
-    """An object of the dataclass `kind` from a JSON mapping; keys that it has no field for are passed over.
+def read_metrics(path: str | os.PathLike[str], remedy: str = "") -> Any:
+    """A JSON document of results, in which numbers may be infinite or NaN (see :func:`eva_lightning.files.as_json`).
+
+    Raises:
+        MissingInputError, InputError: As :func:`read_json`.
+    """
+    text = read_text(path, remedy)
+    with reading(path, remedy):
+        # earlier versions wrote NaN as Python does
+        return _with_numbers(json.loads(text, object_pairs_hook=_once_each))
+
+
+def typed(kind: type[T], document: Any, path: str | os.PathLike[str]) -> T:
+    """An object of the dataclass `kind` from a JSON mapping in `path`; keys that it has no field for are passed over.
 
     Raises:
         InputError: No mapping, a field is missing or of another type.
     """
     assert is_dataclass(kind)
     if not isinstance(document, dict):
-        raise InputTypeError(f"a mapping is expected, got {type(document).__name__}")
+        raise InputTypeError(f"{os.fspath(path)} is damaged: a mapping is expected, got {type(document).__name__}")
     found: dict[str, Any] = {}
     hints = _hints(kind)
     for item in fields(kind):
         if item.name not in document:
-            raise InputError(f"{item.name} is missing")
+            raise InputError(f"{os.fspath(path)} is damaged: {item.name} is missing")
         value = document[item.name]
         if not _fits(value, hints[item.name]):
-            raise InputTypeError(f"{item.name} has another type than expected: {in_short(ValueError(repr(value)))}")
+            raise InputTypeError(
+                f"{os.fspath(path)} is damaged: {item.name} has another type than expected, {shown(value)}"
+            )
         found[item.name] = tuple(value) if isinstance(value, list) else value
     return kind(**found)
 

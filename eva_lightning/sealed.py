@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eva_lightning.errors import DamagedFileError
-from eva_lightning.files import digest, saying_why, write_json
+from eva_lightning.files import as_json, digest, saying_why, write_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _BLOCK = 1 << 20
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON document with its checksum."""
-    content = json.loads(json.dumps(document))  # keys become words, tuples lists: as they will be read
+    content = json.loads(as_json(document))  # keys become words, tuples lists: as they will be read
     return {**content, CHECKSUM: _MARK + digest(content)}
 
 

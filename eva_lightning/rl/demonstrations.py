@@ -18,12 +18,14 @@ import numpy.typing as npt
 
 from eva_lightning.arrays import arrays_from_npz
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import digest, replacing, write_json
-from eva_lightning.reading import read_bytes, read_json, reading, typed
+from eva_lightning.files import replacing
+from eva_lightning.names import shown
+from eva_lightning.reading import read_bytes, reading, typed
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
 
 INDEX = "index.json"
-_FORMAT = 2
+_FORMAT = 1
 #: Bytes of the largest file that is read: 100,000 episodes, packed.
 _LARGEST = 8 * 2**30
 _ARRAYS = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
@@ -185,21 +187,12 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
         command = _COLLECT.format(task="mt40", folder=folder)
         raise MissingInputError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
     remedy = f"delete {Path(folder)} and collect again"
-    content = read_json(path, remedy)
+    content = read_sealed_json(path)
     with reading(path, remedy):
         version = content["format"]
-        if version not in (1, _FORMAT):
-            raise InputError(f"{path} has format {version!r}, this version of the project reads format {_FORMAT}")
-        try:
-            tasks = {task: typed(TaskEntry, entry) for task, entry in sorted(content["tasks"].items())}
-        except InputError as error:
-            raise ValueError(str(error)) from error
-        # format 1 had no checksum
-        expected = {"format": version, "tasks": content["tasks"]} | (
-            {"checksum": digest(content["tasks"])} if version == _FORMAT else {}
-        )
-        if content != expected:
-            raise ValueError("its checksum is another")
+        if version != _FORMAT:
+            raise InputError(f"{path} has format {shown(version)}, this version of the project reads format {_FORMAT}")
+        tasks = {task: typed(TaskEntry, entry, path) for task, entry in sorted(content["tasks"].items())}
     return DemonstrationIndex(Path(folder), tasks)
 
 
@@ -236,10 +229,7 @@ def decode(task: str, content: bytes, path: str | Path | None = None) -> TaskDem
         InputError: They are not the bytes of a file of demonstrations.
     """
     with reading(f"of {task}" if path is None else path, what="demonstration file"):
-        try:
-            return TaskDemonstrations(task, **arrays_from_npz(content, _ARRAYS))
-        except InputError as error:
-            raise ValueError(str(error)) from error
+        return TaskDemonstrations(task, **arrays_from_npz(content, _ARRAYS))
 
 
 def encode(demonstrations: TaskDemonstrations, compress: bool = True) -> bytes:
@@ -291,7 +281,7 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
         temporary.write_bytes(content)
     tasks[task] = entry
     entries = {name: asdict(tasks[name]) for name in sorted(tasks)}
-    write_json(folder / INDEX, {"format": _FORMAT, "checksum": digest(entries), "tasks": entries})
+    write_sealed_json(folder / INDEX, {"format": _FORMAT, "tasks": entries})
     if before is not None and before.file != name:
         (folder / before.file).unlink(missing_ok=True)
     return entry

@@ -17,7 +17,9 @@ from eva_lightning.errors import InputError, MissingInputError, check_number, un
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
 from eva_lightning.optim.schedules import set_per_step, warmup_cosine
+from eva_lightning.reading import reading
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
+from eva_lightning.sealed import check_undamaged
 
 Batch = Mapping[str, Tensor]
 
@@ -280,10 +282,9 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         raise MissingInputError(
             f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
         )
-    try:
+    with reading(file):
+        check_undamaged(Path(file))
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None
     if not isinstance(hparams, dict) or not needed <= set(hparams) or "state_dict" not in found:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from eva_lightning.arrays import map_array
 from eva_lightning.errors import InputError, check_choice
-from eva_lightning.files import digest, file_digest, waiting_for, write_json
-from eva_lightning.reading import read_json, reading, typed
+from eva_lightning.files import digest, file_digest
+from eva_lightning.reading import reading, typed
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, load_task, read_index
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,29 +121,26 @@ class TrajectoryStore:
         found = cls._found(path)
         if found is not None:
             return found
-        cache.mkdir(parents=True, exist_ok=True)
-        with waiting_for(cache / f".{path.name}.lock"):
-            found = cls._found(path, warn=True)
-            if found is not None:
-                return found
-            shutil.rmtree(path, ignore_errors=True)
-            temporary = cache / f"{path.name}.{os.getpid()}.part"
-            try:
-                _write(temporary, index, about, np.dtype(dtype))
+        temporary = cache / f"{path.name}.{os.getpid()}.part"
+        try:
+            _write(temporary, index, about, np.dtype(dtype))
+            if cls._found(path, remove=True) is None:  # another process may have been faster
                 temporary.rename(path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(path)
 
     @classmethod
-    def _found(cls, path: Path, warn: bool = False) -> TrajectoryStore | None:
-        """The store at `path`, or None where it is missing or damaged; `warn` of damage."""
+    def _found(cls, path: Path, remove: bool = False) -> TrajectoryStore | None:
+        """The store at `path`, or None where it is missing or damaged; `remove` a damaged one."""
         if not path.exists():
             return None
         try:
             return cls(path)
         except InputError as error:
-            if warn:
+            if remove:
+                shutil.rmtree(path)
+            else:
                 logger.warning("the trajectories are prepared again: %s", error)
             return None
 
@@ -217,7 +215,7 @@ class TrajectoryStore:
 
 @dataclass(frozen=True)
 class _About:
-    """What ``store.json`` says. `files` has the SHA-256 of each array's file, and `checksum` that of all the rest."""
+    """What ``store.json`` says; `files` has the SHA-256 of each array's file."""
 
     format: int
     tasks: tuple[str, ...]
@@ -227,7 +225,6 @@ class _About:
     rows: int
     episodes: int
     files: Mapping[str, str]
-    checksum: str
 
 
 #: Stores whose files this process has compared with their checksums -> sizes and times they had then.
@@ -241,11 +238,10 @@ def _read_about(path: Path) -> _About:
         MissingInputError, InputError: They are not.
     """
     file = path / "store.json"
-    document = read_json(file)
     with reading(file):
-        about = typed(_About, document)
-        if digest({**document, "checksum": ""}) != about.checksum or about.format != _FORMAT:
-            raise InputError(f"{file} is damaged: its checksum is another")
+        about = typed(_About, read_sealed_json(file), file)
+        if about.format != _FORMAT or about.dtype not in DTYPES:
+            raise InputError(f"{file} is of another version of the project")
         parts = [path / f"{name}.npy" for name in _ARRAYS]
         stats = [part.stat() for part in parts]
         state = tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats)
@@ -283,7 +279,7 @@ def _write(path: Path, index: DemonstrationIndex, about: dict[str, Any], dtype: 
     lead = int(drop)
     n_rows = sum(index[task].episodes * (index[task].horizon + lead) for task in tasks)
     n_episodes = sum(index[task].episodes for task in tasks)
-    whole = {**about, "rows": n_rows, "episodes": n_episodes, "files": {}, "checksum": ""}
+    whole = {**about, "rows": n_rows, "episodes": n_episodes, "files": {}}
     shapes = _shapes(_About(**whole))
     files = {
         name: np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
@@ -309,7 +305,7 @@ def _write(path: Path, index: DemonstrationIndex, about: dict[str, Any], dtype: 
     for file in files.values():
         file.flush()
     whole["files"] = {name: file_digest(path / f"{name}.npy") for name in _ARRAYS}
-    write_json(path / "store.json", {**whole, "checksum": digest(whole)})
+    write_sealed_json(path / "store.json", whole)
 
 
 def _frames(data: TaskDemonstrations) -> npt.NDArray[np.float32]:

@@ -19,6 +19,7 @@ from eva_lightning.files import replacing
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.methods.registry import DEFAULT_RHO
+from eva_lightning.reading import reading
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
@@ -173,7 +174,8 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
 def starting_model(weights: str | Path) -> nn.Module:
     """The pre-trained model with a new head for the digits 5-9."""
     model = small_vit(len(PRETRAINING_CLASSES))
-    model.load_state_dict(load_file(weights))
+    with reading(weights, "delete it to have it trained again"):
+        model.load_state_dict(load_file(weights))
     model.reset_classifier(len(CLASSES))
     head = model.get_classifier()
     # The paper's head for VTAB-1K (section 4.4): N(0, 2e-5) and zero bias, so that all classes start out equal.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from eva_lightning.files import write_json
+from eva_lightning.errors import InputError
 from eva_lightning.processes import process_pool
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.video import STRIDE, side_by_side, write_video
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
+
+_LOGGER = logging.getLogger(__name__)
 
 Frames = npt.NDArray[np.uint8]
 
@@ -55,9 +58,9 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         a failure to draw must not cost the numbers of a comparison.
     """
     note = file.with_suffix(".json")
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and file.is_file() else {}
-    if known.get("film") == asdict(film):
-        return (known["solved"][0], known["solved"][1]), ""
+    solved = _known(note, film) if file.is_file() else None
+    if solved is not None:
+        return solved, ""
     if film.size == 0:
         return None, "no video: film_size is 0"
     if rendering_backend() is None:
@@ -66,8 +69,21 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         solved = _draw(film, file, workers)
     except Exception as error:
         return None, f"no video: {error}"
-    write_json(note, {"film": asdict(film), "solved": solved})
+    write_sealed_json(note, {"film": asdict(film), "solved": solved})
     return solved, ""
+
+
+def _known(note: Path, film: Film) -> tuple[bool, bool] | None:
+    """What the note beside a video says, where it is of this film."""
+    if not note.is_file():
+        return None
+    try:
+        match read_sealed_json(note):
+            case {"film": of, "solved": [bool(before), bool(after)]} if of == asdict(film):
+                return before, after
+    except InputError as error:
+        _LOGGER.warning("the video is made again: %s", error)
+    return None
 
 
 def interesting_goal(before: Sequence[bool], after: Sequence[bool]) -> int:

@@ -16,6 +16,7 @@ from eva_lightning.files import write_text
 from experiments.report.epochs import label, methods_of
 from experiments.report.page import Figure, Table, drawn
 from experiments.runner.tuning import Choice
+from experiments.runner.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def chosen_rates(choices: Mapping[str, Choice]) -> dict[str, float]:
 
 def write_choice(file: Path, header: str, rates: Mapping[str, float], tuning: Mapping[str, Any]) -> None:
     """Write learning rates and how they were chosen to a configuration file; other settings in it stay."""
-    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    known = read_yaml(file) if file.is_file() else None
     content = {**(known or {}), "learning_rates": dict(rates), "tuning": dict(tuning)}
     write_text(file, header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
 

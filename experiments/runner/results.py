@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from eva_lightning.errors import InputError
 from eva_lightning.files import write_json
+from eva_lightning.reading import read_metrics
+from eva_lightning.sealed import set_aside
 from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
@@ -73,8 +76,23 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
     """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = _known(file)
     for name, choice in choices.items():
         candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
         known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
     write_json(file, known)
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is damaged, which must not cost the results that come now."""
+    if not file.is_file():
+        return {}
+    try:
+        found = read_metrics(file)
+        reason = "no mapping in it"
+    except InputError as error:
+        found, reason = None, str(error)
+    if not isinstance(found, dict):
+        set_aside(file, reason, "noting the choices of this comparison alone")
+        return {}
+    return found

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import threading
@@ -22,15 +21,16 @@ from filelock import FileLock
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
+from eva_lightning.reading import read_metrics
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
+from experiments.runner.yaml_files import read_yaml
 
 _CONTENTS = (
     "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
     "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
 )  # fmt: skip
 _FIRST_LINE = "# run "
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Work = Callable[["RunFolder"], Mapping[str, Any]]
 
@@ -82,7 +82,7 @@ class RunFolder:
         if not config.is_file() or not (metrics.is_file() or self.last_checkpoint()):
             return None
         self._refuse_another_run(config)
-        return _mapping(metrics, json.loads) if metrics.is_file() else None
+        return _mapping(metrics, read_metrics) if metrics.is_file() else None
 
     def error(self) -> str | None:
         """Traceback of a failed run, or None."""
@@ -134,7 +134,7 @@ class RunFolder:
             first = file.readline().strip()
         if first == f"{_FIRST_LINE}{self.id}":
             return
-        found = _mapping(config, lambda text: yaml.load(text, _LOADER))
+        found = _mapping(config, read_yaml)
         now = {name: plain(getattr(self.settings, name)) for name in identity(self.settings, Role.RESULT)}
         differ = [name for name in now if found.get(name) != now[name]]
         if not differ and first.startswith(_FIRST_LINE):
@@ -155,7 +155,7 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         InputError: A ``metrics.json`` is damaged.
     """
     for file in sorted(Path(folder).rglob("metrics.json")):
-        yield file.parent, _mapping(file, json.loads)
+        yield file.parent, _mapping(file, read_metrics)
 
 
 def perform(
@@ -239,12 +239,9 @@ def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:
             raise
 
 
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _mapping(file: Path, read: Callable[[Path, str], Any]) -> dict[str, Any]:
     again = f"pass {flag('overwrite')} or delete {file.parent} to run again"
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file} is damaged ({' '.join(str(error).split())}): {again}") from error
+    content = read(file, again)
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged (no mapping in it): {again}")
     return content
