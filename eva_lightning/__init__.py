@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from eva_lightning.batch_forward import attention_mask
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.checkpoint import load_from_checkpoint
+    from eva_lightning.checkpoint_io import AtomicCheckpointIO
     from eva_lightning.state import EVAState
     from eva_lightning.streaming import compute_eva_state
     from eva_lightning.streaming_options import StreamingOptions
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AtomicCheckpointIO",
     "EVAInitCallback",
     "EVAState",
     "StreamingOptions",
@@ -30,6 +32,7 @@ __all__ = [
 
 # imported when first used: the engine alone must not cost the seconds that Lightning takes
 _HOMES = {
+    "AtomicCheckpointIO": "checkpoint_io",
     "EVAInitCallback": "callback",
     "EVAState": "state",
     "StreamingOptions": "streaming_options",

@@ -92,6 +92,15 @@ def as_json(document: Any, indent: int | None = None) -> str:
     return json.dumps(_in_words(document), indent=indent, allow_nan=False)
 
 
+def with_numbers(document: Any) -> Any:
+    """A document of results that was read from JSON, with numbers in the place of the words `NON_FINITE`."""
+    if isinstance(document, dict):
+        return {key: with_numbers(entry) for key, entry in document.items()}
+    if isinstance(document, list):
+        return [with_numbers(entry) for entry in document]
+    return float(document) if isinstance(document, str) and document in NON_FINITE else document
+
+
 def _in_words(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_words(entry) for key, entry in value.items()}
@@ -114,6 +123,16 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     return folder
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure that the folder `path`, which need not exist yet, can be written; nothing is left there.
+
+    Raises:
+        DiskFullError, UnwritableError: It cannot.
+    """
+    with saying_why(Path(path)), tempfile.TemporaryFile(dir=_existing(Path(path))):
+        pass
 
 
 @contextlib.contextmanager
@@ -178,10 +197,7 @@ def file_digest(path: str | os.PathLike[str], span: int | None = None) -> str:
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
     """Room on the disk that holds `path`, which need not exist yet."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(_existing(Path(path))).free
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -207,7 +223,7 @@ def temporary_name(ending: str) -> str:
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is one that :func:`replacing` or :func:`filling` works in, or left when it was killed."""
+    """Whether a file or folder is one that :func:`replacing` or :func:`filling` works in, or has left."""
     return Path(path).name.startswith(_TEMPORARY)
 
 
@@ -222,6 +238,11 @@ def _saying_no_room(target: Path) -> Iterator[None]:
             f"the disk that holds {target} is full ({format_bytes(free_bytes(target))} free): what was there stays; "
             "make room, then run it again"
         ) from error
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _make_folder(folder: Path) -> None:

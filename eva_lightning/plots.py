@@ -1,13 +1,15 @@
 """Figures of EVA runs: ranks, spectra, convergence of the streaming SVD, learning curves.
 
 Every function returns a :class:`matplotlib.figure.Figure` of its own. pyplot is not used, so no global state or backend
-of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``. ``title`` is the
-text above a figure. All functions raise :class:`~eva_lightning.errors.InputError` where there is nothing to draw.
+of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``, or :func:`save`.
+``title`` is the text above a figure. All functions raise :class:`~eva_lightning.errors.InputError` where there is
+nothing to draw.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +21,17 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from scipy import stats
 
 from eva_lightning.errors import InputError
+from eva_lightning.files import replacing
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
 _DARK, _GRID = "#20262b", "#e3e6e8"
 _DASHED: dict[str, Any] = {"color": _DARK, "linestyle": "--", "linewidth": 1}
+
+
+def save(figure: Figure, file: str | os.PathLike[str], dpi: int = 120) -> None:
+    """Write a figure as PNG, all or nothing."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
 def _axes(width: float = 6.0, height: float = 3.8, grid: bool = True) -> tuple[Figure, Axes]:

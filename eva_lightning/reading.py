@@ -1,7 +1,7 @@
 """Reading files that others wrote or a disk damaged: a parser's errors become one of ours.
 
-Parsers report bad bytes by whatever happens to go wrong in them, a dozen exceptions of a dozen libraries. :func:`reading`
-turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds the call of a
+Parsers report bad bytes by whatever happens to go wrong in them, a dozen exceptions of a dozen libraries.
+:func:`reading` turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds the call of a
 parser and nothing else, so that no mistake of the program is blamed on a file.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from eva_lightning.errors import InputError, InputTypeError, MissingInputError
-from eva_lightning.files import NON_FINITE, format_bytes, is_disk_full
+from eva_lightning.files import format_bytes, is_disk_full
 from eva_lightning.names import shown
 
 logger = logging.getLogger(__name__)
@@ -114,28 +114,22 @@ def read_text(path: str | os.PathLike[str], remedy: str = "", most: int = LARGES
             raise ValueError(f"line {content[: error.start].count(10) + 1}: no text in UTF-8") from error
 
 
-def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
+def read_json(path: str | os.PathLike[str], remedy: str = "", *, non_finite: bool = False) -> Any:
     """A JSON document.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged, as the end of the sentence.
+        non_finite: Take Python's ``NaN`` and ``Infinity``, which are no JSON.
 
     Raises:
         MissingInputError: There is no such file.
-        InputError: It is no JSON, has a number that is not finite, or a key twice.
+        InputError: It is no JSON, or has a key twice.
     """
     text = read_text(path, remedy)
     with reading(path, remedy):
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once_each)
-
-
-def read_metrics(path: str | os.PathLike[str], remedy: str = "") -> Any:
-    """A JSON document of results, in which numbers may be infinite or NaN (see :func:`eva_lightning.files.as_json`).
-
-    Raises:
-        MissingInputError, InputError: As :func:`read_json`.
-    """
-    text = read_text(path, remedy)
-    with reading(path, remedy):
-        # earlier versions wrote NaN as Python does
-        return _with_numbers(json.loads(text, object_pairs_hook=_once_each))
+        constant, number = (float, float) if non_finite else (_refuse, _finite)
+        return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=_once_each)
 
 
 def typed(kind: type[T], document: Any, path: str | os.PathLike[str]) -> T:
@@ -194,11 +188,3 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key is there twice")
     return found
-
-
-def _with_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, str) and value in NON_FINITE else value

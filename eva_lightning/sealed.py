@@ -1,7 +1,7 @@
 """Files that hold a checksum of themselves, verified when they are read; what to do with one that is damaged.
 
 The checksum is inside the file, so that no kill can part them: in JSON an entry, in an archive of ``torch.save`` the
-comment at its end, which torch and Lightning do not look at. Neither protects against a forger, who would write another.
+comment at its end, which torch and Lightning do not look at. It finds damage, not forgery: a forger writes another.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eva_lightning.errors import DamagedFileError
+from eva_lightning.errors import DamagedFileError, InputError, MissingInputError
 from eva_lightning.files import as_json, digest, saying_why, write_json
+from eva_lightning.reading import read_json
 
 _LOGGER = logging.getLogger(__name__)
 
 CHECKSUM = "checksum"
 """The entry of a JSON document that holds the checksum of the others."""
 
-_MARK = "sha256:"
+_MARK = "content-sha256:"
 _SEAL = re.compile(rb"eva_lightning sha256:([0-9a-f]{64})")
 _SEAL_LENGTH = len(b"eva_lightning sha256:") + 64
 _LENGTH_FIELD = 2  # bytes before a zip archive's comment that say how long it is
@@ -50,9 +51,12 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         DamagedFileError: The file is cut, changed, or no JSON document.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+        # earlier versions wrote NaN as Python does
+        document = read_json(path, non_finite=True)
+    except MissingInputError:
+        raise
+    except InputError as error:
+        raise DamagedFileError(str(error)) from error
     if not isinstance(document, dict):
         raise DamagedFileError(f"{path} is damaged (no mapping in it)")
     expected = document.pop(CHECKSUM, None)
@@ -100,7 +104,7 @@ class SealedWriter:
             raise self._error
         self._file.seek(-_LENGTH_FIELD, os.SEEK_END)
         self._file.write(struct.pack("<H", _SEAL_LENGTH))
-        self._file.write(f"eva_lightning {_MARK}{self._digest.hexdigest()}".encode())
+        self._file.write(f"eva_lightning sha256:{self._digest.hexdigest()}".encode())
 
 
 def damage(file: Path) -> str | None:

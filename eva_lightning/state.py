@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-from eva_lightning.errors import InputError, InputTypeError, MissingInputError, check_number
-from eva_lightning.files import file_digest, replacing, write_text
+from eva_lightning.errors import DamagedFileError, InputError, InputTypeError, MissingInputError, check_number
+from eva_lightning.files import file_digest, replacing
 from eva_lightning.ranks import explained_variance, redistribute_ranks
+from eva_lightning.sealed import CHECKSUM, read_sealed_json, sealed
+from eva_lightning.state_checks import DOCUMENT_FIELDS, check_agreement, check_document
+from eva_lightning.tensor_files import read_tensors, write_tensors
 
 FORMAT = "eva_lightning.state"
-VERSION = 1
+VERSION = 2
 _TENSOR_FIELDS = ("components", "singular_values", "explained_variance_ratio")
 
 
@@ -133,73 +136,95 @@ class EVAState:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``<path>.safetensors`` (tensors) and ``<path>.json`` (everything else); no pickle.
+        """Write ``<path>.safetensors``, with everything in it, and ``<path>.json``, a copy of the numbers for reading.
 
-        Each file appears whole or not at all, and the JSON holds a checksum of the tensors, so that halves of two
-        different states are never read as one.
+        No pickle. Both are complete before the first one takes its name, so that a kill or a full disk leaves the old
+        state or the new one, whole; every byte is under a checksum.
 
         Args:
             path: File name with or without either suffix. Folders are created.
 
         Returns:
             The path of the tensor file.
+
+        Raises:
+            InputTypeError: ``meta`` holds something that JSON cannot.
+            InputError: A field is no finite number, or fields disagree on layers or sizes.
+            DiskFullError, UnwritableError: The files cannot be written.
         """
         tensor_path, json_path = _paths(path)
+        document = self._document()
+        values = {name: getattr(self, name) for name in _TENSOR_FIELDS}
+        try:
+            check_document(document)
+            check_agreement(document, values)
+        except InputError as error:
+            raise InputError(f"this EVA state cannot be saved: {error}") from error
         tensors = {
-            f"{name}/{layer}": value.detach().cpu().contiguous()
-            for name in _TENSOR_FIELDS
-            for layer, value in getattr(self, name).items()
-            if layer not in self.shared_with
+            f"{name}/{layer}": value
+            for name, found in values.items()
+            for layer, value in found.items()
+            if not _is_same(value, found.get(self.shared_with.get(layer, "")))
         }
-        document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        document |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSOR_FIELDS}
-
-        with replacing(tensor_path) as temporary:
-            save_file(tensors, temporary)
-            document["tensor_checksum"] = _checksum(temporary)
-        write_text(json_path, json.dumps(document, indent=1, default=_plain_number))
+        with replacing(json_path) as json_file, replacing(tensor_path) as tensor_file:
+            write_tensors(tensor_file, tensors, json.dumps(document))
+            json_file.write_text(json.dumps(sealed(document), indent=1) + "\n", encoding="utf-8")
         return tensor_path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EVAState:
         """Read what :meth:`save` wrote.
 
+        The tensor file is the state; the JSON file beside it must be its copy. One that is whole but of another state,
+        as a kill can leave it, is warned of and not used. States of version 1 are read as well: there, the JSON file is
+        needed and has no checksum, so that of a number changed in it only what is impossible is found.
+
         Args:
             path: The name of either file, or their common stem.
 
         Raises:
-            MissingInputError: One or both files are missing.
-            InputError: Not an EVA state, another version, truncated, or tensors that do not belong to the JSON.
+            MissingInputError: A file is missing.
+            InputError: Not an EVA state, another version, truncated or changed.
         """
         tensor_path, json_path = _paths(path)
-        for part in (tensor_path, json_path):
-            if not part.is_file():
-                raise MissingInputError(
-                    f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing"
-                )
-        document = _read_document(json_path)
-        if document.pop("tensor_checksum", None) != _checksum(tensor_path):
-            raise InputError(
-                f"{tensor_path} is truncated or does not belong to {json_path.name} (checksum differs): "
-                "copy both files again or compute the state again"
-            )
+        if not tensor_path.is_file():
+            raise _missing(tensor_path, tensor_path, json_path)
+        tensors, text = read_tensors(tensor_path)
+        if text is None:
+            document, source = _read_version_1(tensor_path, json_path), json_path
+        else:
+            document, source = _parsed(text, tensor_path), tensor_path
+            _check_copy(json_path, document, tensor_path)
         try:
-            tensors = load_file(tensor_path)
-        except SafetensorError as error:
-            raise InputError(f"{tensor_path} is not a readable safetensors file: {error}") from error
-        known = {f.name for f in fields(cls)}
-        values = {name: value for name, value in document.items() if name in known}
-        values["convergence"] = {
-            layer: [(int(t), float(value)) for t, value in curve] for layer, curve in values["convergence"].items()
+            check_document(document)
+            values = {name: _by_layer(name, tensors, document) for name in _TENSOR_FIELDS}
+            check_agreement(document, values)
+        except InputError as error:
+            raise InputError(f"{source} is no sound EVA state: {error}") from error
+        document["convergence"] = {
+            layer: [(t, float(value)) for t, value in curve] for layer, curve in document["convergence"].items()
         }
-        shared = values["shared_with"]
-        for name in _TENSOR_FIELDS:
-            prefix = f"{name}/"
-            own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            values[name] = {
-                layer: own[shared.get(layer, layer)] for layer in values["ranks"] if shared.get(layer, layer) in own
-            }
-        return cls(**values)
+        return cls(**values, **{name: document[name] for name in DOCUMENT_FIELDS})
+
+    def _document(self) -> dict[str, Any]:
+        """What the state holds besides tensors, as JSON reads it back.
+
+        Raises:
+            InputTypeError: ``meta`` holds something that JSON cannot.
+            InputError: A number is not finite.
+        """
+        content = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in DOCUMENT_FIELDS}
+        for name, value in content.items():
+            if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+                raise InputTypeError(f"this EVA state cannot be saved: {name} has keys that are not strings")
+        try:
+            text = json.dumps(content, default=_plain_number, allow_nan=False)
+        except InputTypeError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"this EVA state cannot be saved: {error}") from error
+        document: dict[str, Any] = json.loads(text)
+        return document
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -209,24 +234,77 @@ def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def _missing(part: Path, tensor_path: Path, json_path: Path) -> MissingInputError:
+    return MissingInputError(f"An EVA state is two files, {tensor_path} and {json_path.name}: {part} is missing")
+
+
+def _is_same(one: Tensor, other: Tensor | None) -> bool:
+    return one is other or (other is not None and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def _by_layer(name: str, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One field of tensors, in the order in which the state was made; what is shared is one object again."""
+    prefix, shared = f"{name}/", document["shared_with"]
+    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    found = {layer: own.get(layer, own.get(shared.get(layer, layer))) for layer in document["total_variance"]}
+    by_layer = {layer: value for layer, value in found.items() if value is not None}
+    if unknown := sorted(own.keys() - by_layer.keys()):
+        raise InputError(f"{name} of layer {unknown[0]!r} have no total_variance")
+    return by_layer
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    """The document in `text`, of this version."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is truncated or not JSON: {error}") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise InputError(f"{path} does not describe an EVA state")
     version = document.pop("version", None)
-    if version != VERSION:
-        raise InputError(f"{path} has version {version}, this eva_lightning reads version {VERSION}")
-    required = {f.name for f in fields(EVAState)} - set(_TENSOR_FIELDS)
-    if missing := sorted(required - set(document)):
-        raise InputError(f"{path} lacks {', '.join(missing)}")
+    if version not in (1, VERSION) or isinstance(version, bool):
+        raise InputError(f"{path} has version {version!r}, this eva_lightning reads versions 1 and {VERSION}")
     return document
 
 
-def _checksum(path: Path) -> str:
-    return f"sha256:{file_digest(path)}"
+def _read_version_1(tensor_path: Path, json_path: Path) -> dict[str, Any]:
+    """The document of a state whose tensor file does not hold it."""
+    if not json_path.is_file():
+        raise _missing(json_path, tensor_path, json_path)
+    try:
+        document = _parsed(json_path.read_text(encoding="utf-8"), json_path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{json_path} is truncated or not JSON: {error}") from error
+    if document.pop("tensor_checksum", None) != f"sha256:{file_digest(tensor_path)}":
+        raise InputError(
+            f"{tensor_path} is truncated or does not belong to {json_path.name} (checksum differs): "
+            "copy both files again or compute the state again"
+        )
+    return document
+
+
+def _check_copy(json_path: Path, document: Mapping[str, Any], tensor_path: Path) -> None:
+    """Make sure that the copy for reading says what the state is.
+
+    Raises:
+        InputError: It was cut or changed.
+    """
+    if not json_path.is_file():
+        return
+    try:
+        copy = read_sealed_json(json_path)
+    except DamagedFileError as error:
+        raise InputError(
+            f"{error}; {tensor_path.name} holds the whole state: delete {json_path.name} to load it"
+        ) from error
+    if copy != {"format": FORMAT, "version": VERSION, **document}:
+        if CHECKSUM not in json.loads(json_path.read_text(encoding="utf-8")) and "tensor_checksum" not in copy:
+            raise InputError(f"{json_path} was changed; {tensor_path.name} holds the whole state: delete the copy")
+        warnings.warn(
+            f"{json_path} is of another state than {tensor_path.name}, as an interrupted save leaves it: "
+            f"{tensor_path.name} is used",
+            stacklevel=3,
+        )
 
 
 def _plain_number(value: object) -> object:

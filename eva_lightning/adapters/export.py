@@ -18,6 +18,7 @@ from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
 from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers, replace_everywhere
 from eva_lightning.errors import InputError
+from eva_lightning.files import filling
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
@@ -83,13 +84,11 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> Path:
             "in it; keep a Lightning checkpoint for them",
             stacklevel=2,
         )
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path / "adapter_model.safetensors"
-    )
-    config.save_pretrained(str(path))
-    return path
+    with filling(directory) as temporary:
+        plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+        save_file(plain, temporary / "adapter_model.safetensors")
+        config.save_pretrained(str(temporary))
+    return Path(directory)
 
 
 def _double(config: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from eva_lightning.checkpoint_io import save_sealed
 from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
@@ -276,7 +277,7 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingInputError: There is no such file.
-        InputError: It is no such checkpoint.
+        InputError: It is damaged, or no such checkpoint.
     """
     if not Path(file).is_file():
         raise MissingInputError(
@@ -317,7 +318,7 @@ def save_weights(
         "pytorch-lightning_version": L.__version__,
     }
     with replacing(file) as temporary:
-        torch.save(content, temporary)
+        save_sealed(content, temporary)
     return Path(file)
 
 

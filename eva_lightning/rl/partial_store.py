@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from eva_lightning.errors import InputError, check_number
-from eva_lightning.files import replacing
+from eva_lightning.files import replacing, temporary_name
 from eva_lightning.rl.demonstrations import (
     INDEX,
     DemonstrationMeta,
@@ -95,7 +95,7 @@ class PartialStore:
         name = f"noise{conditions.noise!r}-seed{conditions.seed}-horizon{conditions.horizon}"
         self._partial = folder / _PARTIAL / name
         # left by writers that were killed
-        for path in (*folder.glob(".*.npz"), *folder.glob(f".{INDEX}-*"), *self._partial.glob(".*.npz")):
+        for path in (*folder.glob(temporary_name("*")), *self._partial.glob(temporary_name("*"))):
             path.unlink(missing_ok=True)
 
     def missing(self, task: str, episodes: int) -> list[Chunk]:

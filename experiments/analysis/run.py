@@ -97,7 +97,7 @@ def analyse(settings: Settings) -> Numbers:
         part(settings, streamed, numbers, figures)
     _distances(settings, weights, numbers, figures)
     for name, figure in figures.items():
-        figure.savefig(output / f"{name}.png", dpi=120)
+        plots.save(figure, output / f"{name}.png", dpi=120)
     write_json(output / "analysis.json", numbers)
     print(_report(numbers, output))
     return numbers

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eva_lightning.callback import EVAInitCallback
@@ -19,7 +18,7 @@ from eva_lightning.files import replacing
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.methods.registry import DEFAULT_RHO
-from eva_lightning.reading import reading
+from eva_lightning.tensor_files import are_whole, read_tensors, write_tensors
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
@@ -110,11 +109,15 @@ def weights_in(folder: RunFolder) -> Path:
 
 
 def pretrain_once(folder: RunFolder) -> dict[str, Any]:
-    """Pre-train into a folder of :func:`pretrained_folder`, unless that is done; its ``accuracy`` and ``seconds``."""
+    """Pre-train into a folder of :func:`pretrained_folder`, unless that is done; its ``accuracy`` and ``seconds``.
+
+    Where the weights are missing or damaged, it is done again.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the model is too small for more, and sums come out the same everywhere
     try:
-        return perform(folder, lambda: partial(pretrain, folder.settings), terminal=False)
+        lost = folder.result() is not None and not are_whole(weights_in(folder))
+        return perform(folder, lambda: partial(pretrain, folder.settings), terminal=False, overwrite=lost)
     finally:
         torch.set_num_threads(threads)
 
@@ -136,7 +139,7 @@ def pretrain(settings: PretrainingSettings, folder: RunFolder) -> dict[str, Any]
     recorder = Recorder()
     quick_trainer(settings.epochs, [recorder], progress=sys.stdout.isatty()).fit(module, data)
     with replacing(weights_in(folder)) as file:
-        save_file(module.model.state_dict(), file)
+        write_tensors(file, module.model.state_dict())
     return {"accuracy": recorder.accuracy[-1], "seconds": time.perf_counter() - started}
 
 
@@ -174,8 +177,7 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
 def starting_model(weights: str | Path) -> nn.Module:
     """The pre-trained model with a new head for the digits 5-9."""
     model = small_vit(len(PRETRAINING_CLASSES))
-    with reading(weights, "delete it to have it trained again"):
-        model.load_state_dict(load_file(weights))
+    model.load_state_dict(read_tensors(weights)[0])
     model.reset_classifier(len(CLASSES))
     head = model.get_classifier()
     # The paper's head for VTAB-1K (section 4.4): N(0, 2e-5) and zero bias, so that all classes start out equal.

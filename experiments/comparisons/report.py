@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 from scipy.stats import t as student_t
 
+from eva_lightning import plots
 from eva_lightning.files import replacing, write_text
 from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.comparisons.settings import FIRST_TUNING_SEED, MethodSettings
@@ -173,8 +174,7 @@ def write_report(
     with replacing(folder / "results.csv") as file:
         evidence.runs.to_csv(file, index=False)
     for name, figure in figures.items():
-        with replacing(folder / f"{name}.png") as file:
-            figure.savefig(file, dpi=110)
+        plots.save(figure, folder / f"{name}.png", dpi=110)
     environment = Environment(loader=PackageLoader("experiments.comparisons"), undefined=StrictUndefined)
     environment.filters["thousands"] = "{:,}".format
     shared = {

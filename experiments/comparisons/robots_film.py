@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eva_lightning.errors import InputError
+from eva_lightning.errors import DamagedFileError
+from eva_lightning.files import file_digest
 from eva_lightning.processes import process_pool
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.video import STRIDE, side_by_side, write_video
-from eva_lightning.sealed import read_sealed_json, write_sealed_json
-
-_LOGGER = logging.getLogger(__name__)
+from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 
 Frames = npt.NDArray[np.uint8]
 
@@ -58,9 +57,9 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         a failure to draw must not cost the numbers of a comparison.
     """
     note = file.with_suffix(".json")
-    solved = _known(note, film) if file.is_file() else None
-    if solved is not None:
-        return solved, ""
+    known = _known(note) if file.is_file() else {}
+    if known.get("film") == asdict(film) and known.get("sha256") == file_digest(file):
+        return (known["solved"][0], known["solved"][1]), ""
     if film.size == 0:
         return None, "no video: film_size is 0"
     if rendering_backend() is None:
@@ -69,21 +68,19 @@ def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] |
         solved = _draw(film, file, workers)
     except Exception as error:
         return None, f"no video: {error}"
-    write_sealed_json(note, {"film": asdict(film), "solved": solved})
+    write_sealed_json(note, {"film": asdict(film), "solved": solved, "sha256": file_digest(file)})
     return solved, ""
 
 
-def _known(note: Path, film: Film) -> tuple[bool, bool] | None:
-    """What the note beside a video says, where it is of this film."""
+def _known(note: Path) -> dict[str, Any]:
+    """What an earlier call has noted."""
     if not note.is_file():
-        return None
+        return {}
     try:
-        match read_sealed_json(note):
-            case {"film": of, "solved": [bool(before), bool(after)]} if of == asdict(film):
-                return before, after
-    except InputError as error:
-        _LOGGER.warning("the video is made again: %s", error)
-    return None
+        return read_sealed_json(note)
+    except DamagedFileError as error:
+        set_aside(note, str(error), "drawing the video again")
+        return {}
 
 
 def interesting_goal(before: Sequence[bool], after: Sequence[bool]) -> int:

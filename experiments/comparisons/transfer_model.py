@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer, vit_tiny_patch16_224
 from torch import nn
@@ -20,9 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.errors import InputError
 from eva_lightning.files import replacing
 from eva_lightning.side_effects import isolated_rng, observing
+from eva_lightning.tensor_files import are_whole, write_tensors
 from eva_lightning.vision.data.datamodule import SplitDataset
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
 from eva_lightning.vision.module import ImageClassifier
@@ -122,6 +123,7 @@ def cpu_trainer(epochs: int, callbacks: Sequence[L.Callback], progress: bool = F
         limit_val_batches=0,
         num_sanity_val_steps=0,
         callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=progress,
         enable_model_summary=False,
@@ -152,6 +154,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the backbone on random crops; a finished one is left as it is, an interrupted one resumed.
 
+    Where the weights of a finished one are missing or damaged, it is trained again.
+
     Args:
         recipe: How.
         classes: Of `train`.
@@ -181,7 +185,7 @@ def pretrain(
         data = TransferData(train, recipe.batch_size, recipe.seed, crop_to=IMAGE_SIZE)
         return lambda folder: _pretrain(module, data, held_out, recipe.epochs, folder, weights, progress)
 
-    lost = folder.result() is not None and not weights.is_file()
+    lost = folder.result() is not None and not are_whole(weights)
     metrics = perform(folder, build, terminal=False, overwrite=lost)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return metrics
@@ -205,7 +209,7 @@ def _pretrain(
     head = module.head_name.removeprefix("model.")
     state = {name: value for name, value in module.model.state_dict().items() if not name.startswith(f"{head}.")}
     with replacing(weights) as temporary:
-        save_file(state, temporary)
+        write_tensors(temporary, state)
     return {
         "evaluations": evaluations.rows,
         "seconds": clock.time_elapsed("train"),

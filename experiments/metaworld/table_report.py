@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from eva_lightning import plots
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import replacing, writable_folder, write_text
+from eva_lightning.files import writable_folder, write_text
 from eva_lightning.methods import METHODS, MethodKey
 from eva_lightning.rl.tasks import CW10
 from experiments.metaworld.finetune import EXPERIMENT
@@ -255,8 +256,7 @@ def write_report(settings: Settings) -> str:
     text = as_report(runs)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_cells(runs).to_csv(index=False))
-    with replacing(folder / "table.png") as temporary:
-        as_figure(runs).savefig(temporary, dpi=120)
+    plots.save(as_figure(runs), folder / "table.png", dpi=120)
     print(text)
     print(f"{len(runs)} runs -> {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'table.png'}")
     return text

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.rl.module import running_mean
 from eva_lightning.side_effects import isolated_rng, observing
 from experiments.runner import lightning_runs
@@ -109,6 +110,7 @@ def make_trainer(
         max_epochs=-1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        plugins=[AtomicCheckpointIO()],
         callbacks=[*callbacks, *([checkpoints] if checkpoint_every else [])],
         enable_checkpointing=checkpoint_every > 0,
         enable_progress_bar=progress and sys.stdout.isatty(),

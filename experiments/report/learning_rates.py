@@ -13,6 +13,7 @@ import yaml
 from eva_lightning import plots
 from eva_lightning.errors import InputError
 from eva_lightning.files import write_text
+from eva_lightning.sealed import set_aside
 from experiments.report.epochs import label, methods_of
 from experiments.report.page import Figure, Table, drawn
 from experiments.runner.tuning import Choice
@@ -60,10 +61,26 @@ def chosen_rates(choices: Mapping[str, Choice]) -> dict[str, float]:
 
 
 def write_choice(file: Path, header: str, rates: Mapping[str, float], tuning: Mapping[str, Any]) -> None:
-    """Write learning rates and how they were chosen to a configuration file; other settings in it stay."""
-    known = read_yaml(file) if file.is_file() else None
-    content = {**(known or {}), "learning_rates": dict(rates), "tuning": dict(tuning)}
+    """Write learning rates and how they were chosen to a configuration file; other settings in it stay.
+
+    A file that is no mapping, because it was cut, is set aside.
+    """
+    content = {**_known_settings(file), "learning_rates": dict(rates), "tuning": dict(tuning)}
     write_text(file, header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
+
+
+def _known_settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        known = read_yaml(file)
+    except InputError as error:
+        set_aside(file, str(error), "writing a new one")
+        return {}
+    if known is not None and not isinstance(known, dict):
+        set_aside(file, "no mapping in it", "writing a new one")
+        return {}
+    return known or {}
 
 
 def mean_scores(runs: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eva_lightning.errors import InputError, unknown
+from eva_lightning.files import is_disk_full
 from experiments.runner.settings import flag
 
 
@@ -28,7 +29,8 @@ class Command:
 def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
     """Call `run` for a terminal and return the exit status.
 
-    An :class:`~eva_lightning.errors.InputError` becomes one sentence on standard error and status 2, Ctrl-C status 130.
+    An :class:`~eva_lightning.errors.InputError` or a full disk becomes one sentence on standard error and status 2,
+    Ctrl-C status 130.
     Any other exception is a fault of the program and passes, with its traceback.
     """
     try:
@@ -37,6 +39,11 @@ def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] 
         return _refused(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: the disk is full ({error}): what was done stays; make room, then run it again", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import format_bytes, free_bytes, is_disk_full
+from eva_lightning.files import check_writable, format_bytes, free_bytes, is_disk_full
 from experiments.runner.cells import Cell
 from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
@@ -110,6 +110,7 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
         results = Results.of(_schedule(comparison))
         _report(comparison, results)
         return results
+    check_writable(output)
     refuse_if_held(output)
     check_pool(options)
     comparison.check()

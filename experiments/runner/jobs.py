@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from eva_lightning.errors import InputError
 from eva_lightning.files import digest, free_bytes, is_disk_full
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import identity
@@ -152,7 +153,7 @@ def attempt(job: Job) -> Outcome:
         return Outcome(job.id, "done", metrics)
     except Exception as error:
         text = traceback.format_exc()
-        if is_disk_full(error) or _no_room(job.output):
+        if is_disk_full(error) or (not isinstance(error, InputError) and _no_room(job.output)):
             return Outcome(job.id, "no-room", error=text)
         return _failed(job, folder, text)
     finally:

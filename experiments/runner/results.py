@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from eva_lightning.errors import InputError
-from eva_lightning.files import write_json
-from eva_lightning.reading import read_metrics
-from eva_lightning.sealed import set_aside
+from eva_lightning.errors import DamagedFileError
+from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
@@ -76,23 +73,13 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
     """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
-    known = _known(file)
+    known = {}
+    if file.is_file():
+        try:
+            known = read_sealed_json(file)
+        except DamagedFileError as error:
+            set_aside(file, str(error), "writing the choices of this comparison alone")
     for name, choice in choices.items():
         candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
         known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
-    write_json(file, known)
-
-
-def _known(file: Path) -> dict[str, Any]:
-    """What the file holds; nothing where it is damaged, which must not cost the results that come now."""
-    if not file.is_file():
-        return {}
-    try:
-        found = read_metrics(file)
-        reason = "no mapping in it"
-    except InputError as error:
-        found, reason = None, str(error)
-    if not isinstance(found, dict):
-        set_aside(file, reason, "noting the choices of this comparison alone")
-        return {}
-    return found
+    write_sealed_json(file, known)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import threading
@@ -19,9 +20,9 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from eva_lightning.errors import InputError
-from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
-from eva_lightning.reading import read_metrics
+from eva_lightning.errors import DamagedFileError, InputError
+from eva_lightning.files import digest, is_disk_full, with_numbers, writable_folder, write_text
+from eva_lightning.sealed import previous, read_sealed_json, set_aside, whole_checkpoint, write_sealed_json
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 from experiments.runner.yaml_files import read_yaml
@@ -31,6 +32,9 @@ _CONTENTS = (
     "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
 )  # fmt: skip
 _FIRST_LINE = "# run "
+
+_LOGGER = logging.getLogger(__name__)
+_said_damaged: set[Path] = set()
 
 Work = Callable[["RunFolder"], Mapping[str, Any]]
 
@@ -68,21 +72,28 @@ class RunFolder:
         return self.path / "log.txt"
 
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, or None."""
-        file = self.checkpoints / "last.ckpt"
-        return file if file.is_file() else None
+        """The checkpoint to resume from, or None; a damaged one is set aside, and the one before it taken."""
+        return whole_checkpoint(self._last)
 
     def result(self) -> dict[str, Any] | None:
         """Metrics of a finished run of these very settings, or None where it is unfinished or has nothing to lose.
 
+        A damaged ``metrics.json`` is warned of, and is that of an unfinished run.
+
         Raises:
-            InputError: The folder holds a run of other settings (says which differ), or a file is damaged.
+            InputError: The folder holds a run of other settings (says which differ), or ``config.yaml`` is damaged.
         """
         config, metrics = self.path / "config.yaml", self.path / "metrics.json"
-        if not config.is_file() or not (metrics.is_file() or self.last_checkpoint()):
+        if not config.is_file() or not any(file.is_file() for file in (metrics, self._last, previous(self._last))):
             return None
         self._refuse_another_run(config)
-        return _mapping(metrics, read_metrics) if metrics.is_file() else None
+        try:
+            return with_numbers(read_sealed_json(metrics)) if metrics.is_file() else None
+        except DamagedFileError as error:
+            if metrics not in _said_damaged:
+                _LOGGER.warning("%s: the run is not finished", error)
+                _said_damaged.add(metrics)
+            return None
 
     def error(self) -> str | None:
         """Traceback of a failed run, or None."""
@@ -90,14 +101,16 @@ class RunFolder:
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def start(self) -> None:
-        """Create the folder and write ``config.yaml``."""
+        """Create the folder and write ``config.yaml``; metrics that are there are damaged, and set aside."""
         text = yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.yaml", f"{_FIRST_LINE}{self.id}\n{text}")
         (self.path / "error.txt").unlink(missing_ok=True)
+        if (self.path / "metrics.json").is_file():
+            set_aside(self.path / "metrics.json", "see above", "running again")
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; from now on the run counts as finished."""
-        write_json(self.path / "metrics.json", metrics)
+        write_sealed_json(self.path / "metrics.json", metrics)
 
     def fail(self, text: str) -> None:
         """Write ``error.txt``; from now on the run counts as failed."""
@@ -129,6 +142,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         return logging_to(self.log, terminal)
 
+    @property
+    def _last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
     def _refuse_another_run(self, config: Path) -> None:
         with config.open(encoding="utf-8", errors="replace") as file:
             first = file.readline().strip()
@@ -155,7 +172,10 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         InputError: A ``metrics.json`` is damaged.
     """
     for file in sorted(Path(folder).rglob("metrics.json")):
-        yield file.parent, _mapping(file, read_metrics)
+        try:
+            yield file.parent, with_numbers(read_sealed_json(file))
+        except DamagedFileError as error:
+            raise InputError(f"{error}: {_again(file)}") from error
 
 
 def perform(
@@ -240,8 +260,11 @@ def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:
 
 
 def _mapping(file: Path, read: Callable[[Path, str], Any]) -> dict[str, Any]:
-    again = f"pass {flag('overwrite')} or delete {file.parent} to run again"
-    content = read(file, again)
+    content = read(file, _again(file))
     if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged (no mapping in it): {again}")
+        raise InputError(f"{file} is damaged (no mapping in it): {_again(file)}")
     return content
+
+
+def _again(file: Path) -> str:
+    return f"pass {flag('overwrite')} or delete {file.parent} to run again"

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
+from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.errors import InputError
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.state import EVAState
@@ -164,9 +165,8 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     if settings.save_adapter:
         _save_adapter(settings, parts, folder.path)
     if settings.plots:
-        folder.plots.mkdir(exist_ok=True)
         for name, figure in _figures(settings, parts, history).items():
-            figure.savefig(folder.plots / f"{name}.png", dpi=120)
+            plots.save(figure, folder.plots / f"{name}.png", dpi=120)
     _LOGGER.info("%s -> %s", headline(metrics), folder.path)
     return metrics
 
@@ -184,6 +184,7 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
         limit_val_batches=1.0 if data.validates and settings.validate else 0,
         accumulate_grad_batches=settings.accumulate,
         callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
         logger=loggers or False,
         log_every_n_steps=1,  # means of epochs are logged; a larger one is warned of where epochs are shorter
         enable_progress_bar=settings.progress and sys.stdout.isatty(),

@@ -24,6 +24,7 @@ from filelock import FileLock
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
 from eva_lightning.files import digest
+from eva_lightning.sealed import set_aside
 from eva_lightning.state import EVAState
 from experiments.runner.jobs import Shared
 from experiments.runner.lightning_runs import trainer_precision
@@ -70,9 +71,9 @@ class SharedState(Shared):
         path = Path(self.path)
         stem, _, components = path.name.rpartition("-k")
         found = []
-        for file in path.parent.glob(f"{stem}-k*.json"):
+        for file in path.parent.glob(f"{stem}-k*.safetensors"):
             number = file.stem.rpartition("-k")[2]
-            if number.isdigit() and int(number) >= int(components) and file.with_suffix(".safetensors").is_file():
+            if number.isdigit() and int(number) >= int(components):
                 found.append((int(number), file.with_suffix("")))
         return min(found)[1] if found else None
 
@@ -84,33 +85,46 @@ class SharedState(Shared):
             OSError: The disk is full.
         """
         found = self.find()
-        if found is not None and _is_sound(found):
+        if found is not None and _damage(found) is None:
             return found
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             found = self.find()
-            if found is None or not _is_sound(found):
+            reason = None if found is None else _damage(found)
+            if found is None or reason is not None:
                 # a damaged one is computed again under its own name
-                found = path if found is None else found
+                found = path if found is None else _aside(found, reason)
                 _compute(replace(self.settings, rank=int(found.name.rpartition("-k")[2])), found)
         return found
 
 
-_SOUND: set[tuple[str, int]] = set()
+_SOUND: set[tuple[str, int, int]] = set()
 
 
-def _is_sound(path: Path) -> bool:
-    """Whether the state can be read; each file is checked once per process."""
+def _files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{path.name}.safetensors"), path.with_name(f"{path.name}.json")
+
+
+def _damage(path: Path) -> str | None:
+    """Why the state cannot be read, or None; each file is checked once per process."""
     try:
-        stamp = (str(path.absolute()), path.with_name(f"{path.name}.json").stat().st_mtime_ns)
+        times = [file.stat().st_mtime_ns if file.is_file() else 0 for file in _files(path)]
+        stamp = (str(path.absolute()), times[0], times[1])
         if stamp not in _SOUND:
             EVAState.load(path)
             _SOUND.add(stamp)
-    except (FileNotFoundError, InputError) as error:
-        _LOGGER.warning("computing the EVA state %s again: %s", path.name, error)
-        return False
-    return True
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _aside(path: Path, reason: str | None) -> Path:
+    """Rename the files of a damaged state."""
+    for file in _files(path):
+        if file.is_file():
+            set_aside(file, reason or "", "computing it again")
+    return path
 
 
 def _compute(settings: Settings, path: Path) -> None:

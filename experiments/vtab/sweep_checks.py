@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import format_bytes, free_bytes
+from eva_lightning.files import check_writable, format_bytes, free_bytes
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.splits import TaskData, open_task
@@ -117,6 +117,7 @@ def check_room(settings: Settings, size: ModelSize) -> None:
     """Make sure that the disk has room for what a sweep leaves; of one that has begun, part is there already.
 
     Raises:
+        UnwritableError: It cannot be written.
         InputError: It has not.
     """
     output = Path(settings.output)
@@ -127,6 +128,7 @@ def check_room(settings: Settings, size: ModelSize) -> None:
     if _device(output) == _device(cache):
         needs = {output: sum(needs.values())}
     for folder, needed in needs.items():
+        check_writable(folder)
         free = free_bytes(folder)
         if free < needed + _ROOM_TO_LEAVE:
             raise InputError(

@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from eva_lightning import plots
 from eva_lightning.errors import InputError
-from eva_lightning.files import replacing, writable_folder, write_text
+from eva_lightning.files import writable_folder, write_text
 from eva_lightning.methods.registry import method_names
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
@@ -105,8 +106,7 @@ def _write(tables: Tables, folder: Path) -> list[str]:
     for name, text in texts.items():
         write_text(folder / name, text)
     for name, figure in figures.items():
-        with replacing(folder / name) as temporary:
-            figure.savefig(temporary, dpi=130, format="png")
+        plots.save(figure, folder / name, dpi=130)
     return [*texts, *figures]
 
 

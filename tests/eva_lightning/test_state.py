@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from eva_lightning.errors import InputError
+from eva_lightning.files import is_temporary
 from eva_lightning.state import EVAState
 from eva_lightning.svd import ExactSVD
 from tests.svd_helpers import decaying
@@ -84,29 +92,115 @@ def test_numbers_that_are_tensors_are_saved_as_numbers(state: EVAState, tmp_path
     assert EVAState.load(state.save(tmp_path / "eva")).meta["tau"] == 0.5
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_missing_half_is_named(state: EVAState, tmp_path: Path, suffix: str) -> None:
+def save_as_version_1(state: EVAState, stem: Path) -> None:
+    """What the first version wrote: the document in the JSON file alone, with a checksum of the tensors."""
+    names = ("components", "singular_values", "explained_variance_ratio")
+    tensors = {
+        f"{name}/{layer}": value
+        for name in names
+        for layer, value in getattr(state, name).items()
+        if layer not in state.shared_with
+    }
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    checksum = hashlib.sha256(stem.with_suffix(".safetensors").read_bytes()).hexdigest()
+    document = {name: value for name, value in vars(state).items() if name not in names}
+    document |= {"format": "eva_lightning.state", "version": 1, "tensor_checksum": f"sha256:{checksum}"}
+    stem.with_suffix(".json").write_text(json.dumps(document))
+
+
+def test_the_tensor_file_is_the_state(state: EVAState, tmp_path: Path) -> None:
     state.save(tmp_path / "eva")
-    (tmp_path / f"eva{suffix}").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"eva\{suffix} is missing"):
+    (tmp_path / "eva.json").unlink()
+    assert_equal(EVAState.load(tmp_path / "eva"), state)
+    state.save(tmp_path / "eva")
+    (tmp_path / "eva.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"eva\.safetensors is missing"):
         EVAState.load(tmp_path / "eva")
 
 
+def test_a_copy_of_another_state_is_warned_of_and_not_used(state: EVAState, tmp_path: Path) -> None:
+    save_as_version_1(state, tmp_path / "eva")
+    copies = [(tmp_path / "eva.json").read_text()]
+    state.save(tmp_path / "eva")
+    copies.append((tmp_path / "eva.json").read_text())
+    state.ranks["dead"] = 3
+    state.save(tmp_path / "eva")
+    for copy in copies:
+        (tmp_path / "eva.json").write_text(copy)
+        with pytest.warns(UserWarning, match=r"eva\.json is of another state than eva\.safetensors"):
+            assert EVAState.load(tmp_path / "eva").ranks["dead"] == 3
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_truncated_half_is_named(state: EVAState, tmp_path: Path, suffix: str) -> None:
+def test_no_damage_changes_what_loads(state: EVAState, tmp_path: Path, suffix: str) -> None:
+    """Every digit of the JSON file, and bytes all over the tensor file; and cuts."""
     state.save(tmp_path / "eva")
     path = tmp_path / f"eva{suffix}"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=rf"eva\{suffix} is truncated"):
-        EVAState.load(tmp_path / "eva")
+    whole = path.read_bytes()
+    step = 1 if suffix == ".json" else 13
+    places = [i for i in range(0, len(whole), step) if suffix != ".json" or chr(whole[i]).isdigit()]
+    versions = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in places]
+    versions += [b"", whole[:-40], whole[: len(whole) // 2]]
+    assert len(versions) > 100
+    refused = 0
+    for content in versions:
+        path.write_bytes(content)
+        try:
+            assert_equal(EVAState.load(tmp_path / "eva"), state)  # a changed space in a header
+        except InputError as error:
+            assert path.name in str(error)
+            refused += 1
+    assert refused > 0.97 * len(versions)
 
 
-def test_tensors_of_another_state_are_refused(state: EVAState, tmp_path: Path) -> None:
-    state.save(tmp_path / "one")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ranks", -7), ("ranks", math.nan), ("ranks", 2.0), ("ranks", True), ("ranks", 9), ("ranks", "4"), ("ranks", 10**400),
+        ("total_variance", math.inf), ("total_variance", -1.0), ("total_variance", None), ("total_variance", 10**400),
+        ("n_samples", 1.5), ("n_samples", [3]), ("converged", 1), ("convergence", [[2]]), ("convergence", 3),
+        ("convergence", [[2, math.nan]]), ("widths", 0), ("widths", 33), ("shared_with", "dead.not"), ("shared_with", 3),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_when_saving_and_in_version_1(
+    state: EVAState, tmp_path: Path, field: str, value: object
+) -> None:
+    getattr(state, field)["blocks.0.q"] = value
+    save_as_version_1(state, tmp_path / "old")
+    with pytest.raises(InputError, match=r"old\.json"):
+        EVAState.load(tmp_path / "old")
+    with pytest.raises(InputError, match="cannot be saved"):
+        state.save(tmp_path / "new")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.parametrize("field", ["total_variance", "n_samples", "singular_values", "explained_variance_ratio"])
+def test_fields_that_name_other_layers_are_refused(state: EVAState, tmp_path: Path, field: str) -> None:
+    del getattr(state, field)["head.in"]
+    with pytest.raises(InputError, match="head.in"):
+        state.save(tmp_path / "eva")
+
+
+@pytest.mark.parametrize("value", [None, -3, "x", [1], math.nan, math.inf, True])
+@pytest.mark.parametrize("field", ["ranks", "n_batches", "seconds", "meta", "widths", "convergence"])
+def test_fields_of_another_type_are_refused(state: EVAState, tmp_path: Path, field: str, value: object) -> None:
+    save_as_version_1(state, tmp_path / "old")
+    document = json.loads((tmp_path / "old.json").read_text()) | {field: value}
+    (tmp_path / "old.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=rf"old\.json is no sound EVA state: {field}"):
+        EVAState.load(tmp_path / "old")
+
+
+def test_version_1_loads_and_its_halves_are_held_together(state: EVAState, tmp_path: Path) -> None:
+    save_as_version_1(state, tmp_path / "one")
+    assert_equal(EVAState.load(tmp_path / "one"), state)
     state.components["dead"] = torch.ones(8, 16)
-    state.save(tmp_path / "two")
+    save_as_version_1(state, tmp_path / "two")
     (tmp_path / "one.safetensors").write_bytes((tmp_path / "two.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"does not belong to one\.json"):
+        EVAState.load(tmp_path / "one")
+    (tmp_path / "one.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"one\.json is missing"):
         EVAState.load(tmp_path / "one")
 
 
@@ -117,23 +211,55 @@ def test_tensors_of_another_state_are_refused(state: EVAState, tmp_path: Path) -
 def test_other_versions_and_documents_are_refused(
     state: EVAState, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    state.save(tmp_path / "eva")
+    save_as_version_1(state, tmp_path / "eva")
     document = json.loads((tmp_path / "eva.json").read_text()) | change
     (tmp_path / "eva.json").write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
     with pytest.raises(ValueError, match=message):
         EVAState.load(tmp_path / "eva")
 
 
-def test_a_safetensors_file_that_matches_its_checksum_but_is_none(state: EVAState, tmp_path: Path) -> None:
-    state.save(tmp_path / "eva")
-    (tmp_path / "eva.safetensors").write_bytes(b"not tensors")
-    document = json.loads((tmp_path / "eva.json").read_text())
-    import hashlib
+def test_a_state_without_ranks_keeps_its_decompositions(state: EVAState, tmp_path: Path) -> None:
+    state.ranks = {}
+    assert_equal(EVAState.load(state.save(tmp_path / "eva")), state)
 
-    document["tensor_checksum"] = "sha256:" + hashlib.sha256(b"not tensors").hexdigest()
-    (tmp_path / "eva.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        EVAState.load(tmp_path / "eva")
+
+def _save_for_ever(folder: Path) -> None:
+    """Save four states over one path, told apart by every field."""
+    for number in itertools.cycle(range(4)):
+        state = EVAState(
+            ranks={"a": number},
+            components={"a": torch.full((4, 20_000), float(number))},
+            singular_values={"a": torch.full((4,), float(number))},
+            explained_variance_ratio={"a": torch.full((4,), float(number))},
+            total_variance={"a": float(number)},
+            n_samples={"a": number},
+            n_batches=number,
+        )
+        state.save(folder / "eva")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*is of another state than:UserWarning", "ignore:.*fork:DeprecationWarning")
+def test_25_kills_while_saving_over_a_state_leave_it_whole(tmp_path: Path) -> None:
+    delays = random.Random(0)
+    for _ in range(25):
+        process = os.fork()
+        if process == 0:
+            try:
+                _save_for_ever(tmp_path)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "eva.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delays.uniform(0.01, 0.3))
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        state = EVAState.load(tmp_path / "eva")
+        number = state.n_batches
+        assert state.ranks["a"] == state.n_samples["a"] == state.total_variance["a"] == number
+        assert torch.equal(state.components["a"], torch.full((4, 20_000), float(number)))
+    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) <= 2
 
 
 def test_redistribute_for_other_ranks(state: EVAState) -> None:

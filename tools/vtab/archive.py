@@ -20,7 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
 from huggingface_hub.file_download import http_get
 
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
-from eva_lightning.files import file_digest, format_bytes, free_bytes
+from eva_lightning.files import check_writable, file_digest, format_bytes, free_bytes
 from eva_lightning.reading import reading
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
@@ -184,6 +184,7 @@ def require_room(folder: Path, needed: int, what: str) -> None:
     Raises:
         InputError: It has less.
     """
+    check_writable(folder)
     free = free_bytes(folder)
     if needed and free < needed + _ROOM_TO_LEAVE:
         raise InputError(

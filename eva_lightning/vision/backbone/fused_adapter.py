@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.errors import InputError
-from eva_lightning.files import write_json
+from eva_lightning.files import filling, replacing, write_json
 from eva_lightning.vision.backbone.split_fused import split_layers
 
 _ROOT = "base_model.model."
@@ -42,7 +42,13 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     """
     if is_adalora(model):
         raise InputError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
-    folder = save_pretrained(model, directory)
+    with filling(directory) as temporary:
+        _fuse(model, save_pretrained(model, temporary))
+    return Path(directory)
+
+
+def _fuse(model: nn.Module, folder: Path) -> None:
+    """Rewrite an adapter folder of the split layout."""
     file = folder / "adapter_model.safetensors"
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(file)
@@ -53,9 +59,9 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     suffix = ".lora_A.weight"
     names = {key.removeprefix(_ROOT).removesuffix(suffix) for key in tensors if key.endswith(suffix)}
     config["target_modules"] = "|".join(re.escape(name) for name in sorted(names))
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    with replacing(file) as new:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new)
     write_json(folder / "adapter_config.json", config)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from eva_lightning.arrays import header, map_array
-from eva_lightning.errors import InputError
-from eva_lightning.files import format_bytes, free_bytes, is_disk_full
+from eva_lightning.errors import DiskFullError, InputError, UnwritableError
+from eva_lightning.files import format_bytes, free_bytes, is_disk_full, replacing
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import load_image
 from eva_lightning.vision.data.splits import Split, files_digest
@@ -145,24 +145,21 @@ def _require_room(folder: Path, needed: int) -> None:
 
 def _write(file: Path, split: Split, image_size: int, workers: int, progress: bool) -> None:
     """Decode `split` into `file`. To be called with its lock held."""
-    for leftover in file.parent.glob(f"{file.stem}.*.part"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.part")
     checksums = np.zeros(len(split), dtype="<u4")
     shape = (len(split), 3, image_size, image_size)
-    with _writing(file):
-        stream = temporary.open("wb", buffering=0)
     try:
-        with stream, closing(decoded(split, image_size, workers, progress)) as images:
+        with (
+            replacing(file) as temporary,
+            temporary.open("wb", buffering=0) as stream,
+            closing(decoded(split, image_size, workers, progress)) as images,
+        ):
             _put(stream, header(shape, np.dtype(np.uint8)), file)
             for index, image in enumerate(images):
                 checksums[index] = zlib.crc32(image.data)
                 _put(stream, image.data, file)
             _put(stream, _trailer(checksums), file)
-        with _writing(file):
-            temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (DiskFullError, UnwritableError) as error:
+        raise _CannotWrite(f"{file.parent} cannot be written ({_reason(error.__cause__ or error)})") from None
 
 
 def _put(stream: FileIO, data: bytes | memoryview, file: Path) -> None:
@@ -181,7 +178,7 @@ def _writing(file: Path) -> Iterator[None]:
         raise _CannotWrite(f"{file.parent} cannot be written ({_reason(error)})") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if is_disk_full(error):
         return "the disk is full"
     number = getattr(error, "errno", None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eva_lightning.errors import InputError
-from experiments.runner.run_folder import RunFolder, Work, perform
+from experiments.runner.run_folder import RunFolder, Work, metrics_below, perform
 from experiments.runner.settings import Role, option
 
 
@@ -84,12 +84,42 @@ def test_what_stands_for_a_value_decides(tmp_path: Path) -> None:
         RunFolder(tmp_path, Settings(weights="old/v.pth")).result()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\xff\x00{"])
-def test_damaged_files_are_one_sentence(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "\xff\x00{", '{"accuracy": 0.5, "checksum": "content-sha256:0123456789abcdef"}']
+)
+def test_a_damaged_result_is_named_set_aside_and_done_again(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = finished(tmp_path)
     (tmp_path / "metrics.json").write_bytes(content.encode("latin-1"))
+    assert folder.result() is None
+    assert "metrics.json is damaged" in caplog.text
     with pytest.raises(InputError, match=r"metrics\.json is damaged \(.*\): pass --overwrite or delete .* to run"):
-        folder.result()
+        list(metrics_below(tmp_path))
+    assert perform(folder, lambda: simple) == METRICS
+    assert folder.result() == METRICS
+    assert (tmp_path / "metrics.json.damaged").read_bytes() == content.encode("latin-1")
+
+
+def test_a_digit_changed_in_a_result_is_damage(tmp_path: Path) -> None:
+    folder, file = finished(tmp_path), tmp_path / "metrics.json"
+    text = file.read_text()
+    places = [i for i, character in enumerate(text) if character.isdigit()]
+    assert places
+    for place in places:
+        file.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        assert folder.result() is None
+
+
+def test_a_result_of_an_earlier_version_counts(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    assert folder.result() == METRICS
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff\x00{"])
+def test_damaged_settings_are_one_sentence(tmp_path: Path, content: str) -> None:
+    folder = finished(tmp_path)
     (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"config\.yaml is damaged"):
         folder.result()
