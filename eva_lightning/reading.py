@@ -89,13 +89,14 @@ def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = "", what: 
     """
     with reading(path, remedy, what):
         # a pipe would block where it is opened
-        kind = Path(path).stat().st_mode
-        if not stat.S_ISREG(kind):
-            raise InputError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(kind) else 'no ordinary file'}")
-        with Path(path).open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
+            folder = stat.S_ISDIR(found.st_mode)
+            raise InputError(f"{os.fspath(path)} is {'a folder' if folder else 'no ordinary file'}")
+        if found.st_size > most:
             raise InputError(f"{os.fspath(path)} is larger than the {format_bytes(most)} that are read of such files")
+        with Path(path).open("rb") as file:
+            content = file.read(found.st_size)  # a file that grows meanwhile is read as it was
     return content
 
 
@@ -126,7 +127,11 @@ def read_json(path: str | os.PathLike[str], remedy: str = "", *, non_finite: boo
         MissingInputError: There is no such file.
         InputError: It is no JSON, or has a key twice.
     """
-    text = read_text(path, remedy)
+    return parse_json(read_text(path, remedy), path, remedy, non_finite=non_finite)
+
+
+def parse_json(text: str, path: str | os.PathLike[str], remedy: str = "", *, non_finite: bool = False) -> Any:
+    """The JSON document in `text`, which was read from `path`; see :func:`read_json`."""
     with reading(path, remedy):
         constant, number = (float, float) if non_finite else (_refuse, _finite)
         return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=_once_each)

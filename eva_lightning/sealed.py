@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eva_lightning.errors import DamagedFileError, InputError, MissingInputError
-from eva_lightning.files import as_json, digest, saying_why, write_json
-from eva_lightning.reading import read_json
+from eva_lightning.files import as_json, digest, saying_why, write_text
+from eva_lightning.reading import parse_json, read_text
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_sealed_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
     """Write a JSON document with its checksum, all or nothing."""
-    write_json(path, sealed(document))
+    write_text(path, json.dumps(sealed(document), indent=1) + "\n")
 
 
 def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         # earlier versions wrote NaN as Python does
-        document = read_json(path, non_finite=True)
+        text = read_text(path)
+        document = parse_json(text, path, non_finite=True)
     except MissingInputError:
         raise
     except InputError as error:
@@ -60,8 +61,8 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise DamagedFileError(f"{path} is damaged (no mapping in it)")
     expected = document.pop(CHECKSUM, None)
-    # a checksum under another name is one whose name was damaged
-    lost = any(isinstance(value, str) and value.startswith(_MARK) for value in document.values())
+    # files with a checksum are indented in their own way, so that they are known by it even where the checksum is lost
+    lost = _INDENTED in text
     if (expected is None and lost) or (expected is not None and expected != _MARK + digest(document)):
         raise DamagedFileError(f"{path} is damaged (its checksum differs: something in it was changed)")
     return document

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from eva_lightning.errors import DamagedFileError, InputError
 from eva_lightning.files import digest, is_disk_full, with_numbers, writable_folder, write_text
+from eva_lightning.names import shown
 from eva_lightning.sealed import previous, read_sealed_json, set_aside, whole_checkpoint, write_sealed_json
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
@@ -158,7 +159,7 @@ class RunFolder:
             # the same path, but what lies there is another file
             differ = [name for name in now if has_identity(self.settings, name)]
         if differ:
-            changes = ", ".join(f"{name}={found.get(name)} (now {now[name]})" for name in differ[:4])
+            changes = ", ".join(f"{name}={_in_short(found.get(name))} (now {now[name]})" for name in differ[:4])
             raise InputError(
                 f"{self.path} holds another run, with {changes}: choose another {flag('name')} or pass "
                 f"{flag('overwrite')}"
@@ -268,3 +269,7 @@ def _mapping(file: Path, read: Callable[[Path, str], Any]) -> dict[str, Any]:
 
 def _again(file: Path) -> str:
     return f"pass {flag('overwrite')} or delete {file.parent} to run again"
+
+
+def _in_short(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else shown(value)

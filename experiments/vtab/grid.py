@@ -102,9 +102,13 @@ def _document(file: Path) -> dict[str, Any]:
     return document
 
 
+_MOST_SEEDS = 10_000
+
+
 def _axis(key: str, value: Any) -> tuple[Any, ...]:
     """One axis from YAML: a list, a single value, or for seeds how many there are, from 0."""
     if key.endswith("seeds") and isinstance(value, int) and not isinstance(value, bool):
+        check_number(key, value, at_least=0, at_most=_MOST_SEEDS, whole=True)
         return tuple(range(value))
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     # YAML 1.1 reads 1e-3 as a word
