@@ -27,6 +27,7 @@ CHECKSUM = "checksum"
 """The entry of a JSON document that holds the checksum of the others."""
 
 _MARK = "content-sha256:"
+_INDENTED = '\n "'
 _SEAL = re.compile(rb"eva_lightning sha256:([0-9a-f]{64})")
 _SEAL_LENGTH = len(b"eva_lightning sha256:") + 64
 _LENGTH_FIELD = 2  # bytes before a zip archive's comment that say how long it is

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
+from eva_lightning.reading import in_short
 from experiments.runner.yaml_files import read_yaml
 
 S = TypeVar("S")
@@ -201,6 +202,8 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
         values = parser.parse_args(words).as_dict()
     except InputError as error:
         raise _reworded(error, hints) from error.__cause__
+    except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
+        raise InputError(f"the command line cannot be read: {in_short(error)}") from error
     values.pop("config", None)
     for name, value in values.items():
         _check_finite(items[name], value)
@@ -320,7 +323,7 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     text = str(error)
     for name, hint in hints.items():
         if text.startswith(f'Parser key "{name}":') and (found := _GIVEN.search(text)):
-            given = found.group(1)
+            given = found.group(1) if len(found.group(1)) < 200 else f"{found.group(1)[:100]}..."
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
         if text.startswith(f'Parser key "{name}": '):
             return InputTypeError(f"{name} must be {_described(hint)} ({text.partition(': ')[2]})", setting=name)

@@ -103,16 +103,16 @@ def fuzz(reader: Reader, seconds: float, seed: int, save: Path | None = None, mo
 
 
 def _input(originals: dict[Path, bytes], path: Path, rng: random.Random) -> tuple[bytes, bool]:
-    """A damaged content, and whether somebody made it on purpose, with a checksum that fits."""
+    """A damaged content, and whether somebody made it on purpose, with a checksum that fits or as if there were none."""
     data = originals[path]
     if path.suffix == ".json" and rng.random() < 0.5:
         document = damaged_json(data, rng)
-        if isinstance(document, dict) and CHECKSUM in document and rng.random() < 0.7:
-            document.pop(CHECKSUM)
-            with contextlib.suppress(ValueError, RecursionError):
-                return json.dumps(sealed(document), indent=1).encode(), True
+        how = rng.random()
+        if isinstance(document, dict) and how < 0.7:
+            document.pop(CHECKSUM, None)
+            document = document if how < 0.2 else sealed(document)
         with contextlib.suppress(ValueError):
-            return json.dumps(document).encode(), False
+            return json.dumps(document, indent=None if how < 0.2 else 1).encode(), how < 0.7
     return damaged(data, rng, [other for other in originals.values() if other is not data][:3]), False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -100,11 +101,11 @@ def damaged_json(data: bytes, rng: random.Random) -> Any:
         places: list[tuple[Any, Any]] = []
         _collect(document, places)
         if not places:
-            return rng.choice(_VALUES)
+            return copy.deepcopy(rng.choice(_VALUES))
         holder, key = rng.choice(places)
         action = rng.random()
         if action < 0.7:
-            holder[key] = rng.choice((*_VALUES, json.loads(json.dumps(rng.choice(places)[0]))))
+            holder[key] = copy.deepcopy(rng.choice((*_VALUES, rng.choice(places)[0])))
         elif action < 0.85:
             del holder[key]
         elif isinstance(holder, dict):

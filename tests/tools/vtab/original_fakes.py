@@ -271,7 +271,7 @@ def kitti(root: Path, zipped: bool = True) -> Examples:
 def dsprites(root: Path, orientation: bool) -> Examples:
     from tools.vtab.originals.dsprites import FILE
 
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     count = 60
     images = np.stack([pixels(index, 64, 64, 1)[..., 0] % 2 for index in range(count)])
     classes = np.stack([np.array([0, 0, 0, index % 40, index % 32, 0]) for index in range(count)])
