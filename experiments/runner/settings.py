@@ -206,6 +206,8 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
         raise InputError(f"the command line cannot be read: {in_short(error)}") from error
     values.pop("config", None)
     for name, value in values.items():
+        if value is None and items[name].default is not None and not _accepts(hints[name], type(None)):
+            raise InputTypeError(f"{name} must be {_described(hints[name])}, got none", setting=name)
         _check_finite(items[name], value)
     return kind(**{name: _typed(value, hints[name]) for name, value in values.items()})
 

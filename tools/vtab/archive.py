@@ -37,7 +37,7 @@ _SPLIT_FILES = tuple(f"{split}.txt" for split in SPLITS)
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
 _BLOCK = 1 << 20
-_AGAIN = "download it again, or leave {!r} out of it"
+_AGAIN = "download it again"
 #: Bytes of the largest file that is unpacked: an image or a list of images.
 _MOST_BYTES = 256 * 2**20
 _JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
@@ -92,7 +92,7 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
     """
     found: dict[str, dict[PurePosixPath, Member]] = {}
     for archive in archives:
-        with reading(archive, "download it again", "zip file"), zipfile.ZipFile(archive) as opened:
+        with reading(archive, _AGAIN, "zip file"), zipfile.ZipFile(archive) as opened:
             infos = [info for info in opened.infolist() if not info.is_dir()]
         paths = [(info, path) for info in infos if (path := _inside(archive, info)) is not None]
         for task, info, path in _by_task(archive, paths):
@@ -246,12 +246,12 @@ def _write(target: Path, member: Member, opened: zipfile.ZipFile) -> int:
 
 
 def _unpacking(member: Member, opened: zipfile.ZipFile) -> IO[bytes]:
-    with reading(member.archive, _AGAIN.format(member.info.filename)):
+    with reading(f"{member.archive} at {member.info.filename}", _AGAIN):
         return opened.open(member.info)
 
 
 def _block(member: Member, source: IO[bytes]) -> bytes:
-    with reading(member.archive, _AGAIN.format(member.info.filename)):
+    with reading(f"{member.archive} at {member.info.filename}", _AGAIN):
         return source.read(_BLOCK)
 
 
