@@ -26,6 +26,7 @@ NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EFBIG, errno.EROFS)
 _TEMPORARY = ".eva_lightning-"
 #: Folders in which this process has removed what killed ones left.
 _tidied: set[Path] = set()
@@ -151,7 +152,7 @@ def saying_why(target: Path) -> Iterator[None]:
         except OSError as error:
             if is_disk_full(error):
                 raise
-            raise UnwritableError(f"cannot write to {target}: {(error.strerror or str(error)).lower()}") from error
+            raise _unwritable(target, error) from error
 
 
 @contextlib.contextmanager
@@ -227,11 +228,17 @@ def is_temporary(path: str | os.PathLike[str]) -> bool:
     return Path(path).name.startswith(_TEMPORARY)
 
 
+def _unwritable(target: Path, error: OSError) -> UnwritableError:
+    return UnwritableError(f"cannot write to {target}: {(error.strerror or str(error)).lower()}")
+
+
 @contextlib.contextmanager
 def _saying_no_room(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            raise _unwritable(target, error) from error
         if isinstance(error, DiskFullError) or not is_disk_full(error):
             raise
         raise DiskFullError(

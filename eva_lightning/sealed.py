@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eva_lightning.errors import DamagedFileError, InputError, MissingInputError
-from eva_lightning.files import as_json, digest, saying_why, write_text
+from eva_lightning.files import as_json, digest, write_text
 from eva_lightning.reading import parse_json, read_text
 
 _LOGGER = logging.getLogger(__name__)
@@ -127,21 +127,12 @@ def damage(file: Path) -> str | None:
             # torch writes no other comment and does not compress
             if archive.comment or any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 return "its end was changed"
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                return "it is no file of torch.save"
             wrong = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
         return f"it is cut or changed: {str(error)[:120]}"
     return None if wrong is None else f"its part {wrong} was changed"
-
-
-def check_undamaged(file: Path) -> None:
-    """Make sure that a file of ``torch.save`` is as it was written.
-
-    Raises:
-        DamagedFileError: It is not.
-    """
-    reason = damage(file)
-    if reason is not None:
-        raise DamagedFileError(f"{file} is damaged ({reason}): take another copy of it, or make it again")
 
 
 def previous(file: Path) -> Path:
@@ -158,18 +149,22 @@ def whole_checkpoint(file: Path) -> Path | None:
         reason = damage(candidate) if candidate.is_file() else None
         if reason is not None:
             earlier = candidate == file and previous(file).is_file()
-            set_aside(candidate, reason, "going back to the checkpoint before it" if earlier else "starting again")
+            set_aside(
+                candidate,
+                f"{candidate} is damaged ({reason})",
+                "going back to the checkpoint before it" if earlier else "starting again",
+            )
         elif candidate.is_file():
             return candidate
     return None
 
 
-def set_aside(file: Path, reason: str, instead: str) -> Path:
+def set_aside(file: Path, what: str, instead: str) -> Path:
     """Rename a damaged file, so that it is neither used nor lost, and say so.
 
     Args:
         file: The file.
-        reason: What is wrong with it.
+        what: A sentence that names it and says what is wrong, such as that of a :class:`DamagedFileError`.
         instead: What happens now.
 
     Returns:
@@ -179,9 +174,12 @@ def set_aside(file: Path, reason: str, instead: str) -> Path:
     while target.exists():
         number += 1
         target = file.with_name(f"{file.name}.damaged-{number}")
-    with saying_why(target):
+    try:
         file.replace(target)
-    _LOGGER.warning("%s is damaged (%s): set aside as %s, %s", file, reason, target.name, instead)
+        where = f"set aside as {target.name}"
+    except OSError as error:  # another process was faster, or the folder cannot be written
+        where = f"not set aside ({(error.strerror or str(error)).lower()})"
+    _LOGGER.warning("%s: %s, %s", what, where, instead)
     return target
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from eva_lightning.checkpoint_io import save_sealed
-from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
+from eva_lightning.errors import DamagedFileError, InputError, MissingInputError, check_number, unknown
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
 from eva_lightning.optim.schedules import set_per_step, warmup_cosine
 from eva_lightning.reading import reading
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
-from eva_lightning.sealed import check_undamaged
+from eva_lightning.sealed import damage
 
 Batch = Mapping[str, Tensor]
 
@@ -284,7 +284,9 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
             f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
         )
     with reading(file):
-        check_undamaged(Path(file))
+        reason = damage(Path(file))
+        if reason is not None:
+            raise DamagedFileError(f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again")
         found = torch.load(file, map_location="cpu", weights_only=True)
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None

@@ -78,7 +78,7 @@ def _known_settings(file: Path) -> dict[str, Any]:
         set_aside(file, str(error), "writing a new one")
         return {}
     if known is not None and not isinstance(known, dict):
-        set_aside(file, "no mapping in it", "writing a new one")
+        set_aside(file, f"{file} is damaged (no mapping in it)", "writing a new one")
         return {}
     return known or {}
 

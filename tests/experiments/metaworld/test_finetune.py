@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from eva_lightning.methods import METHODS, method_names
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
+from eva_lightning.sealed import read_sealed_json
 from experiments.metaworld import evaluate, finetune, finetune_run, table
 from experiments.metaworld.finetune_run import build, prepare
 from experiments.runner.run_folder import RunFolder, perform
@@ -49,7 +49,7 @@ def test_every_method_runs_and_its_checkpoints_evaluate(method: str, root: Path)
     assert metrics["rank"] == (2 if METHODS[method].adapts else None)
     assert (metrics["episodes"], len(metrics["returns"])) == (1, 1)
     (folder,) = (p.parent for p in (root / "runs").glob(f"{TASK}-{method}-*/metrics.json") if f"-{method}-" in str(p))
-    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert read_sealed_json(folder / "metrics.json") == metrics
     assert (folder / "adapter" / "adapter_config.json").is_file() == METHODS[method].adapts
     # the merged network and the trainer's checkpoint with adapters roll out alike
     for checkpoint in (folder, folder / "checkpoints" / "last.ckpt"):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
 from eva_lightning.rl.tasks import MT40
+from eva_lightning.sealed import read_sealed_json
 from experiments.metaworld.pretrain import Settings, command_line, main, parse
 from tests.eva_lightning.rl.synthetic import write_synthetic
 from tests.paths import ROOT
@@ -45,7 +45,7 @@ def test_defaults_and_configs_are_the_papers_and_the_small_recipe() -> None:
 def test_a_run_writes_its_folder(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = main([*arguments, "--export", str(tmp_path / "light.ckpt")])
     run = tmp_path / "runs" / "run"
-    assert metrics == json.loads((run / "metrics.json").read_text())
+    assert metrics == read_sealed_json(run / "metrics.json")
     assert metrics["steps"] == 8
     assert metrics["val_loss"] == pytest.approx((metrics["val_loss/reach-v3"] + metrics["val_loss/drawer-open-v3"]) / 2)
     assert 0 < metrics["model_flop_utilisation"] < 1

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import pandas as pd
 import pytest
 
 from eva_lightning.errors import InputError
+from eva_lightning.sealed import read_sealed_json
 from experiments.runner.comparison import run_comparison
 from experiments.runner.holder import held
 from experiments.runner.jobs import Job, Outcome, Point, Shared, attempt
@@ -74,7 +74,7 @@ def test_a_whole_comparison(output: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"{RUNS} of {RUNS} runs are done" in out
     assert f"the report: {output / 'report.md'}" in out
     assert "lora: lr 0.01, by 0.0001005 in tuning" in (output / "log.txt").read_text()
-    choices = json.loads((output / "choices.json").read_text())
+    choices = read_sealed_json(output / "choices.json")
     assert choices["eva"]["lr"] == 1e-3
     assert [each["lr"] for each in choices["eva"]["candidates"]] == [1e-3, 1e-2]
     # the same command has nothing to do, and says so
@@ -104,7 +104,7 @@ def test_more_methods_seeds_and_rates_later_run_only_what_is_new(output: Path) -
     assert {job.tags["method"] for job in pool.jobs if job.phase == "tune"} == {"lora", "eva"}
     assert sum(job.tags["method"] == "lora" for job in pool.jobs) == 2  # of the new rate, which is not better
     assert len(results.runs) == 2
-    assert json.loads((output / "choices.json").read_text()).keys() == {"lora", "eva"}
+    assert read_sealed_json(output / "choices.json").keys() == {"lora", "eva"}
     assert len(list(finished_runs(output))) == 3 + 1
 
 
@@ -387,11 +387,21 @@ def test_bad_options_are_one_sentence(
     assert not output.exists()
 
 
-def test_a_damaged_result_is_one_sentence(output: Path) -> None:
-    compare(output)
-    next((output / "runs").glob("*/metrics.json")).write_text("{")
-    with pytest.raises(InputError, match=r"metrics\.json is damaged"):
-        compare(output)
+def test_damaged_results_and_choices_are_set_aside_and_made_again(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = compare(output)
+    choices = read_sealed_json(output / "choices.json")
+    damaged = next((output / "runs").glob("*/metrics.json"))
+    damaged.write_text("{")
+    (output / "choices.json").write_text((output / "choices.json").read_text()[:-20])
+    pool = FakePool()
+    again = compare(output, "", pool)
+    assert [job.path for job in pool.jobs] == [damaged.parent]
+    assert again.runs["loss"].tolist() == first.runs["loss"].tolist()
+    assert "metrics.json is damaged" in capsys.readouterr().out
+    assert damaged.with_name("metrics.json.damaged").read_text() == "{"
+    assert read_sealed_json(output / "choices.json") == choices
 
 
 def test_an_error_of_the_comparison_itself_is_in_its_log(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

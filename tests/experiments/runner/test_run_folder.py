@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eva_lightning.errors import InputError
+from eva_lightning.sealed import read_sealed_json
 from experiments.runner.run_folder import RunFolder, Work, metrics_below, perform
 from experiments.runner.settings import Role, option
 
@@ -228,4 +229,4 @@ def test_metrics_that_are_no_json_do_not_leave_a_part(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         perform(folder, lambda: lambda _: {"a": object()}, terminal=False)
     assert not list(folder.path.glob("*metrics*"))
-    assert json.loads((finished(tmp_path / "x").path / "metrics.json").read_text()) == METRICS
+    assert read_sealed_json(finished(tmp_path / "x").path / "metrics.json") == METRICS

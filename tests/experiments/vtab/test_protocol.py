@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from eva_lightning.adapters import find_adapters
+from eva_lightning.sealed import read_sealed_json
 from eva_lightning.vision.backbone.split_fused import split_layers
 from eva_lightning.vision.backbone.timm_models import create_backbone
 from eva_lightning.vision.module import ImageClassifier
@@ -172,7 +172,7 @@ def test_interrupted_authors_run_is_resumed(
     assert resumed["accuracy"] == whole["accuracy"]
     assert resumed["loss"] == whole["loss"]
     assert resumed["ranks"] == whole["ranks"]
-    assert json.loads((tmp_path / "runs/run/metrics.json").read_text()) == resumed
+    assert read_sealed_json(tmp_path / "runs/run/metrics.json") == resumed
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from PIL import Image
 
 from eva_lightning import EVAState
+from eva_lightning.sealed import read_sealed_json
 from eva_lightning.vision import module as vision_module
 from eva_lightning.vision.data.datamodule import VTAB1K
 from experiments.vtab.settings import Settings, command_line, main, parse
@@ -52,7 +52,7 @@ def test_defaults_are_the_papers() -> None:
 def test_eva_run_writes_its_folder(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = main(arguments)
     run = tmp_path / "runs/run"
-    assert metrics == json.loads((run / "metrics.json").read_text())
+    assert metrics == read_sealed_json(run / "metrics.json")
     assert 0 <= metrics["accuracy"] <= 1
     assert metrics["evaluation_images"] == 12
     assert not metrics["official_sizes"]

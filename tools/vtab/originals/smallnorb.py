@@ -52,7 +52,8 @@ def read_matrix(file: Path) -> npt.NDArray[np.generic]:
             raise InputError(f"{file} promises a matrix of {shape}, larger than any of smallNORB's")
         data = stream.read(expected + 1)  # to the end, where gzip compares its checksum
         if len(data) != expected:
-            raise InputError(f"{file} holds {len(data)} bytes or more where its head promises {expected}")
+            held = f"more than {expected}" if len(data) > expected else len(data)
+            raise InputError(f"{file} holds {held} bytes where its head promises {expected}")
         return np.frombuffer(data, dtype).reshape(shape)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eva_lightning.files import is_temporary
 from eva_lightning.vision.data import image_cache as cache
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.images import load_image
@@ -189,12 +190,12 @@ def test_killed_builder_blocks_nobody_and_leaves_nothing(tmp_path: Path, split: 
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert list((tmp_path / "cache").glob("*.part"))
-    assert not list((tmp_path / "cache").glob("*.npy"))
+    assert any(map(is_temporary, (tmp_path / "cache").iterdir()))
+    assert all(map(is_temporary, (tmp_path / "cache").glob("*.npy")))
     images = cached_images(split, 16, tmp_path / "cache", progress=False)
     assert images is not None
     np.testing.assert_array_equal(images[3], load_image(split.folder / split.paths[3], 16))
-    assert list((tmp_path / "cache").glob("*.part")) == []
+    assert not any(map(is_temporary, (tmp_path / "cache").iterdir()))
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -229,7 +230,7 @@ def test_disk_that_fills_up_meanwhile_goes_without(
             return super().write(data)  # type: ignore[arg-type]
 
     def open_file(path: Path, mode: str = "r", *options: Any, usual: Any = Path.open, **named: Any) -> Any:
-        return FullDisk(path, mode) if path.suffix == ".part" else usual(path, mode, *options, **named)
+        return FullDisk(path, mode) if is_temporary(path) else usual(path, mode, *options, **named)
 
     monkeypatch.setattr(Path, "open", open_file)
     with caplog.at_level(logging.WARNING):
