@@ -19,7 +19,7 @@ import numpy.typing as npt
 from eva_lightning.arrays import arrays_from_npz
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import replacing
-from eva_lightning.names import TEMPORARY_ROOM, check_name, shown
+from eva_lightning.names import check_name, shown
 from eva_lightning.reading import read_bytes, reading, typed
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
 from eva_lightning.sealed import read_sealed_json, write_sealed_json
@@ -194,7 +194,7 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
             raise InputError(f"{path} has format {shown(version)}, this version of the project reads format {_FORMAT}")
         tasks = {task: typed(TaskEntry, entry, path) for task, entry in sorted(content["tasks"].items())}
         for task, entry in tasks.items():
-            check_name(f"{path}: file of {task}", entry.file, room=TEMPORARY_ROOM)
+            check_name(f"{path}: file of {shown(task)}", entry.file)
     return DemonstrationIndex(Path(folder), tasks)
 
 

@@ -286,7 +286,9 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     with reading(file):
         reason = damage(Path(file))
         if reason is not None:
-            raise DamagedFileError(f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again")
+            raise DamagedFileError(
+                f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again"
+            )
         found = torch.load(file, map_location="cpu", weights_only=True)
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None

@@ -37,7 +37,9 @@ def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
             raise InputError("refused")
         return content
 
-    report = fuzz(Reader("bad", lambda folder: (folder / "a").write_bytes(bytes(80)) and None, read), 30, 0, tmp_path, 300)
+    report = fuzz(
+        Reader("bad", lambda folder: (folder / "a").write_bytes(bytes(80)) and None, read), 30, 0, tmp_path, 300
+    )
     kinds = " ".join(report.kinds)
     assert "silently different" in kinds
     assert "KeyError at test_fuzz.py" in kinds
