@@ -1,8 +1,8 @@
 """Reading files that others wrote or a disk damaged: a parser's errors become one of ours.
 
 Parsers report bad bytes by whatever happens to go wrong in them, a dozen exceptions of a dozen libraries.
-:func:`reading` turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds the call of a
-parser and nothing else, so that no mistake of the program is blamed on a file.
+:func:`reading` turns all of them into an :class:`~eva_lightning.errors.InputError` that names the file. Its block holds
+the call of a parser and nothing else, so that no mistake of the program is blamed on a file.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ def read_yaml(path: str | os.PathLike[str], remedy: str = "") -> Any:
         return yaml.load(text, LOADER)
 
 
+def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
+
+
 class _Size:
     """Values and levels of a part of a document, with what its aliases stand for."""
 
@@ -41,17 +45,17 @@ class _Size:
 
 def _check_size(text: str) -> None:
     """Go through the events of a document, which takes neither recursion nor more memory than the text."""
-    known: dict[str, _Size | None] = {}
+    known: dict[str | None, _Size | None] = {}
     above = [_Size(None)]
     for event in yaml.parse(text, LOADER):
         if isinstance(event, yaml.AliasEvent):
             part = known.get(event.anchor, _Size(None))
             if part is None:
-                raise yaml.MarkedYAMLError(problem="a part contains itself", problem_mark=event.start_mark)
+                raise _problem("a part contains itself", event.start_mark)
         elif isinstance(event, yaml.ScalarEvent):
             part = _Size(event.anchor)
             if len(event.value) > _LONGEST:
-                raise yaml.MarkedYAMLError(problem="a value is too long", problem_mark=event.start_mark)
+                raise _problem("a value is too long", event.start_mark)
         elif isinstance(event, yaml.CollectionStartEvent):
             above.append(_Size(event.anchor))
             part = None
@@ -66,7 +70,7 @@ def _check_size(text: str) -> None:
             above[-1].values += part.values
             above[-1].depth = max(above[-1].depth, part.depth + 1)
         if sum(size.values for size in above) > _MOST_VALUES or len(above) + (part.depth if part else 0) > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem="too many values or levels", problem_mark=event.start_mark)
+            raise _problem("too many values or levels", event.start_mark)
 
 
 def _refuse_repeated_keys(node: yaml.Node) -> None:
@@ -81,7 +85,7 @@ def _refuse_repeated_keys(node: yaml.Node) -> None:
             keys: set[str] = set()
             for key, value in part.value:
                 if key.value in keys if isinstance(key, yaml.ScalarNode) else False:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+                    raise _problem(f"{key.value!r} is there twice", key.start_mark)
                 if isinstance(key, yaml.ScalarNode):
                     keys.add(key.value)
                 left += [key, value]

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --seconds 60 --seed 0 [--reader NAME ...] [--save FOLDER]``: one line per reader, then findings."""
+"""Damaged and hostile files for every reader of the project: ``python -m tests.fuzz --seconds 60 --seed 0``."""
 
 from __future__ import annotations
 

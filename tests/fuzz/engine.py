@@ -1,7 +1,8 @@
 """Feed a reader damaged files and judge what comes out.
 
-An input holds where the reader returns what was written, or ends in an :class:`~eva_lightning.errors.InputError`. It is a
-finding where another exception comes out, something else loads than was written, or it takes too long or too much memory.
+An input holds where the reader returns what was written, or ends in an :class:`~eva_lightning.errors.InputError`. It is
+a finding where another exception comes out, something else loads than was written, or it takes too long or too much
+memory.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def fuzz(reader: Reader, seconds: float, seed: int, save: Path | None = None, mo
 
 
 def _input(originals: dict[Path, bytes], path: Path, rng: random.Random) -> tuple[bytes, bool]:
-    """A damaged content, and whether somebody made it on purpose, with a checksum that fits or as if there were none."""
+    """A damaged content, and whether somebody made it on purpose, with a checksum that fits or without any."""
     data = originals[path]
     if path.suffix == ".json" and rng.random() < 0.5:
         document = damaged_json(data, rng)
@@ -158,9 +159,18 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _note(
-    reader: Reader, folder: Path, originals: dict[Path, bytes], path: Path, content: bytes, expected: Any, crafted: bool,
-    kind: str, report: Report, save: Path | None, seed: int,
-) -> None:  # fmt: skip
+    reader: Reader,
+    folder: Path,
+    originals: dict[Path, bytes],
+    path: Path,
+    content: bytes,
+    expected: Any,
+    crafted: bool,
+    kind: str,
+    report: Report,
+    save: Path | None,
+    seed: int,
+) -> None:
     report.kinds[kind] += 1
     if report.kinds[kind] > 3:
         return
@@ -219,7 +229,7 @@ def same(one: Any, two: Any) -> bool:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    memory = Path("/dev/shm")  # noqa: S108, a folder in memory
+    memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
 

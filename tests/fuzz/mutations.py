@@ -11,12 +11,80 @@ from collections.abc import Callable
 from typing import Any
 
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_NUMBERS = [b"0", b"-1", b"1", b"7", b"1e999", b"-1e999", b"NaN", b"Infinity", b".inf", b".nan", b"null", b"true", b'"x"', b"[]",
-            b"{}", b"9" * 19, b"9" * 400, b"9" * 5000, b"1e308", b"2147483648", b"18446744073709551616", b"0.5"]  # fmt: skip
-_WORDS = [b"", b"\0", b"\xff\xfe", b"'", b'"', b"[" * 3000, b"{" * 50, b"*a", b"&a", b"<<: *a", b"!!python/name:os.system", b"../",
-          b"/etc/passwd", b": ", b"\n- ", b"\n", b"\x1b[2J", b"\xe2\x80\xae", b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY", b"%!PS"]  # fmt: skip
-_VALUES: list[Any] = [None, True, 0, -1, 1, 1.5, -7, 10**19, 10**400, 1e308, float("nan"), float("inf"), "", "x", "../x", "\0", "\u202e",
-                      "x" * 300, [], {}, [[]], {"a": {}}, [1, "x", None], [0] * 100]  # fmt: skip
+_NUMBERS = [
+    b"0",
+    b"-1",
+    b"1",
+    b"7",
+    b"1e999",
+    b"-1e999",
+    b"NaN",
+    b"Infinity",
+    b".inf",
+    b".nan",
+    b"null",
+    b"true",
+    b'"x"',
+    b"[]",
+    b"{}",
+    b"9" * 19,
+    b"9" * 400,
+    b"9" * 5000,
+    b"1e308",
+    b"2147483648",
+    b"18446744073709551616",
+    b"0.5",
+]
+_WORDS = [
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"'",
+    b'"',
+    b"[" * 3000,
+    b"{" * 50,
+    b"*a",
+    b"&a",
+    b"<<: *a",
+    b"!!python/name:os.system",
+    b"../",
+    b"/etc/passwd",
+    b": ",
+    b"\n- ",
+    b"\n",
+    b"\x1b[2J",
+    b"\xe2\x80\xae",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x93NUMPY",
+    b"%!PS",
+]
+_VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    1.5,
+    -7,
+    10**19,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "\0",
+    "\u202e",
+    "x" * 300,
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1, "x", None],
+    [0] * 100,
+]
 _WIDTHS = ("<B", "<H", "<I", "<Q", ">I", ">Q")
 
 
@@ -90,8 +158,18 @@ def _text_number(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 
 _Mutation = Callable[[bytes, random.Random, list[bytes]], bytes]
 _MUTATIONS: tuple[_Mutation, ...] = (
-    _flip, _flip, _byte, _cut, _insert, _remove, _run, _splice, _number, _text_number, _text_number,
-)  # fmt: skip
+    _flip,
+    _flip,
+    _byte,
+    _cut,
+    _insert,
+    _remove,
+    _run,
+    _splice,
+    _number,
+    _text_number,
+    _text_number,
+)
 
 
 def damaged_json(data: bytes, rng: random.Random) -> Any:

@@ -135,11 +135,19 @@ def _state(folder: Path) -> None:
     parts["d"] = parts["a"]
     values = {name: torch.tensor([4.0, 2.0, 1.0]) for name in layers}
     EVAState(
-        ranks={"a": 3, "b.c": 1, "d": 0}, components=parts, singular_values=values,
+        ranks={"a": 3, "b.c": 1, "d": 0},
+        components=parts,
+        singular_values=values,
         explained_variance_ratio={name: value.square() / 30 for name, value in values.items()},
-        total_variance=dict.fromkeys(layers, 30.0), n_samples=dict.fromkeys(layers, 500), converged=dict.fromkeys(layers, True),
-        n_batches=3, seconds=1.5, shared_with={"d": "a"}, convergence={"a": [(2, 0.5), (3, 0.75)]}, meta={"r": 2, "rho": 2.0},
-    ).save(folder / "s")  # fmt: skip
+        total_variance=dict.fromkeys(layers, 30.0),
+        n_samples=dict.fromkeys(layers, 500),
+        converged=dict.fromkeys(layers, True),
+        n_batches=3,
+        seconds=1.5,
+        shared_with={"d": "a"},
+        convergence={"a": [(2, 0.5), (3, 0.75)]},
+        meta={"r": 2, "rho": 2.0},
+    ).save(folder / "s")
 
 
 def _arrays(value: Any) -> dict[str, Any]:
@@ -306,34 +314,93 @@ def _bytes_of(kind: str) -> bytes:
 READERS: tuple[Reader, ...] = (
     Reader("config", _text("c.yaml", CONFIG), _configured, checked=False),
     Reader("yaml", _text("c.yaml", CONFIG), lambda f: _discard(read_yaml(f / "c.yaml")), checked=False),
-    Reader("words", _text("words.txt", "--lr\n1e-3\n--lrs\n1e-3,2e-3\n--rates\neva=1,lora=2\n--limit=3\n--seeds\n1,2\n--decay\n.5"), _words, checked=False),
-    Reader("grid", _text("g.yaml", "lrs: [1e-3, 0.01]\nranks: [2, 4]\ntune_seeds: 2\nfinal_seeds: [0]\n"), lambda f: load_grid(str(f / "g.yaml")), checked=False),
+    Reader(
+        "words",
+        _text("words.txt", "--lr\n1e-3\n--lrs\n1e-3,2e-3\n--rates\neva=1,lora=2\n--limit=3\n--seeds\n1,2\n--decay\n.5"),
+        _words,
+        checked=False,
+    ),
+    Reader(
+        "grid",
+        _text("g.yaml", "lrs: [1e-3, 0.01]\nranks: [2, 4]\ntune_seeds: 2\nfinal_seeds: [0]\n"),
+        lambda f: load_grid(str(f / "g.yaml")),
+        checked=False,
+    ),
     Reader("metrics", _finished_run, lambda f: [metrics for _, metrics in metrics_below(f)], files="metrics.json"),
     Reader("run", _finished_run, lambda f: RunFolder(f, Settings()).result() or METRICS),
     Reader("choices", lambda f: _discard(_write_choices(f)), _write_choices),
     Reader("rates", lambda f: _discard(_write_rates(f)), _write_rates),
-    Reader("holder", lambda f: write_sealed_json(f / "holder.json", dataclasses.asdict(Holder.myself())), lambda f: _discard((h := read_holder(f)) and (h.text, h.is_alive)), checked=False),
+    Reader(
+        "holder",
+        lambda f: write_sealed_json(f / "holder.json", dataclasses.asdict(Holder.myself())),
+        lambda f: _discard((h := read_holder(f)) and (h.text, h.is_alive)),
+        checked=False,
+    ),
     Reader("state", _state, lambda f: _arrays(EVAState.load(f / "s"))),
-    Reader("tensors", lambda f: write_tensors(f / "a.safetensors", TENSORS, "{}"), lambda f: read_tensors(f / "a.safetensors")),
+    Reader(
+        "tensors",
+        lambda f: write_tensors(f / "a.safetensors", TENSORS, "{}"),
+        lambda f: read_tensors(f / "a.safetensors"),
+    ),
     Reader("npz", _demonstrations, lambda f: _arrays(decode("push-v3", (f / "a.npz").read_bytes(), f / "a.npz"))),
-    Reader("index", lambda f: _discard(write_synthetic(f, ["push-v3", "reach-v3"], 2, 3)), lambda f: dict(read_index(f).tasks), files="index.json"),
-    Reader("demonstrations", lambda f: _discard(write_synthetic(f, ["push-v3"], 2, 3)), lambda f: _arrays(load_task(f, "push-v3"))),
+    Reader(
+        "index",
+        lambda f: _discard(write_synthetic(f, ["push-v3", "reach-v3"], 2, 3)),
+        lambda f: dict(read_index(f).tasks),
+        files="index.json",
+    ),
+    Reader(
+        "demonstrations",
+        lambda f: _discard(write_synthetic(f, ["push-v3"], 2, 3)),
+        lambda f: _arrays(load_task(f, "push-v3")),
+    ),
     Reader("chunks", _chunks, _collected),
     Reader("trajectories", _stored, _store, files="data/cache/**/*"),
     Reader("images", _images, _decoded, checked=False),
     Reader("image cache", _cached, _cache, files="cache/*.npy"),
-    Reader("safetensors", _weights("w.safetensors"), lambda f: _discard(read_weights(f / "w.safetensors")), checked=False),
+    Reader(
+        "safetensors", _weights("w.safetensors"), lambda f: _discard(read_weights(f / "w.safetensors")), checked=False
+    ),
     Reader("weights", _weights("w.pth"), lambda f: read_weights(f / "w.pth")),
-    Reader("old weights", _weights("w.pth", _use_new_zipfile_serialization=False), lambda f: _discard(read_weights(f / "w.pth")), checked=False),
+    Reader(
+        "old weights",
+        _weights("w.pth", _use_new_zipfile_serialization=False),
+        lambda f: _discard(read_weights(f / "w.pth")),
+        checked=False,
+    ),
     Reader("checkpoint", _checkpoint, lambda f: read_checkpoint(f / "a.ckpt")),
     Reader("archive", _zipped, _unpacked, checked=False),
-    Reader("splits", _text("train800.txt", "images/a.jpg 0\nimages/b c.jpg 1\n"), lambda f: _discard(read_split(f, "train800", 2)), checked=False),
+    Reader(
+        "splits",
+        _text("train800.txt", "images/a.jpg 0\nimages/b c.jpg 1\n"),
+        lambda f: _discard(read_split(f, "train800", 2)),
+        checked=False,
+    ),
     Reader("data check", _check, _checked, files=".vtab1k-check.json"),
-    Reader("smallnorb", lambda f: _discard(original_fakes.smallnorb(f, True)), _original("smallnorb_ele"), checked=False),
-    Reader("smallnorb.gz", lambda f: _discard(original_fakes.smallnorb(f, True)), _original("smallnorb_ele"), files="**/*.gz"),
+    Reader(
+        "smallnorb", lambda f: _discard(original_fakes.smallnorb(f, True)), _original("smallnorb_ele"), checked=False
+    ),
+    Reader(
+        "smallnorb.gz",
+        lambda f: _discard(original_fakes.smallnorb(f, True)),
+        _original("smallnorb_ele"),
+        files="**/*.gz",
+    ),
     Reader("dmlab", lambda f: _discard(original_fakes.dmlab(f)), _original("dmlab")),
     Reader("dsprites", lambda f: _discard(original_fakes.dsprites(f, True)), _original("dsprites_ori")),
-    Reader("kitti", lambda f: _discard(original_fakes.kitti(f)), _original("kitti"), checked=False, files="**/*.[tz][xi][tp]"),
-    Reader("clevr", lambda f: _discard(original_fakes.clevr(f, True)), _original("clevr_dist"), checked=False, files="**/*.json"),
+    Reader(
+        "kitti",
+        lambda f: _discard(original_fakes.kitti(f)),
+        _original("kitti"),
+        checked=False,
+        files="**/*.[tz][xi][tp]",
+    ),
+    Reader(
+        "clevr",
+        lambda f: _discard(original_fakes.clevr(f, True)),
+        _original("clevr_dist"),
+        checked=False,
+        files="**/*.json",
+    ),
     Reader("history", _history, _rows, checked=False),
-)  # fmt: skip
+)
