@@ -139,10 +139,23 @@ def test_entries_of_the_right_types() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("name", 1), ("name", None), ("n", 1.5), ("n", True), ("n", "1"), ("x", "1"), ("x", True), ("on", 1), ("words", "b"),
-        ("words", [1]), ("versions", []), ("versions", {"numpy": 2}), ("n", [1]), ("x", float("nan")), ("x", float("inf")),
+        ("name", 1),
+        ("name", None),
+        ("n", 1.5),
+        ("n", True),
+        ("n", "1"),
+        ("x", "1"),
+        ("x", True),
+        ("on", 1),
+        ("words", "b"),
+        ("words", [1]),
+        ("versions", []),
+        ("versions", {"numpy": 2}),
+        ("n", [1]),
+        ("x", float("nan")),
+        ("x", float("inf")),
     ],
-)  # fmt: skip
+)
 def test_entries_of_wrong_types_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InputTypeError, match=rf"i\.json is damaged: {name} has another type"):
         typed(Entry, {**ENTRY, name: value}, "i.json")
