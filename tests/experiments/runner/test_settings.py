@@ -90,7 +90,7 @@ def test_files(tmp_path: Path) -> None:
         ("--lrs 1e-3,.inf", "--lrs must be a finite number, got inf"),
         ("--given lora=.inf", "--given must be a finite number, got inf"),
         ("--batch-size .inf", "--batch-size must be a whole number, got inf"),
-        ("--batch-size null", "--batch-size must be a whole number, got none"),
+        ("--batch-size null", "--batch-size must be a whole number, got None"),
         ("--tau 2", "--tau must be a number above 0 and of at most 1, got 2.0"),
         ("--limit x", "--limit must be a whole number or none, got x"),
         ("--lrs 1,x", "--lrs must be a list, each item a number, got"),
