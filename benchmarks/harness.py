@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
 
-from eva_lightning.files import write_text
+from eva_lightning.files import as_json, write_text
 from experiments.runner.settings import Role, option
 
 _PACKAGES = ("torch", "lightning", "peft", "timm", "numpy")
@@ -178,7 +177,7 @@ def publish(
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "json"},
         **document,
     }
-    text = json.dumps(whole, indent=1)
+    text = as_json(whole, indent=1)
     if settings.json == "-":
         print(text)
         return whole

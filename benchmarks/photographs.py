@@ -13,7 +13,7 @@ from benchmarks.models import N_CLASSES
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.data.images import load_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in experiments.vtab
 
 

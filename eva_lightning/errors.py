@@ -110,10 +110,13 @@ def check_number(
         for word, bound in bounds
         if bound is not None
     )
-    message = f"{name} must be a {'whole ' if whole else ''}number {expected}".rstrip() + f", got {value!r}"
+    message = f"{name} must be a {'whole ' if whole else ''}number {expected}".rstrip() + f", got {_shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if whole else Real):
         raise InputTypeError(message, setting=name)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
     within = (
         math.isfinite(number)
         and (at_least is None or number >= at_least)
@@ -123,3 +126,11 @@ def check_number(
     )
     if not within:
         raise InputError(message, setting=name)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +20,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+#: How numbers that are not finite stand in JSON, which has none: the words of protocol buffers' JSON.
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -80,8 +84,32 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Write a JSON document, all or nothing."""
-    write_text(path, json.dumps(document, indent=2) + "\n")
+    """Write a JSON document, all or nothing; see :func:`as_json`."""
+    write_text(path, as_json(document, indent=2) + "\n")
+
+
+def as_json(document: Any, indent: int | None = None) -> str:
+    """A document as JSON that every program reads: numbers that are not finite become the words `NON_FINITE`."""
+    return json.dumps(_in_words(document), indent=indent, allow_nan=False)
+
+
+def with_numbers(document: Any) -> Any:
+    """A document of results that was read from JSON, with numbers in the place of the words `NON_FINITE`."""
+    if isinstance(document, dict):
+        return {key: with_numbers(entry) for key, entry in document.items()}
+    if isinstance(document, list):
+        return [with_numbers(entry) for entry in document]
+    return float(document) if isinstance(document, str) and document in NON_FINITE else document
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_words(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_words(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return NON_FINITE[0] if math.isnan(value) else NON_FINITE[1 + (value < 0)]
+    return value
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:

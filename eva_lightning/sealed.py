@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eva_lightning.errors import DamagedFileError
-from eva_lightning.files import digest, write_json
+from eva_lightning.errors import DamagedFileError, InputError, MissingInputError
+from eva_lightning.files import as_json, digest, write_text
+from eva_lightning.reading import parse_json, read_text
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ CHECKSUM = "checksum"
 """The entry of a JSON document that holds the checksum of the others."""
 
 _MARK = "content-sha256:"
+_INDENTED = '\n "'
 _SEAL = re.compile(rb"eva_lightning sha256:([0-9a-f]{64})")
 _SEAL_LENGTH = len(b"eva_lightning sha256:") + 64
 _LENGTH_FIELD = 2  # bytes before a zip archive's comment that say how long it is
@@ -34,13 +36,13 @@ _BLOCK = 1 << 20
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON document with its checksum."""
-    content = json.loads(json.dumps(document))  # keys become words, tuples lists: as they will be read
+    content = json.loads(as_json(document))  # keys become words, tuples lists: as they will be read
     return {**content, CHECKSUM: _MARK + digest(content)}
 
 
 def write_sealed_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
     """Write a JSON document with its checksum, all or nothing."""
-    write_json(path, sealed(document))
+    write_text(path, json.dumps(sealed(document), indent=1) + "\n")
 
 
 def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,14 +52,18 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         DamagedFileError: The file is cut, changed, or no JSON document.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+        # earlier versions wrote NaN as Python does
+        text = read_text(path)
+        document = parse_json(text, path, non_finite=True)
+    except MissingInputError:
+        raise
+    except InputError as error:
+        raise DamagedFileError(str(error)) from error
     if not isinstance(document, dict):
         raise DamagedFileError(f"{path} is damaged (no mapping in it)")
     expected = document.pop(CHECKSUM, None)
-    # a checksum under another name is one whose name was damaged
-    lost = any(isinstance(value, str) and value.startswith(_MARK) for value in document.values())
+    # files with a checksum are indented in their own way, so that they are known by it even where the checksum is lost
+    lost = _INDENTED in text
     if (expected is None and lost) or (expected is not None and expected != _MARK + digest(document)):
         raise DamagedFileError(f"{path} is damaged (its checksum differs: something in it was changed)")
     return document

@@ -110,3 +110,21 @@ def test_only_adapters_know_peft() -> None:
         if module.partition(".")[0] == "peft" and not importer.startswith(allowed)
     ]
     assert not others
+
+
+#: What opens an image file: by Pillow, Matplotlib, imageio, torchvision and OpenCV. Whatever is called ``open`` of a
+#: module or class ``Image`` is Pillow's.
+_DECODERS = ("imread", "imopen", "mimread", "get_reader", "read_image", "decode_image", "decode_jpeg", "decode_png",
+             "default_loader", "pil_loader", "imdecode", "read_video", "VideoReader", "ImageFile")  # fmt: skip
+
+
+def test_image_files_are_decoded_in_one_place() -> None:
+    decoding = []
+    for name, tree in _sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                of_pillow = node.attr == "open" and ast.unparse(node.value).endswith("Image")
+                decoding += [f"{name}: {ast.unparse(node)}"] if of_pillow or node.attr in _DECODERS else []
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("PIL", "torchvision"):
+                decoding += [f"{name}: {a.name}" for a in node.names if a.name in ("open", *_DECODERS)]
+    assert decoding == ["eva_lightning.vision.data.decoding: Image.open"]

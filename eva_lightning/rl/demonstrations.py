@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from eva_lightning.arrays import arrays_from_npz
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import replacing, write_json
+from eva_lightning.files import replacing
+from eva_lightning.names import check_name, shown
+from eva_lightning.reading import read_bytes, reading, typed
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
 
 INDEX = "index.json"
 _FORMAT = 1
+#: Bytes of the largest file that is read: 100,000 episodes, packed.
+_LARGEST = 8 * 2**30
 _ARRAYS = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
 _COLLECT = "python -m experiments.metaworld collect --tasks {task} --out {folder}"
 
@@ -182,18 +186,15 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
     if not path.is_file():
         command = _COLLECT.format(task="mt40", folder=folder)
         raise MissingInputError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    remedy = f"delete {Path(folder)} and collect again"
+    content = read_sealed_json(path)
+    with reading(path, remedy):
         version = content["format"]
-        names = {item.name for item in fields(TaskEntry)}
-        tasks = {
-            task: TaskEntry(**{name: value for name, value in entry.items() if name in names})
-            for task, entry in sorted(content["tasks"].items())
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: delete {Path(folder)} and collect again") from error
-    if version != _FORMAT:
-        raise InputError(f"{path} has format {version}, this version of the project reads format {_FORMAT}")
+        if version != _FORMAT:
+            raise InputError(f"{path} has format {shown(version)}, this version of the project reads format {_FORMAT}")
+        tasks = {task: typed(TaskEntry, entry, path) for task, entry in sorted(content["tasks"].items())}
+        for task, entry in tasks.items():
+            check_name(f"{path}: file of {shown(task)}", entry.file)
     return DemonstrationIndex(Path(folder), tasks)
 
 
@@ -215,26 +216,22 @@ def load_task(folder: str | Path, task: str, episodes: int | None = None) -> Tas
         raise InputError(f"{folder} has {entry.episodes} episodes of {task}, asked for {episodes}")
     path = Path(folder) / entry.file
     again = f"make it again with {_COLLECT.format(task=task, folder=folder)} --episodes {entry.episodes}"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingInputError(f"demonstration file {path} is missing: {again}") from None
+    if not path.is_file():
+        raise MissingInputError(f"demonstration file {path} is missing: {again}")
+    content = read_bytes(path, _LARGEST, again, "demonstration file")
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise InputError(f"demonstration file {path} is damaged (its SHA-256 is not the one in {INDEX}): {again}")
-    return decode(task, content).episodes(stop=episodes)
+    return decode(task, content, path).episodes(stop=episodes)
 
 
-def decode(task: str, content: bytes) -> TaskDemonstrations:
-    """Demonstrations from the bytes of a file.
+def decode(task: str, content: bytes, path: str | Path | None = None) -> TaskDemonstrations:
+    """Demonstrations from the bytes of a file; its name, if there is one, is for the error.
 
     Raises:
         InputError: They are not the bytes of a file of demonstrations.
     """
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return TaskDemonstrations(task, **{name: arrays[name] for name in _ARRAYS})
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"not a file of demonstrations of {task}: {error}") from error
+    with reading(f"of {task}" if path is None else path, what="demonstration file"):
+        return TaskDemonstrations(task, **arrays_from_npz(content, _ARRAYS))
 
 
 def encode(demonstrations: TaskDemonstrations, compress: bool = True) -> bytes:
@@ -285,7 +282,8 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
     with replacing(folder / name) as temporary:
         temporary.write_bytes(content)
     tasks[task] = entry
-    write_json(folder / INDEX, {"format": _FORMAT, "tasks": {name: asdict(tasks[name]) for name in sorted(tasks)}})
+    entries = {name: asdict(tasks[name]) for name in sorted(tasks)}
+    write_sealed_json(folder / INDEX, {"format": _FORMAT, "tasks": entries})
     if before is not None and before.file != name:
         (folder / before.file).unlink(missing_ok=True)
     return entry

@@ -18,6 +18,7 @@ from eva_lightning.errors import DamagedFileError, InputError, MissingInputError
 from eva_lightning.files import replacing
 from eva_lightning.optim.parameter_groups import parameter_groups
 from eva_lightning.optim.schedules import set_per_step, warmup_cosine
+from eva_lightning.reading import reading
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 from eva_lightning.sealed import damage
 
@@ -282,13 +283,13 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         raise MissingInputError(
             f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
         )
-    reason = damage(Path(file))
-    if reason is not None:
-        raise DamagedFileError(f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again")
-    try:
+    with reading(file):
+        reason = damage(Path(file))
+        if reason is not None:
+            raise DamagedFileError(
+                f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again"
+            )
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None
     if not isinstance(hparams, dict) or not needed <= set(hparams) or "state_dict" not in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 #: Episodes between two writes: what an interruption can cost each process, about two seconds.
 CHUNK = 10
 _PARTIAL = ".partial"
+_SPAN = re.compile(r"(0|[1-9]\d{0,8})-([1-9]\d{0,8})\.npz")
 _PACKAGES = ("metaworld", "mujoco", "gymnasium", "numpy")
 
 
@@ -165,18 +167,23 @@ class PartialStore:
     def _chunks(self, task: str) -> list[Chunk]:
         chunks = []
         for path in self._partial.glob(f"{task}.*.npz"):
-            start, stop = path.name.split(".")[1].split("-")
-            chunk = Chunk(task, int(start), int(stop))
+            span = _SPAN.fullmatch(path.name.removeprefix(f"{task}."))
+            if span is None:  # not one of ours
+                continue
+            chunk = Chunk(task, int(span[1]), int(span[2]))
             try:
-                self._read(chunk)
-            except InputError:
+                found = self._read(chunk)
+            except InputError as error:
+                logger.warning("%s is collected again: %s", path.name, error)
                 path.unlink()
-            else:
+                continue
+            if (len(found), found.horizon) == (chunk.stop - chunk.start, self._conditions.horizon):
                 chunks.append(chunk)
         return sorted(chunks, key=lambda chunk: chunk.start)
 
     def _read(self, chunk: Chunk) -> TaskDemonstrations:
-        return decode(chunk.task, self._path(chunk).read_bytes())
+        path = self._path(chunk)
+        return decode(chunk.task, path.read_bytes(), path)
 
     def _path(self, chunk: Chunk) -> Path:
         return self._partial / f"{chunk.task}.{chunk.start}-{chunk.stop}.npz"

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image
 
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.rl.policy import Mode
@@ -168,9 +167,11 @@ def _log_to_tensorboard(logger: Any, key: str, file: Path, step: int) -> None:
         messages = importlib.import_module("tensorboard.compat.proto.summary_pb2")
     except ImportError:
         messages = importlib.import_module("tensorboardX.proto.summary_pb2")
-    with Image.open(file) as image:
-        width, height = image.size
+    content = file.read_bytes()
+    width, height = (
+        int.from_bytes(content[at : at + 2], "little") for at in (6, 8)
+    )  # as the head of every GIF has them
     # what add_video writes, without the moviepy that it needs
-    picture = messages.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+    picture = messages.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
     summary = messages.Summary(value=[messages.Summary.Value(tag=key, image=picture)])
     logger.experiment.file_writer.add_summary(summary, step)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eva_lightning.arrays import map_array
 from eva_lightning.errors import InputError, check_choice
-from eva_lightning.files import digest, write_json
+from eva_lightning.files import digest, file_digest
+from eva_lightning.reading import reading, typed
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, load_task, read_index
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
+
+logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 Batch = dict[str, Tensor]
@@ -26,7 +32,7 @@ DTYPES = ("float32", "float16")
 
 #: A state is what is seen now, the same of the step before, and the goal.
 _FRAME = 18
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("states", "actions", "scalars", "episodes")
 
 
@@ -36,7 +42,10 @@ class TrajectoryStore:
     Read as little or as often as wanted: the operating system keeps what is used in memory, once for all processes.
 
     Args:
-        path: Folder made by :meth:`build`.
+        path: Folder made by :meth:`build`. All of it is compared with its checksums, once per process.
+
+    Raises:
+        MissingInputError, InputError: It is not complete, or damaged.
 
     Attributes:
         tasks: Names of the tasks.
@@ -47,18 +56,22 @@ class TrajectoryStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        about = json.loads((self.path / "store.json").read_text(encoding="utf-8"))
-        self.tasks: tuple[str, ...] = tuple(about["tasks"])
-        self.drop_previous_frame: bool = about["drop_previous_frame"]
+        about = _read_about(self.path)
+        self.tasks = about.tasks
+        self.drop_previous_frame = about.drop_previous_frame
+        self._shapes = _shapes(about)
         self._open()
-        self.starts, self.lengths, self.task_of = np.load(self.path / "episodes.npy")
+        self.starts, self.lengths, self.task_of = self._map("episodes")
+        _check_episodes(self.path, self.starts, self.lengths, self.task_of, about)
         # the return-to-go of an episode's first step
         self.returns = self._scalars[self.starts, 1].astype(np.float64)
 
     def _open(self) -> None:
-        self._states, self._actions, self._scalars = (
-            np.load(self.path / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS[:3]
-        )
+        self._states, self._actions, self._scalars = (self._map(name) for name in _ARRAYS[:3])
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        with reading(self.path / f"{name}.npy"):
+            return map_array(self.path / f"{name}.npy", *self._shapes[name])
 
     def __getstate__(self) -> dict[str, Any]:
         # a memory map would be sent to loader processes with its content
@@ -105,16 +118,31 @@ class TrajectoryStore:
         }
         cache = Path(folder) / "cache" if cache_dir is None else Path(cache_dir)
         path = cache / f"trajectories-{digest(about)}"
-        if not (path / "store.json").is_file():
-            temporary = cache / f"{path.name}.{os.getpid()}.part"
-            try:
-                _write(temporary, index, tasks, np.dtype(dtype), drop_previous_frame)
-                write_json(temporary / "store.json", about)
-                if not path.exists():  # another process may have been faster
-                    temporary.rename(path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        found = cls._found(path)
+        if found is not None:
+            return found
+        temporary = cache / f"{path.name}.{os.getpid()}.part"
+        try:
+            _write(temporary, index, about, np.dtype(dtype))
+            if cls._found(path, remove=True) is None:  # another process may have been faster
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(path)
+
+    @classmethod
+    def _found(cls, path: Path, remove: bool = False) -> TrajectoryStore | None:
+        """The store at `path`, or None where it is missing or damaged; `remove` a damaged one."""
+        if not path.exists():
+            return None
+        try:
+            return cls(path)
+        except InputError as error:
+            if remove:
+                shutil.rmtree(path)
+            else:
+                logger.warning("the trajectories are prepared again: %s", error)
+            return None
 
     def states(self, episode: int) -> npt.NDArray[np.floating]:
         """States ``(T, 39)`` of an episode: a view of the file, unless the previous frame was left out."""
@@ -185,14 +213,79 @@ class TrajectoryStore:
         return np.concatenate((stored[..., :_FRAME], before, stored[..., _FRAME:]), axis=-1)
 
 
-def _write(path: Path, index: DemonstrationIndex, tasks: Sequence[str], dtype: np.dtype[Any], drop: bool) -> None:
-    """Write the arrays of a store, task by task, so that memory holds one task at a time."""
+@dataclass(frozen=True)
+class _About:
+    """What ``store.json`` says; `files` has the SHA-256 of each array's file."""
+
+    format: int
+    tasks: tuple[str, ...]
+    checksums: tuple[str, ...]
+    dtype: str
+    drop_previous_frame: bool
+    rows: int
+    episodes: int
+    files: Mapping[str, str]
+
+
+#: Stores whose files this process has compared with their checksums -> sizes and times they had then.
+_verified: dict[Path, tuple[tuple[int, int, int], ...]] = {}
+
+
+def _read_about(path: Path) -> _About:
+    """``store.json``, once it and the files it describes are found whole.
+
+    Raises:
+        MissingInputError, InputError: They are not.
+    """
+    file = path / "store.json"
+    with reading(file):
+        about = typed(_About, read_sealed_json(file), file)
+        if about.format != _FORMAT or about.dtype not in DTYPES:
+            raise InputError(f"{file} is of another version of the project")
+        parts = [path / f"{name}.npy" for name in _ARRAYS]
+        stats = [part.stat() for part in parts]
+        state = tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats)
+        if _verified.get(path) != state:
+            for part in parts:
+                if file_digest(part) != about.files[part.stem]:
+                    raise InputError(f"{part} is damaged: its checksum is another")
+            _verified[path] = state
+    return about
+
+
+def _shapes(about: _About) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Array -> its shape and type."""
+    dtype, single = np.dtype(about.dtype), np.dtype(np.float32)
+    width = STATE_DIM - _FRAME if about.drop_previous_frame else STATE_DIM
+    return {
+        "states": ((about.rows, width), dtype),
+        "actions": ((about.rows, 2 * ACTION_DIM), dtype),
+        "scalars": ((about.rows, 2), single),
+        "episodes": ((3, about.episodes), np.dtype(np.int64)),
+    }
+
+
+def _check_episodes(path: Path, starts: Ints, lengths: Ints, task_of: Ints, about: _About) -> None:
+    within = (starts >= 0) & (lengths > 0) & (starts <= about.rows - lengths)
+    if not (within & (task_of >= 0) & (task_of < len(about.tasks))).all():
+        raise InputError(f"{path} is damaged: an episode lies outside of it")
+
+
+def _write(path: Path, index: DemonstrationIndex, about: dict[str, Any], dtype: np.dtype[Any]) -> None:
+    """Write the arrays of a store, task by task, so that memory holds one task at a time, and ``store.json``."""
     path.mkdir(parents=True)
+    tasks, drop = about["tasks"], about["drop_previous_frame"]
     # without its previous frame, a state needs the row before it: one more row ahead of each episode
     lead = int(drop)
     n_rows = sum(index[task].episodes * (index[task].horizon + lead) for task in tasks)
-    files = _new_files(path, n_rows, STATE_DIM - _FRAME if drop else STATE_DIM, dtype)
-    episodes, row = [], 0
+    n_episodes = sum(index[task].episodes for task in tasks)
+    whole = {**about, "rows": n_rows, "episodes": n_episodes, "files": {}}
+    shapes = _shapes(_About(**whole))
+    files = {
+        name: np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+        for name, (shape, kind) in shapes.items()
+    }
+    episode = row = 0
     for number, task in enumerate(tasks):
         data = load_task(index.folder, task)
         n, t = len(data), data.horizon
@@ -207,19 +300,12 @@ def _write(path: Path, index: DemonstrationIndex, tasks: Sequence[str], dtype: n
             padded = np.pad(array, ((0, 0), (t + lead - array.shape[1], 0), (0, 0)))  # (N, lead + T, ...)
             files[name][rows] = padded.reshape(-1, array.shape[-1])
         starts = row + lead + (t + lead) * np.arange(n)
-        episodes.append(np.stack((starts, np.full(n, t), np.full(n, number))))
-        row = rows.stop
+        files["episodes"][:, episode : episode + n] = np.stack((starts, np.full(n, t), np.full(n, number)))
+        row, episode = rows.stop, episode + n
     for file in files.values():
         file.flush()
-    np.save(path / "episodes.npy", np.concatenate(episodes, axis=1).astype(np.int64))
-
-
-def _new_files(path: Path, rows: int, width: int, dtype: np.dtype[Any]) -> dict[str, np.memmap[Any, Any]]:
-    columns = {"states": (width, dtype), "actions": (2 * ACTION_DIM, dtype), "scalars": (2, np.dtype(np.float32))}
-    return {
-        name: np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=kind, shape=(rows, n))
-        for name, (n, kind) in columns.items()
-    }
+    whole["files"] = {name: file_digest(path / f"{name}.npy") for name in _ARRAYS}
+    write_sealed_json(path / "store.json", whole)
 
 
 def _frames(data: TaskDemonstrations) -> npt.NDArray[np.float32]:

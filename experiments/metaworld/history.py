@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from eva_lightning.files import replacing
+from eva_lightning.reading import reading
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,10 @@ class StepHistory(L.Callback):
     def _read(self) -> list[dict[str, float]]:
         if not self.file.is_file():
             return []
-        rows = pd.read_csv(self.file).to_dict("records")
+        with reading(self.file, "delete it"):
+            rows = pd.read_csv(self.file).astype(float).to_dict("records")
+            if any("step" not in row for row in rows):
+                raise ValueError("it has no column step")
         return [{key: value for key, value in row.items() if not pd.isna(value)} for row in rows]
 
     def _write(self) -> None:

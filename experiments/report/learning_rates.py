@@ -17,6 +17,7 @@ from eva_lightning.sealed import set_aside
 from experiments.report.epochs import label, methods_of
 from experiments.report.page import Figure, Table, drawn
 from experiments.runner.tuning import Choice
+from experiments.runner.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def _known_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        known = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        set_aside(file, f"{file} is damaged ({' '.join(str(error).split())})", "writing a new one")
+        known = read_yaml(file)
+    except InputError as error:
+        set_aside(file, str(error), "writing a new one")
         return {}
     if known is not None and not isinstance(known, dict):
         set_aside(file, f"{file} is damaged (no mapping in it)", "writing a new one")

@@ -36,8 +36,7 @@ def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] 
     try:
         run(args)
     except InputError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+        return _refused(error)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -46,6 +45,11 @@ def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] 
         print(f"error: the disk is full ({error}): what was done stays; make room, then run it again", file=sys.stderr)
         return 2
     return 0
+
+
+def _refused(error: InputError) -> int:
+    print(f"error: {sentence(error)}", file=sys.stderr)
+    return 2
 
 
 def sentence(error: InputError) -> str:
@@ -83,7 +87,10 @@ def dispatch(
         lines += [f"  {name:<10}{command.text}" for name, command in commands.items()]
         print("\n".join([*lines, "", f"{prog} COMMAND --help says more"]))
         return 0 if words else 2
-    name = implied(words) if implied is not None and words[0].startswith("-") else words.pop(0)
+    try:
+        name = implied(words) if implied is not None and words[0].startswith("-") else words.pop(0)
+    except InputError as error:
+        return _refused(error)
     if name not in commands:
         print(f"error: {unknown('command', name, commands)}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ such locks; between them a heartbeat in ``holder.json`` decides: a holder that h
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -17,13 +16,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import write_json
+from eva_lightning.reading import read_json, typed
 
 #: Without a heartbeat for so long, a holder on another machine counts as dead.
 LEASE_SECONDS = 120.0
@@ -55,7 +54,7 @@ class Holder:
     @property
     def text(self) -> str:
         """Who and since when, for a message."""
-        since = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(max(self.since, 0.0), 2**40)))
         return f"process {self.pid} on {self.host}, since {since}"
 
     @property
@@ -161,8 +160,8 @@ def boot_id() -> str:
 def read_holder(folder: Path) -> Holder | None:
     """Whoever ``holder.json`` names; None where there is none, or nothing legible."""
     try:
-        return Holder(**json.loads(_file(folder).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return typed(Holder, read_json(_file(folder)), _file(folder))
+    except InputError:
         return None
 
 

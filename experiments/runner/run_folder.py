@@ -22,17 +22,18 @@ import yaml
 from filelock import FileLock
 
 from eva_lightning.errors import DamagedFileError, InputError
-from eva_lightning.files import digest, is_disk_full, writable_folder, write_text
+from eva_lightning.files import digest, is_disk_full, with_numbers, writable_folder, write_text
+from eva_lightning.names import shown
 from eva_lightning.sealed import previous, read_sealed_json, set_aside, whole_checkpoint, write_sealed_json
 from experiments.runner.run_log import logging_to
-from experiments.runner.settings import Role, flag, has_identity, identity, plain, role_of
+from experiments.runner.settings import Role, flag, has_identity, plain, role_of
+from experiments.runner.yaml_files import read_yaml
 
 _CONTENTS = (
     "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
     "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
 )  # fmt: skip
 _FIRST_LINE = "# run "
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _LOGGER = logging.getLogger(__name__)
 _said_damaged: set[Path] = set()
@@ -89,7 +90,7 @@ class RunFolder:
             return None
         self._refuse_another_run(config)
         try:
-            return read_sealed_json(metrics) if metrics.is_file() else None
+            return with_numbers(read_sealed_json(metrics)) if metrics.is_file() else None
         except DamagedFileError as error:
             if metrics not in _said_damaged:
                 _LOGGER.warning("%s: the run is not finished", error)
@@ -152,7 +153,7 @@ class RunFolder:
             first = file.readline().strip()
         if first == f"{_FIRST_LINE}{self.id}":
             return
-        found = _mapping(config, lambda text: yaml.load(text, _LOADER))
+        found = _mapping(config, read_yaml)
         names = [item.name for item in fields(self.settings) if Role.RESULT in role_of(item)]
         now = {name: plain(getattr(self.settings, name)) for name in names}
         differ = [name for name in now if found.get(name) != now[name]]
@@ -160,7 +161,7 @@ class RunFolder:
             # the same path, but what lies there is another file
             differ = [name for name in now if has_identity(self.settings, name)]
         if differ:
-            changes = ", ".join(f"{name}={found.get(name)} (now {now[name]})" for name in differ[:4])
+            changes = ", ".join(f"{name}={_in_short(found.get(name))} (now {now[name]})" for name in differ[:4])
             raise InputError(
                 f"{self.path} holds another run, with {changes}: choose another {flag('name')} or pass "
                 f"{flag('overwrite')}"
@@ -175,7 +176,7 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """
     for file in sorted(Path(folder).rglob("metrics.json")):
         try:
-            yield file.parent, read_sealed_json(file)
+            yield file.parent, with_numbers(read_sealed_json(file))
         except DamagedFileError as error:
             raise InputError(f"{error}: {_again(file)}") from error
 
@@ -261,11 +262,8 @@ def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:
             raise
 
 
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file} is damaged ({' '.join(str(error).split())}): {_again(file)}") from error
+def _mapping(file: Path, read: Callable[[Path, str], Any]) -> dict[str, Any]:
+    content = read(file, _again(file))
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged (no mapping in it): {_again(file)}")
     return content
@@ -273,3 +271,7 @@ def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 def _again(file: Path) -> str:
     return f"pass {flag('overwrite')} or delete {file.parent} to run again"
+
+
+def _in_short(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else shown(value)

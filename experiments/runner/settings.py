@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import types
@@ -19,6 +20,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
+from eva_lightning.reading import in_short
+from experiments.runner.yaml_files import read_yaml
 
 S = TypeVar("S")
 
@@ -51,6 +54,7 @@ def option(
     below: float | None = None,
     identity: Callable[[Any], Any] | None = None,
     omit_default: bool = False,
+    non_finite: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -63,6 +67,7 @@ def option(
         identity: What stands for the value in a run's identity, such as a digest for the path of a file.
         omit_default: No part of a run's identity while it has its default: for settings that came later, so that runs
             from before keep theirs.
+        non_finite: Infinity and NaN mean something here; everywhere else they are refused.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -72,6 +77,7 @@ def option(
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "identity": identity,
         "omit_default": omit_default,
+        "non_finite": non_finite,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -87,7 +93,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def check_settings(settings: Any) -> None:
-    """Check the values of a settings dataclass against the choices and bounds of its options.
+    """Check the values of a settings dataclass: all numbers finite, and within the choices and bounds of its options.
 
     Raises:
         InputError: One does not fit; ``setting`` names it.
@@ -95,6 +101,7 @@ def check_settings(settings: Any) -> None:
     hints = _hints(type(settings))
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
+        _check_finite(item, value)
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
             continue
         for each in value if isinstance(value, tuple) else (value,):
@@ -108,6 +115,15 @@ def check_settings(settings: Any) -> None:
                     raise
             if metadata["bounds"]:
                 check_number(item.name, each, whole=not _accepts(hints[item.name], float), **metadata["bounds"])
+
+
+def _check_finite(item: Field[Any], value: Any) -> None:
+    """Refuse infinity and NaN, alone or in a list or mapping, where an option does not declare a meaning for them."""
+    if isinstance(value, float) and not math.isfinite(value) and not item.metadata.get("non_finite"):
+        raise InputError(f"{item.name} must be a finite number, got {value}", setting=item.name)
+    if isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            _check_finite(item, each)
 
 
 def role_of(item: Field[Any]) -> Role:
@@ -187,12 +203,37 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     for name, item in items.items():
         _add(parser, name, item, hints[name])
     _refuse_unknown(words, items)
+    config_files(words)
     try:
         values = parser.parse_args(words).as_dict()
     except InputError as error:
         raise _reworded(error, hints) from error.__cause__
+    except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
+        raise InputError(f"the command line cannot be read: {in_short(error)}") from error
     values.pop("config", None)
+    for name, value in values.items():
+        if value is None and items[name].default is not None and not _accepts(hints[name], type(None)):
+            raise InputTypeError(f"{name} must be {_described(hints[name])}, got none", setting=name)
+        _check_finite(items[name], value)
     return kind(**{name: _typed(value, hints[name]) for name, value in values.items()})
+
+
+def config_files(words: Sequence[str]) -> list[Any]:
+    """The content of each YAML file that ``--config`` names on a command line.
+
+    Raises:
+        InputError: One is missing or cannot be read; says which and in which line.
+    """
+    found = []
+    for word, following in zip(words, [*words[1:], ""][: len(words)], strict=True):
+        name, equals, value = word.partition("=")
+        file = value if equals else following
+        if name == "--config" and file:
+            try:
+                found.append(read_yaml(file))
+            except InputError as error:
+                raise type(error)(f"--config: {error}") from error
+    return found
 
 
 def flag(name: str) -> str:
@@ -290,8 +331,10 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     text = str(error)
     for name, hint in hints.items():
         if text.startswith(f'Parser key "{name}":') and (found := _GIVEN.search(text)):
-            given = found.group(1)
+            given = found.group(1) if len(found.group(1)) < 200 else f"{found.group(1)[:100]}..."
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
+        if text.startswith(f'Parser key "{name}": '):
+            return InputTypeError(f"{name} must be {_described(hint)} ({text.partition(': ')[2]})", setting=name)
     if text.startswith("Option '") and text.endswith("is not accepted"):
         return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
     if text.startswith("unrecognized arguments:"):
@@ -300,8 +343,9 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
         return InputError(f"{flag(text.rpartition(' ')[2])} is required")
     if text.startswith("argument --") and "expected one argument" in text:
         return InputError(f"{text.split(': ')[0].removeprefix('argument ')} needs a value")
-    if text.startswith("Unexpected config: "):
-        return InputError(f"--config: a YAML mapping is needed, got {text.partition(': ')[2]}")
+    if text.startswith("Unexpected config:"):
+        given = text.partition(":")[2].strip() or "nothing"
+        return InputError(f"--config: a YAML mapping is needed, got {given}")
     if text.startswith('Parser key "config": '):
         return InputError(f"--config: {text.partition(': ')[2]}")
     return error

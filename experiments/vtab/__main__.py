@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
 
 from experiments.runner.cli import Command, dispatch
+from experiments.runner.settings import config_files
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
@@ -50,15 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _implied(words: Sequence[str]) -> str:
     """One run where the line, or the YAML file it names, has a task; the whole benchmark otherwise."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--task":
-            return "run"
-        file = Path(value or following)
-        if name == "--config" and file.is_file():
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(settings, dict) and settings.get("task"):
-                return "run"
+    if any(word.partition("=")[0] == "--task" for word in words):
+        return "run"
+    if any(isinstance(settings, dict) and settings.get("task") for settings in config_files(words)):
+        return "run"
     return "sweep"
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
 from experiments.runner.jobs import Point
+from experiments.runner.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,7 @@ def _document(file: Path) -> dict[str, Any]:
         raise InputError(f"{unknown('grid', str(file), ['paper'])} (a grid of your own is a file name.yaml)")
     if not file.is_file():
         raise MissingInputError(f"grid file {file} does not exist")
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"grid file {file} is no YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(file)
     axes = [axis.name for axis in fields(Grid)]
     if not isinstance(document, dict) or not document:
         raise InputError(f"grid file {file} must be a mapping with any of {', '.join(axes)}")
@@ -106,9 +102,13 @@ def _document(file: Path) -> dict[str, Any]:
     return document
 
 
+_MOST_SEEDS = 10_000
+
+
 def _axis(key: str, value: Any) -> tuple[Any, ...]:
     """One axis from YAML: a list, a single value, or for seeds how many there are, from 0."""
     if key.endswith("seeds") and isinstance(value, int) and not isinstance(value, bool):
+        check_number(key, value, at_least=0, at_most=_MOST_SEEDS, whole=True)
         return tuple(range(value))
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     # YAML 1.1 reads 1e-3 as a word
@@ -118,5 +118,5 @@ def _axis(key: str, value: Any) -> tuple[Any, ...]:
 def _number(value: Any) -> Any:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value

@@ -10,10 +10,10 @@ import shutil
 import stat
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
 from urllib.parse import urlparse
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
@@ -21,6 +21,7 @@ from huggingface_hub.file_download import http_get
 
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
 from eva_lightning.files import check_writable, file_digest, format_bytes, free_bytes
+from eva_lightning.reading import reading
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
 from eva_lightning.vision.data.tasks import SPLITS, TASKS
@@ -32,6 +33,13 @@ ARCHIVE_BYTES = 4_700_000_000
 _DOWNLOADS = ".download"
 _ROOM_TO_LEAVE = 256 * 2**20
 _SPLIT_FILES = tuple(f"{split}.txt" for split in SPLITS)
+#: What zips of images use; the others' parsers take as much memory as a hostile file asks for.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_ENCRYPTED = 0x1
+_BLOCK = 1 << 20
+_AGAIN = "download it again"
+#: Bytes of the largest file that is unpacked: an image or a list of images.
+_MOST_BYTES = 256 * 2**20
 _JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
@@ -84,14 +92,15 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
     """
     found: dict[str, dict[PurePosixPath, Member]] = {}
     for archive in archives:
-        try:
-            with zipfile.ZipFile(archive) as opened:
-                infos = [info for info in opened.infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{archive} is no whole zip file ({error}): download it again") from None
+        with reading(archive, _AGAIN, "zip file"), zipfile.ZipFile(archive) as opened:
+            infos = [info for info in opened.infolist() if not info.is_dir()]
         paths = [(info, path) for info in infos if (path := _inside(archive, info)) is not None]
         for task, info, path in _by_task(archive, paths):
             found.setdefault(task, {}).setdefault(path, Member(archive, info, path))
+    for task, members in found.items():
+        folders = {parent for path in members for parent in path.parents}
+        for path in folders.intersection(members):
+            raise InputError(f"{members[path].archive} holds {task}/{path} as a file and as a folder")
     return {task: list(members.values()) for task, members in found.items()}
 
 
@@ -103,6 +112,12 @@ def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
         raise InputError(f"{archive} holds {info.filename!r}, a path outside its folder: nothing was unpacked from it")
     if any(part in _JUNK or part.startswith("._") for part in path.parts) or stat.S_ISLNK(info.external_attr >> 16):
         return None
+    if info.compress_type not in _COMPRESSIONS or info.flag_bits & _ENCRYPTED:
+        raise InputError(
+            f"{archive} holds {info.filename!r} encrypted or packed in an unusual way: pack it as a usual zip"
+        )
+    if info.file_size > _MOST_BYTES:
+        raise InputError(f"{archive} holds {info.filename!r} of {format_bytes(info.file_size)}, no image is so large")
     return path
 
 
@@ -220,15 +235,24 @@ def _write(target: Path, member: Member, opened: zipfile.ZipFile) -> int:
     # not files.replacing, which waits for the disk: here 200,000 times
     temporary = file.with_name(f".{file.name}.part")
     try:
-        with opened.open(member.info) as source, temporary.open("wb") as destination:
-            shutil.copyfileobj(source, destination)  # ends with a comparison of CRC-32
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        with temporary.open("wb") as destination, _unpacking(member, opened) as source:
+            for block in iter(lambda: _block(member, source), b""):  # ends with a comparison of CRC-32
+                destination.write(block)
+    except InputError:
         temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{member.archive} is damaged at {member.info.filename} ({error}): download it again"
-        ) from None
+        raise
     temporary.replace(file)
     return member.info.file_size
+
+
+def _unpacking(member: Member, opened: zipfile.ZipFile) -> IO[bytes]:
+    with reading(f"{member.archive} at {member.info.filename}", _AGAIN):
+        return opened.open(member.info)
+
+
+def _block(member: Member, source: IO[bytes]) -> bytes:
+    with reading(f"{member.archive} at {member.info.filename}", _AGAIN):
+        return source.read(_BLOCK)
 
 
 def downloaded(root: str | Path) -> Path | None:

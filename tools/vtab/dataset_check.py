@@ -7,16 +7,16 @@ next check decodes only what has changed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from eva_lightning.errors import InputError
-from eva_lightning.files import write_json, write_text
+from eva_lightning.files import write_text
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import image_damage
 from eva_lightning.vision.data.splits import Split, files_digest, read_split
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Verdict = Literal["ok", "usable", "incomplete", "missing"]
 
 _MEMORY = ".vtab1k-check.json"
-_FORMAT = 1
+_FORMAT = 2
 _NO_FOLDER = "the folder is missing"
 _PARTS = ("train800", "val200")
 
@@ -221,11 +221,11 @@ class _Memory:
         self.file = root / _MEMORY
         self.tasks: dict[str, dict[str, Any]] = {}
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            if content["format"] == _FORMAT:
-                self.tasks = dict(content["tasks"])
-        except (OSError, ValueError, TypeError, KeyError):
-            pass  # never checked, or by another version: check again
+            content = read_sealed_json(self.file)
+        except (InputError, OSError):
+            return  # never checked, or damaged: check again
+        if content.get("format") == _FORMAT and isinstance(content.get("tasks"), dict):
+            self.tasks = content["tasks"]
 
     def damage(
         self,
@@ -237,7 +237,7 @@ class _Memory:
         """The broken and the truncated ones among `paths`."""
         state = files_digest(folder, paths)
         known = self.tasks.get(folder.name)
-        if not isinstance(known, dict) or known.get("fingerprint") != state:
+        if not _is_finding(known) or known["fingerprint"] != state:
             found: dict[str, list[str]] = {"broken": [], "truncated": []}
             damages = ordered_map(lambda path: _damage(folder / path), paths, workers)
             for index, (path, damage) in enumerate(zip(paths, damages, strict=True), start=1):
@@ -253,13 +253,20 @@ class _Memory:
 
     def _write(self) -> None:
         try:
-            write_json(self.file, {"format": _FORMAT, "tasks": self.tasks})
+            write_sealed_json(self.file, {"format": _FORMAT, "tasks": self.tasks})
         except OSError as error:
             logger.debug("the findings of the check are not kept: %s", error)
+
+
+def _is_finding(known: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(known, dict) and all(
+        isinstance(known.get(name), kind)
+        for name, kind in (("fingerprint", str), ("broken", list), ("truncated", list))
+    )
 
 
 def _damage(path: Path) -> Literal["broken", "truncated"] | None:
     try:
         return image_damage(path)
-    except OSError:
+    except InputError:
         return "broken"

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
 from eva_lightning.errors import InputError
+from eva_lightning.names import shown
+from eva_lightning.reading import reading
+from eva_lightning.sealed import damage
 
 #: Where training code keeps the weights inside a checkpoint, in the order of preference (as timm has it).
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -31,19 +33,31 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file holds no weights; one sentence that says what it looks like and what to do.
     """
-    _refuse_impostors(file)
-    found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    if not isinstance(found, Mapping):
-        raise InputError(f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected")
-    if _LIGHTNING_KEY in found:
-        raise _lightning(file)
-    container = next((key for key in CONTAINERS if isinstance(found.get(key), Mapping)), None)
-    state = clean_state_dict(dict(found if container is None else found[container]))
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        keys = ", ".join(str(key) for key in list(found)[:3]) or "nothing"
-        raise InputError(f"weight file {file} holds no tensors (found: {keys}): save the model's state_dict() itself")
+    with reading(file, "download it again", "weight file"):
+        _refuse_impostors(file)
+        found = load_file(file) if file.suffix == ".safetensors" else _read_torch(file)
+        if not isinstance(found, Mapping):
+            raise InputError(
+                f"weight file {file} holds a {type(found).__name__} where a mapping of tensors is expected"
+            )
+        if _LIGHTNING_KEY in found:
+            raise _lightning(file)
+        container = next((key for key in CONTAINERS if isinstance(found.get(key), Mapping)), None)
+        state = clean_state_dict(dict(found if container is None else found[container]))
+        tensors = {name: _held(value) for name, value in state.items() if isinstance(value, Tensor)}
+        if not tensors:
+            keys = ", ".join(shown(key) for key in list(found)[:3] if isinstance(key, str)) or "nothing"
+            raise InputError(
+                f"weight file {file} holds no tensors (found: {keys}): save the model's state_dict() itself"
+            )
     return tensors
+
+
+def _held(value: Tensor) -> Tensor:
+    """A tensor, once all its elements are found to be in the file: a view can repeat one of them a trillion times."""
+    if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} has fewer elements in the file")
+    return value
 
 
 def _refuse_impostors(file: Path) -> None:
@@ -58,33 +72,25 @@ def _refuse_impostors(file: Path) -> None:
         raise InputError(f"weight file {file} is a Git LFS pointer, not the weights: run git lfs pull")
 
 
-def _read_safetensors(file: Path) -> Any:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(file, error) from None
-
-
 def _read_torch(file: Path) -> Any:
+    is_archive = zipfile.is_zipfile(file)
+    if is_archive and (reason := damage(file)) is not None:
+        raise ValueError(reason)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if _is_lightning(file):
+    except pickle.UnpicklingError:
+        if is_archive and _is_lightning(file):
             raise _lightning(file) from None
-        if zipfile.is_zipfile(file):
-            raise InputError(
-                f"weight file {file} holds Python objects besides tensors, which are not built because that would run "
-                "code from the file: save the model's state_dict() with torch.save or safetensors"
-            ) from None
-        raise _unreadable(file, error) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
-        raise _unreadable(file, error) from None
+        if not is_archive:
+            raise
+        raise InputError(
+            f"weight file {file} holds Python objects besides tensors, which are not built because that would run "
+            "code from the file: save the model's state_dict() with torch.save or safetensors"
+        ) from None
 
 
 def _is_lightning(file: Path) -> bool:
     """Read the names in the pickle without unpickling it."""
-    if not zipfile.is_zipfile(file):
-        return False
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
         return any(_LIGHTNING_KEY.encode() in archive.read(name) for name in names)
@@ -95,8 +101,3 @@ def _lightning(file: Path) -> InputError:
         f"{file} is a Lightning checkpoint of a whole module, not a weight file of a backbone: load it with "
         "ImageClassifier.load_from_checkpoint, or pass the weights its training started from"
     )
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0].strip() if str(error).strip() else type(error).__name__
-    return InputError(f"weight file {file} cannot be read ({reason[:160]}): download it again")

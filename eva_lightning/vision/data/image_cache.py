@@ -9,7 +9,6 @@ decodes and the others wait; files appear under their final name only when compl
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import zlib
@@ -25,7 +24,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 
-from eva_lightning.errors import DiskFullError, UnwritableError
+from eva_lightning.arrays import header, map_array
+from eva_lightning.errors import DiskFullError, InputError, UnwritableError
 from eva_lightning.files import format_bytes, free_bytes, is_disk_full, replacing
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import load_image
@@ -146,16 +146,14 @@ def _require_room(folder: Path, needed: int) -> None:
 def _write(file: Path, split: Split, image_size: int, workers: int, progress: bool) -> None:
     """Decode `split` into `file`. To be called with its lock held."""
     checksums = np.zeros(len(split), dtype="<u4")
-    header = io.BytesIO()
     shape = (len(split), 3, image_size, image_size)
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     try:
         with (
             replacing(file) as temporary,
             temporary.open("wb", buffering=0) as stream,
             closing(decoded(split, image_size, workers, progress)) as images,
         ):
-            _put(stream, header.getvalue(), file)
+            _put(stream, header(shape, np.dtype(np.uint8)), file)
             for index, image in enumerate(images):
                 checksums[index] = zlib.crc32(image.data)
                 _put(stream, image.data, file)
@@ -193,6 +191,10 @@ def _trailer(checksums: npt.NDArray[np.uint32]) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
+def _trailer_length(n_images: int) -> int:
+    return len(_CHECKSUMS) + 4 * n_images + 4
+
+
 def _open(
     file: Path, shape: tuple[int, ...], workers: int, progress: bool, warn: bool = False
 ) -> npt.NDArray[np.uint8] | None:
@@ -202,12 +204,12 @@ def _open(
     except OSError:
         return None
     try:
-        images: npt.NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+        images = map_array(file, shape, np.dtype(np.uint8), trailer=_trailer_length(shape[0]))
+    except (InputError, OSError):
         images = np.empty(0, dtype=np.uint8)
     state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     known = _verified.get(file) == state
-    if images.shape == shape and images.dtype == np.uint8 and (known or _intact(file, images, workers, progress)):
+    if images.shape == shape and (known or _intact(file, images, workers, progress)):
         _verified[file] = state
         return images
     if warn:
@@ -219,13 +221,11 @@ def _open(
 
 def _intact(file: Path, images: npt.NDArray[np.uint8], workers: int, progress: bool) -> bool:
     """Whether every image has the checksum that the file holds of it."""
-    length = len(_CHECKSUMS) + 4 * len(images) + 4
     with file.open("rb") as stream:
-        stream.seek(-length, os.SEEK_END)
-        start = stream.tell()
+        stream.seek(-_trailer_length(len(images)), os.SEEK_END)
         trailer = stream.read()
     expected = np.frombuffer(trailer, dtype="<u4", count=len(images), offset=len(_CHECKSUMS))
-    if trailer != _trailer(expected) or start != getattr(images, "offset", 0) + images.nbytes:
+    if trailer != _trailer(expected):
         return False
     found = ordered_map(zlib.crc32, images, workers)
     shown = progress and images.nbytes > _BYTES_WITHOUT_A_BAR

@@ -6,7 +6,6 @@ antialiasing (Pillow), no crop. Alpha is dropped and EXIF rotation ignored, as `
 
 from __future__ import annotations
 
-import io
 import logging
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from eva_lightning.errors import InputError
+from eva_lightning.reading import in_short
+from eva_lightning.vision.data.decoding import JPEG_START, open_image, read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +37,24 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
         Pixels ``(3, size, size)``, RGB in 0..255.
 
     Raises:
-        InputError: The file cannot be decoded at all; the message names it.
+        MissingInputError: There is no such file.
+        InputError: The file cannot be decoded at all, or is none of a benchmark; the message names it.
     """
-    data = Path(path).read_bytes()
+    data = read_image_file(path)
     try:
         image = _decode(data)
     except Exception as error:
         # Pillow reports damaged files by OSError, SyntaxError, ValueError, EOFError or struct.error, by format
-        if not data.startswith(b"\xff\xd8"):
-            raise InputError(f"image {path} cannot be decoded ({error}): copy it again") from None
+        broken = InputError(f"image {path} cannot be decoded ({in_short(error)}): copy it again")
+        if not data.startswith(JPEG_START):
+            raise broken from None
         try:
             # an end marker makes libjpeg fill in what is missing; Pillow's own switch for this is global to the process
             image = _decode(data + _JPEG_END)
         except Exception:
-            raise InputError(f"image {path} cannot be decoded ({error}): copy it again") from None
+            raise broken from None
         logger.warning("image %s is truncated: the missing part is filled in with grey", path)
-    resized = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
 
 
@@ -61,15 +64,16 @@ def image_damage(path: str | Path) -> Literal["broken", "truncated"] | None:
     A JPEG is decoded to an eighth of its size: its whole bit stream is read, at a third of the time.
 
     Raises:
-        OSError: The file cannot be read.
+        InputError: The file cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = read_image_file(path)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
+        to_rgb(image)
     except Exception:
-        if not data.startswith(b"\xff\xd8"):
+        if not data.startswith(JPEG_START):
             return "broken"
         try:
             _decode(data + _JPEG_END)
@@ -80,28 +84,21 @@ def image_damage(path: str | Path) -> Literal["broken", "truncated"] | None:
 
 
 def _decode(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+    image = open_image(data)
     image.load()
-    return image
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB version of an image of any Pillow mode.
 
-    ``convert("RGB")`` clips 16-bit and floating-point images at 255; here 16-bit values are scaled by 1/257, and
-    floating-point values by 255 where they lie in [0, 1].
+    ``convert("RGB")`` clips 16-bit images at 255; here their values are scaled by 1/257.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        scale = 257.0 if values.max() > 255 or image.mode != "I" else 1.0
-        return _grey(values / scale)
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        return _grey(values * 255.0 if values.max() <= 1.0 else values)
+        # fp32 holds these quotients well enough to round them as fp64 does, in half the memory
+        values = np.asarray(image).astype(np.float32)
+        values /= 257.0 if values.max() > 255 or image.mode != "I" else 1.0
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA", "LA", "La", "RGBa"):
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _grey(values: npt.NDArray[np.float64]) -> Image.Image:
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-
+from eva_lightning.names import shown
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size, get_task
 
 ARCHIVE = (
@@ -90,10 +90,10 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
             value = int(label)
         except ValueError:
             raise InputError(
-                f"{file} line {number}: expected 'relative_path int_label', got {line.strip()!r}"
+                f"{file} line {number}: expected 'relative_path int_label', got {shown(line.strip())}"
             ) from None
         if not 0 <= value < classes:
-            raise InputError(f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {value}")
+            raise InputError(f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {shown(value)}")
         paths.append(path)
         labels.append(value)
     if not paths:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from eva_lightning.rl.demonstrations import (
     read_index,
     write_task,
 )
+from eva_lightning.sealed import read_sealed_json, write_sealed_json
 
 META = DemonstrationMeta(noise=0.1, seed=3, versions={"mujoco": "3.3.0"})
 NAMES = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
@@ -112,7 +112,7 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
 
 def test_bytes_that_are_no_demonstrations(tmp_path: Path) -> None:
     for content in (b"", b"PK\x03\x04 something", encode(make())[:200]):
-        with pytest.raises(ValueError, match=r"not a file of demonstrations of push-v3"):
+        with pytest.raises(ValueError, match=r"demonstration file of push-v3 is damaged"):
             decode("push-v3", content)
 
 
@@ -141,8 +141,8 @@ def test_a_damaged_index_is_said_to_be_one(tmp_path: Path, content: str) -> None
 
 def test_an_index_of_a_later_format(tmp_path: Path) -> None:
     write_task(tmp_path, make(), META)
-    content = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({**content, "format": module._FORMAT + 1}))
+    content = read_sealed_json(tmp_path / "index.json")
+    write_sealed_json(tmp_path / "index.json", {**content, "format": module._FORMAT + 1})
     with pytest.raises(ValueError, match="has format 2, this version of the project reads format 1"):
         read_index(tmp_path)
 

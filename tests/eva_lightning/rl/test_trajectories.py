@@ -257,3 +257,27 @@ def test_a_damaged_file_is_found_when_the_cache_is_built(tmp_path: Path) -> None
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged"):
         TrajectoryStore.build(tmp_path, TASKS)
+
+
+@pytest.mark.parametrize("name", ["store.json", "states.npy", "actions.npy", "scalars.npy", "episodes.npy"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_cache_is_said_once_and_made_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    before = TrajectoryStore.build(folder, TASKS, tmp_path)
+    file = before.path / name
+    content = file.read_bytes()
+    flipped = content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
+    file.unlink()
+    if damage != "remove":
+        file.write_bytes(flipped if damage == "flip" else content[: len(content) // 2])
+    with caplog.at_level("WARNING"):
+        after = TrajectoryStore.build(folder, TASKS, tmp_path)
+    assert caplog.text.count("the trajectories are prepared again") == 1
+    assert after.path == before.path
+    for episode in range(len(after)):
+        np.testing.assert_array_equal(after.states(episode), before.states(episode))
+    np.testing.assert_array_equal(after.returns, before.returns)
+    caplog.clear()
+    TrajectoryStore.build(folder, TASKS, tmp_path)
+    assert not caplog.text

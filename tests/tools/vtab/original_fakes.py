@@ -195,6 +195,17 @@ def example(image: bytes, filename: str, label: int) -> bytes:
     return field(1, b"".join(entries))
 
 
+def masked_crc(data: bytes) -> bytes:
+    """The checksum of a TFRecord, bit by bit as its definition has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
 def dmlab(root: Path) -> Examples:
     (root / "dmlab").mkdir(parents=True)
     found: Examples = {}
@@ -207,7 +218,8 @@ def dmlab(root: Path) -> Examples:
                 Image.fromarray(pixels(100 * seed + 10 * shard + index, 30, 40)).save(stream, format="JPEG")
                 name = f"video_{seed}_{shard}_{index}.jpg"
                 data = example(stream.getvalue(), name, index)
-                records += struct.pack("<Q", len(data)) + b"crc." + data + b"crc."
+                length = struct.pack("<Q", len(data))
+                records += length + masked_crc(length) + data + masked_crc(data)
                 found[split].append((name, index, stream.getvalue()))
             (root / "dmlab" / f"dmlab-{split}.tfrecord-0000{shard}-of-00002").write_bytes(records)
     return found
@@ -259,7 +271,7 @@ def kitti(root: Path, zipped: bool = True) -> Examples:
 def dsprites(root: Path, orientation: bool) -> Examples:
     from tools.vtab.originals.dsprites import FILE
 
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     count = 60
     images = np.stack([pixels(index, 64, 64, 1)[..., 0] % 2 for index in range(count)])
     classes = np.stack([np.array([0, 0, 0, index % 40, index % 32, 0]) for index in range(count)])

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 
+from eva_lightning.errors import InputError
 from tests.eva_lightning.vision.fakes import make_task
 from tools.vtab import archive
 from tools.vtab.archive import download, downloaded, find_archives, find_members, remove_download, unpack
@@ -134,7 +135,7 @@ def test_damaged_archive_is_named_and_no_wrong_file_remains(tmp_path: Path, data
     content[content.index(image) + len(image) // 2] ^= 255
     file.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"vtab-1k\.zip is damaged at kitti/images/val200_003\.jpg \(.*\): download it"
+        ValueError, match=r"vtab-1k\.zip at kitti/images/val200_003\.jpg is damaged \(.*\): download it"
     ):
         unpack(find_members([file]), tmp_path / "root", workers=workers)
     assert not (tmp_path / "root" / "kitti").exists()
@@ -144,7 +145,7 @@ def test_damaged_archive_is_named_and_no_wrong_file_remains(tmp_path: Path, data
 def test_half_an_archive_and_no_archive(tmp_path: Path, data: Path) -> None:
     file = zip_folder(data, tmp_path / "vtab-1k.zip")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"vtab-1k\.zip is no whole zip file .*: download it again"):
+    with pytest.raises(ValueError, match=r"zip file .*vtab-1k\.zip is damaged .*: download it again"):
         find_members([file])
     file.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"is no whole zip file"):
@@ -295,3 +296,29 @@ def test_no_room_for_the_download(tmp_path: Path, hub: type[Hub], monkeypatch: p
     with pytest.raises(ValueError, match=r"downloading and unpacking VTAB-1K needs 8\.8 GiB and .* has 4\.7 GiB free"):
         download(tmp_path / "root", "nothing is here", progress=False)
     assert hub.ranges == []
+
+
+@pytest.mark.parametrize(
+    ("compression", "names", "message"),
+    [
+        (zipfile.ZIP_LZMA, ("kitti/a.jpg",), "packed in an unusual way"),
+        (zipfile.ZIP_BZIP2, ("kitti/a.jpg",), "packed in an unusual way"),
+        (zipfile.ZIP_STORED, ("kitti/a", "kitti/a/b.jpg"), "holds kitti/a as a file and as a folder"),
+    ],
+)
+def test_unusual_archives_are_refused(tmp_path: Path, compression: int, names: tuple[str, ...], message: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", compression) as opened:
+        for name in names:
+            opened.writestr(name, b"x")
+    with pytest.raises(InputError, match=message):
+        find_members([tmp_path / "a.zip"])
+
+
+def test_a_file_of_gigabytes_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("kitti/a.jpg", bytes(2**20))
+    content = (tmp_path / "a.zip").read_bytes()
+    # as hostile archives do: the sizes that the list of contents gives are not the true ones
+    (tmp_path / "a.zip").write_bytes(content.replace((2**20).to_bytes(4, "little"), (2**31).to_bytes(4, "little")))
+    with pytest.raises(InputError, match=r"of 2\.0 GiB, no image is so large"):
+        find_members([tmp_path / "a.zip"])

@@ -209,7 +209,7 @@ def test_damaged_matrix_and_records_are_named(tmp_path: Path) -> None:
     fakes.smallnorb(tmp_path, elevation=False)
     (file,) = (tmp_path / "smallnorb").glob("*training-info.mat")
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"training-info\.mat holds 79 elements where its head promises 80"):
+    with pytest.raises(ValueError, match=r"training-info\.mat holds 316 bytes where its head promises 320"):
         read_matrix(file)
     file.write_bytes(b"something else entirely")
     with pytest.raises(ValueError, match="is no matrix of the NORB format"):
@@ -227,3 +227,19 @@ def test_refused_tasks_say_why_and_where_from() -> None:
     with pytest.raises(ValueError, match="unknown VTAB-1K task 'kiti': did you mean kitti"):
         require_original("kiti")
     assert require_original("kitti").task == "kitti"
+
+
+def test_checksums_of_records_are_compared(tmp_path: Path) -> None:
+    from tools.vtab.originals.crc32c import crc32c
+    from tools.vtab.originals.dmlab import load
+
+    # RFC 3720, B.4, and the check value of the catalogue of CRCs
+    vectors = {bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, bytes(range(32)): 0x46DD794E, b"123456789": 0xE3069283}
+    assert {data: crc32c(data) for data in vectors} == vectors
+    fakes.dmlab(tmp_path)
+    record = next((tmp_path / "dmlab").iterdir())
+    content = bytearray(record.read_bytes())
+    content[500] ^= 1
+    record.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged \(the checksum of a record differs\): download it again"):
+        load(tmp_path)

@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 
 from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.files import write_text
+from eva_lightning.reading import in_short, reading
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.tasks import get_task
 from tools.vtab.originals import ORIGINALS, REFUSED
@@ -80,7 +81,7 @@ def build_task(
     for name, (pool, indices) in chosen.items():
         images = part / "images" / name
         images.mkdir(parents=True, exist_ok=True)
-        written = ordered_map(_writer(pool, indices, images), range(len(indices)), workers)
+        written = ordered_map(_writer(pool, indices, images, source), range(len(indices)), workers)
         lines[name] = []
         for index, file in zip(indices, written, strict=True):
             lines[name].append(f"images/{name}/{file} {pool.labels[index]}")
@@ -94,13 +95,14 @@ def build_task(
 
 
 def _load(original: Original, folder: Path) -> dict[str, Pool]:
+    needs = f"{original.task} needs {' and '.join(original.needs)} in {folder}, whole"
     try:
-        pools = original.load(folder)
-    except (RuntimeError, OSError, KeyError, EOFError) as error:
-        # torchvision reports missing and damaged data by RuntimeError
-        raise MissingInputError(
-            f"{original.task} needs {' and '.join(original.needs)} in {folder}, whole ({error}): {original.hint}"
-        ) from None
+        with reading(folder):
+            pools = original.load(folder)
+    except InputError as error:
+        # the reason is the cause's; torchvision reports missing and damaged data by RuntimeError
+        reason = error if error.__cause__ is None else in_short(error.__cause__)
+        raise MissingInputError(f"{needs} ({reason}): {original.hint}") from error
     for split, expected in original.sizes.items():
         if len(pools[split].keys) != expected:
             raise InputError(
@@ -110,10 +112,11 @@ def _load(original: Original, folder: Path) -> dict[str, Pool]:
     return pools
 
 
-def _writer(pool: Pool, indices: Sequence[int], folder: Path) -> Callable[[int], str]:
+def _writer(pool: Pool, indices: Sequence[int], folder: Path, source: Path) -> Callable[[int], str]:
     def write(position: int) -> str:
         """Write the image at `position` of the slice, where it is missing; gives its file name."""
-        image = pool.image(indices[position])
+        with reading(source, "its images cannot be taken from it"):
+            image = pool.image(indices[position])
         suffix = image.suffix.lower() if isinstance(image, Path | Encoded) else ".png"
         file = folder / f"{position:06d}{suffix}"
         if file.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from eva_lightning.errors import InputError
 from tools.vtab.originals.pool import Original, Pool
 
 _NAMES = {"train": "train", "validation": "valid", "test": "test"}
@@ -29,7 +30,13 @@ def _pool(folder: Path, name: str) -> Pool:
         raise RuntimeError("the package h5py is not installed") from None
 
     def opened(part: str) -> Any:
-        return h5py.File(folder / f"camelyonpatch_level_2_split_{name}_{part}.h5", "r")[part]
+        path = folder / f"camelyonpatch_level_2_split_{name}_{part}.h5"
+        file = h5py.File(path, "r")
+        found = file[part]
+        # HDF5 can take data from any other file that a link or a data set names
+        if not isinstance(file.get(part, getlink=True), h5py.HardLink) or found.external or found.is_virtual:
+            raise InputError(f"{path}: {part} lies in another file")
+        return found
 
     labels = opened("y")[:].reshape(-1).tolist()
     return Pool([f"{name}_{index}" for index in range(len(labels))], labels, opened("x").__getitem__)

@@ -13,9 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from eva_lightning.names import check_name
+from eva_lightning.reading import read_bytes, reading
 from tools.vtab.originals.pool import Original, Pool
 
 _NAMES = {"train": "train", "validation": "val"}
+#: Four times the larger of the two files.
+_MOST_BYTES = 2**30
 _EDGES = np.array([0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0], dtype=np.float32)
 
 
@@ -35,10 +39,12 @@ def load(label: Callable[[Sequence[dict[str, Any]]], int], folder: Path) -> dict
     root = folder / "CLEVR_v1.0"
     pools = {}
     for split, name in _NAMES.items():
-        with (root / "scenes" / f"CLEVR_{name}_scenes.json").open(encoding="utf-8") as stream:
-            scenes = json.load(stream)["scenes"]
-        files = [root / "images" / name / scene["image_filename"] for scene in scenes]
-        labels = [label(scene["objects"]) for scene in scenes]
+        file = root / "scenes" / f"CLEVR_{name}_scenes.json"
+        with reading(file):
+            scenes = json.loads(read_bytes(file, _MOST_BYTES))["scenes"]
+            names = [check_name("image_filename", scene["image_filename"]) for scene in scenes]
+            labels = [label(scene["objects"]) for scene in scenes]
+        files = [root / "images" / name / image for image in names]
         pools[split] = Pool([file.name for file in files], labels, files.__getitem__)
     return pools
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eva_lightning.errors import MissingInputError
+from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.reading import reading
 from tools.vtab.originals.pool import Encoded, Image, Original, Pool
-from tools.vtab.originals.tfrecord import parse_example, record_spans
+from tools.vtab.originals.tfrecord import parse_example, record, record_spans
 
 
 def load(folder: Path) -> dict[str, Pool]:
@@ -22,21 +23,26 @@ def _pool(files: Sequence[Path]) -> Pool:
     keys: list[bytes] = []
     labels: list[int] = []
     for file in files:
-        with file.open("rb") as stream:
+        with reading(file, "download it again"), file.open("rb") as stream:
             for start, length in record_spans(stream):
-                stream.seek(start)
-                example = parse_example(stream.read(length))
-                keys.append(bytes(example["filename"][0]))
+                example = parse_example(record(stream, start, length))
+                keys.append(_bytes(example["filename"][0]))
                 labels.append(int(example["label"][0]))
+                _bytes(example["image"][0])
                 places.append((file, start, length))
 
     def image(index: int) -> Image:
         file, start, length = places[index]
-        with file.open("rb") as stream:
-            stream.seek(start)
-            return Encoded(bytes(parse_example(stream.read(length))["image"][0]), ".jpg")
+        with reading(file, "download it again"), file.open("rb") as stream:
+            return Encoded(_bytes(parse_example(record(stream, start, length))["image"][0]), ".jpg")
 
     return Pool(keys, labels, image)
+
+
+def _bytes(value: bytes | int) -> bytes:
+    if not isinstance(value, bytes):
+        raise InputError("not an example of DMLab: a number where bytes are expected")
+    return value
 
 
 _SIZES = {"train": 65550, "validation": 22628, "test": 22735}

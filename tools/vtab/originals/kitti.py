@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from eva_lightning.errors import MissingInputError
+from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.reading import read_text, reading
 from tools.vtab.originals.pool import Original, Pool
 
 _VEHICLES = ("Car", "Van", "Truck")
 _EDGES = np.array([-100.0, 8.0, 20.0, 999.0], dtype=np.float32)
 _NO_VEHICLE = 1000.0
 _TYPE, _Z = 0, 13
+#: Bytes of a list of 7,481 images, with room.
+_MOST_BYTES = 16 * 2**20
 
 
 def label(annotations: str) -> int:
@@ -46,26 +49,42 @@ def load(folder: Path) -> dict[str, Pool]:
     """The images of ``Kitti/raw/training/image_2``, which is where torchvision's ``Kitti`` puts them."""
     raw = folder / "Kitti" / "raw"
     lines = _devkit(raw, "train_mapping.txt").splitlines()
-    videos = [lines[int(number) - 1].split()[1] for number in _devkit(raw, "train_rand.txt").split(",")]
+    with reading(raw / "train_mapping.txt"):
+        videos = [lines[_position(number, lines)].split()[1] for number in _devkit(raw, "train_rand.txt").split(",")]
     return {split: _pool(raw / "training", numbers) for split, numbers in divide(videos).items()}
+
+
+def _position(number: str, lines: list[str]) -> int:
+    position = int(number) - 1
+    if not 0 <= position < len(lines):
+        raise ValueError(f"line {position + 1} is asked for, and there are {len(lines)}")
+    return position
 
 
 def _devkit(raw: Path, name: str) -> str:
     """A file of the folder ``mapping`` of the development kit, unpacked or not."""
     for folder in (raw, raw / "devkit", raw / "devkit_object"):
         if (folder / "mapping" / name).is_file():
-            return (folder / "mapping" / name).read_text(encoding="utf-8")
+            return read_text(folder / "mapping" / name)
     archive = raw / "devkit_object.zip"
     if not archive.is_file():
         raise MissingInputError(f"neither {archive} nor {raw / 'mapping' / name} is there")
-    with zipfile.ZipFile(archive) as opened:
-        member = next(member for member in opened.namelist() if member.endswith(f"mapping/{name}"))
+    with reading(archive), zipfile.ZipFile(archive) as opened:
+        member = next((info for info in opened.infolist() if info.filename.endswith(f"mapping/{name}")), None)
+        if member is None or member.file_size > _MOST_BYTES:
+            raise InputError(f"{archive} holds no mapping/{name} as KITTI's has")
         return opened.read(member).decode()
+
+
+def _label(file: Path) -> int:
+    text = read_text(file)
+    with reading(file):
+        return label(text)
 
 
 def _pool(training: Path, numbers: list[int]) -> Pool:
     files = [training / "image_2" / f"{number:06d}.png" for number in numbers]
-    labels = [label((training / "label_2" / f"{number:06d}.txt").read_text(encoding="utf-8")) for number in numbers]
+    labels = [_label(training / "label_2" / f"{number:06d}.txt") for number in numbers]
     return Pool([file.name for file in files], labels, files.__getitem__)
 
 

@@ -6,6 +6,7 @@ Key: number of the pair of images. Of each stereo pair the left image is used.
 from __future__ import annotations
 
 import gzip
+import math
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.reading import reading
 from tools.vtab.originals.pool import Original, Pool
 
 _FILES = {
@@ -22,6 +24,9 @@ _FILES = {
 }
 #: First number of a file -> type of its elements.
 _TYPES: dict[int, np.dtype[Any]] = {0x1E3D4C55: np.dtype(np.uint8), 0x1E3D4C54: np.dtype("<i4")}
+#: Larger than the largest file, the training images with 0.45 GB.
+_MOST_BYTES = 2**30
+_MOST_DIMENSIONS = 8
 #: Columns of the info matrix: instance, elevation (0 to 8), azimuth (0, 2, ..., 34), lighting.
 _ELEVATION, _AZIMUTH = 1, 2
 
@@ -34,17 +39,22 @@ def read_matrix(file: Path) -> npt.NDArray[np.generic]:
     Raises:
         InputError: The file is of another format, or incomplete.
     """
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
-        data = stream.read()
-    head = np.frombuffer(data, dtype="<i4", count=min(len(data) // 4, 16))
-    if len(head) < 5 or int(head[0]) not in _TYPES:
-        raise InputError(f"{file} is no matrix of the NORB format")
-    dimensions = int(head[1])
-    shape = tuple(int(size) for size in head[2 : 2 + dimensions])
-    content = np.frombuffer(data, dtype=_TYPES[int(head[0])], offset=8 + 4 * max(3, dimensions))
-    if content.size != np.prod(shape):
-        raise InputError(f"{file} holds {content.size} elements where its head promises {np.prod(shape)}")
-    return content.reshape(shape)
+    with reading(file, "download it again"), (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+        head = stream.read(8)
+        kind, dimensions = (int.from_bytes(head[at : at + 4], "little") for at in (0, 4))
+        if kind not in _TYPES or not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise InputError(f"{file} is no matrix of the NORB format")
+        sizes = np.frombuffer(stream.read(4 * max(3, dimensions)), dtype="<i4")
+        shape = tuple(int(size) for size in sizes[:dimensions])
+        dtype = _TYPES[kind]
+        expected = math.prod(shape) * dtype.itemsize
+        if min(shape) < 0 or expected > _MOST_BYTES:
+            raise InputError(f"{file} promises a matrix of {shape}, larger than any of smallNORB's")
+        data = stream.read(expected + 1)  # to the end, where gzip compares its checksum
+        if len(data) != expected:
+            held = f"more than {expected}" if len(data) > expected else len(data)
+            raise InputError(f"{file} holds {held} bytes where its head promises {expected}")
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 def label(column: int, info: npt.NDArray[np.generic]) -> list[int]:

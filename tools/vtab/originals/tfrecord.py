@@ -1,8 +1,7 @@
 """Reading TFRecord files of ``tf.train.Example`` messages without TensorFlow: as much of both formats as DMLab uses.
 
 A record is its length (8 bytes, little-endian), 4 bytes of checksum, its data, and 4 bytes of checksum. An Example is a
-protocol buffer: a map from names to lists of bytes, floats or whole numbers. Checksums are not compared; the images are
-decoded later.
+protocol buffer: a map from names to lists of bytes, floats or whole numbers. Both checksums are compared.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from eva_lightning.errors import InputError
+from tools.vtab.originals.crc32c import crc32c
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -20,7 +20,7 @@ def record_spans(stream: IO[bytes]) -> Iterator[tuple[int, int]]:
     """Start and length of the data of every record. The stream may be moved in between.
 
     Raises:
-        InputError: The file ends within a record.
+        InputError: The file ends within a record, or the length of one is not as it was written.
     """
     size = stream.seek(0, 2)
     position = 0
@@ -29,24 +29,53 @@ def record_spans(stream: IO[bytes]) -> Iterator[tuple[int, int]]:
         header = stream.read(12)
         length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
         if position + 16 + length > size:
-            raise InputError(f"{getattr(stream, 'name', 'the file')} ends within a record: download it again")
+            raise InputError(f"{_name(stream)} ends within a record: download it again")
+        _compare(stream, header[:8], header[8:])
         yield position + 12, length
         position += 16 + length
 
 
+def record(stream: IO[bytes], start: int, length: int) -> bytes:
+    """The data of a record.
+
+    Raises:
+        InputError: It is not as it was written.
+    """
+    stream.seek(start)
+    data = stream.read(length)
+    _compare(stream, data, stream.read(4))
+    return data
+
+
+def _compare(stream: IO[bytes], data: bytes, checksum: bytes) -> None:
+    found = crc32c(data)
+    masked = (((found >> 15) | (found << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    if checksum != masked.to_bytes(4, "little"):
+        raise InputError(f"{_name(stream)} is damaged (the checksum of a record differs): download it again")
+
+
+def _name(stream: IO[bytes]) -> str:
+    return str(getattr(stream, "name", "the file"))
+
+
 def parse_example(data: bytes) -> dict[str, list[bytes | int]]:
-    """Feature name -> its values, of the kinds bytes and whole number."""
+    """Feature name -> its values, of the kinds bytes and whole number.
+
+    Raises:
+        InputError: The data is no such message.
+    """
     found: dict[str, list[bytes | int]] = {}
     for features in _fields(data, 1):
         for entry in _fields(features, 1):
-            name = next(_fields(entry, 1)).decode()
+            name = next(_fields(entry, 1), b"").decode(errors="replace")
             found[name] = [value for feature in _fields(entry, 2) for value in _values(feature)]
     return found
 
 
 def _values(feature: bytes) -> Iterator[bytes | int]:
     for number, content in _messages(feature):
-        assert isinstance(content, bytes)
+        if not isinstance(content, bytes):
+            raise InputError("not a tf.train.Example: a number in the place of a feature")
         if number == 1:
             yield from _fields(content, 1)
         elif number == 3:
@@ -80,6 +109,8 @@ def _messages(message: bytes) -> Iterator[tuple[int, bytes | int]]:
             length = 8 if kind == _FIXED64 else 4
         else:
             raise InputError(f"not a tf.train.Example: field of kind {kind}")
+        if position + length > len(message):
+            raise InputError("not a tf.train.Example: it ends within a field")
         yield number, message[position : position + length]
         position += length
 
@@ -87,6 +118,8 @@ def _messages(message: bytes) -> Iterator[tuple[int, bytes | int]]:
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        if position >= len(data) or shift > 63:
+            raise InputError("not a tf.train.Example: a whole number has no end")
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift

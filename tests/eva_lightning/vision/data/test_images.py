@@ -60,11 +60,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert found[2, 5, 9] == 255
 
 
-def test_floating_point_tiff(tmp_path: Path) -> None:
-    Image.fromarray(np.full((10, 10), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
-    assert set(load_image(tmp_path / "a.tif", 4).ravel()) == {128}
-
-
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncated_jpeg_is_decoded_as_far_as_it_goes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, progressive: bool
