@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.runner.cli import Command, dispatch
+from experiments.runner.ending import leave
 
 COMMANDS = {
     "init": Command("benchmarks.initialisation", "whole initialisation beside the plain forward, PEFT and exact SVDs"),
@@ -21,4 +22,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

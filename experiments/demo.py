@@ -22,7 +22,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from eva_lightning.errors import MissingInputError
 from experiments.runner.cli import in_terminal
+from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         statuses.append(demo(parse_settings(Settings, PROG, description, words)))
 
     status = in_terminal(run, args)
-    if status == 130:
+    if was_interrupted(status):
         print("Interrupted. Finished runs are kept; rerun to resume.")
     return status or max(statuses, default=0)
 
@@ -143,4 +143,4 @@ def _part(settings: Settings, name: str) -> Digits | Robots:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

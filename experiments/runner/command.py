@@ -52,7 +52,7 @@ class SettingsCommand(Generic[S]):
         return getattr(importlib.import_module(module), function)(settings)
 
     def command_line(self, args: Sequence[str] | None = None) -> int:
-        """:meth:`main` for a terminal, giving the exit status: 2 for wrong input, 130 for Ctrl-C, else the work's."""
+        """:meth:`main` for a terminal, giving the exit status: that of :func:`in_terminal`, else the work's."""
         results: list[Any] = []
         status = in_terminal(lambda words: results.append(self.main(words)), args)
         return status or max((each.exit_status for each in results if isinstance(each, HasExitStatus)), default=0)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import format_bytes, free_bytes, is_disk_full
 from experiments.runner.cells import Cell
+from experiments.runner.ending import asked_to_end
 from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.options import RunnerOptions
@@ -114,7 +112,7 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
     check_pool(options)
     comparison.check()
     try:
-        with _sigterm_as_ctrl_c(), held(output) as hold, logging_to(output / "log.txt"):
+        with asked_to_end(), held(output) as hold, logging_to(output / "log.txt"):
             return _run(comparison, hold, pool or (lambda: open_pool(options, comparison.worker_options())))
     except OSError as error:
         if is_disk_full(error):
@@ -174,7 +172,9 @@ def _run_pending(comparison: Comparison, schedule: Schedule, hold: Hold, open_: 
     try:
         _LOGGER.info("%s", pool.describe())
         over, total = counts["done"] + counts["failed"], counts.total()
-        with Progress(comparison.name, over, total, comparison.options.progress) as progress:
+        progress_bar = Progress(comparison.name, over, total, comparison.options.progress)
+        # again, for some pools take the signals (Ray)
+        with asked_to_end(), progress_bar as progress:
             _Loop(comparison, schedule, hold, pool, progress).run()
     except KeyboardInterrupt:
         counts = schedule.counts()
@@ -275,20 +275,3 @@ def _say_what_is_done(results: Results, schedule: Schedule) -> None:
         )  # fmt: skip
     for name in results.without_choice:
         _LOGGER.warning("%s failed or diverged in tuning at every point", name)
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A request to end (SIGTERM, as batch systems and containers send it) is like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

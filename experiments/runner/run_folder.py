@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -22,6 +20,7 @@ from filelock import FileLock
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
+from experiments.runner.ending import asked_to_end, is_asked_to_end
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
@@ -210,23 +209,20 @@ def _failure_noted(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):  # which is no fault of the run
+        # neither is a fault of the run
+        if not (is_disk_full(error) or is_asked_to_end()):
             folder.fail(traceback.format_exc())
         raise
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """On Ctrl-C, Lightning ignores further ones and ends with SystemExit: make both what they are elsewhere."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
+    """When it is asked to end, Lightning ends with SystemExit: make that what it is elsewhere."""
     try:
-        yield
+        with asked_to_end():
+            yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
 
 
 def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:

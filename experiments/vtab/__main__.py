@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from experiments.runner.cli import Command, dispatch
+from experiments.runner.ending import leave
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
@@ -63,4 +64,4 @@ def _implied(words: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
