@@ -1,4 +1,4 @@
-"""What may be the name of a file or folder: the one rule for all names that come from flags, lists, indexes and archives.
+"""What may be the name of a file or folder: the one rule for names from flags, lists, indexes and archives.
 
 A safe name is one part of a path on every system: it can neither leave the folder it belongs to, nor hide in a
 terminal, nor be longer than a file system takes. Letters of all scripts, spaces and punctuation are fine.
@@ -34,8 +34,7 @@ def unsafe_because(name: object, room: int = 0) -> str | None:
         return "it means another folder"
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
         return "it has more than one part"
-    # control characters, those that turn a line of text round, halves of pairs, ends of lines
-    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in name):
+    if not name.isprintable() and any(map(_is_control, name)):
         return "it has control characters"
     if name != name.strip() or name.endswith("."):
         return "it begins or ends with a space, or ends with a dot"
@@ -43,6 +42,14 @@ def unsafe_because(name: object, room: int = 0) -> str | None:
     if length + room > LONGEST:
         return f"it has {length} bytes, and {LONGEST - room} is the most"
     return None
+
+
+def _is_control(character: str) -> bool:
+    """Control characters, those that turn text round or are not seen, halves of pairs, ends of lines.
+
+    The two that join letters, or keep them apart, are part of some scripts.
+    """
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 def check_name(what: str, name: object, *, room: int = 0, setting: str | None = None) -> str:
@@ -78,14 +85,16 @@ def check_path(what: str, path: object, *, room: int = 0, setting: str | None = 
     """
     if not isinstance(path, str):
         raise InputTypeError(f"{what} must be a path, got {shown(path)}", setting=setting)
-    for part in path.split("/"):
+    # "a//b" and "./a" are what they are to the system: a/b and a
+    whole = PurePosixPath(path)
+    for part in whole.parts or ("",):
         reason = unsafe_because(part, room)
         if reason is not None:
             where = "" if part == path else f" in {shown(part)}"
             raise InputError(
                 f"{what} must be a relative path inside its folder, got {shown(path)}{where}: {reason}", setting=setting
             )
-    return PurePosixPath(path)
+    return whole
 
 
 def check_length(what: str, path: Path, room: int = 0, setting: str | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from benchmarks.__main__ import main
 from experiments.runner.ending import leave
 

@@ -93,7 +93,7 @@ class PartialStore:
         name = f"noise{conditions.noise!r}-seed{conditions.seed}-horizon{conditions.horizon}"
         self._partial = folder / _PARTIAL / name
         # left by writers that were killed
-        for path in (*folder.glob(".*.npz"), *folder.glob(f".{INDEX}-*"), *self._partial.glob(".*.npz")):
+        for path in self._partial.glob(".*.npz"):
             path.unlink(missing_ok=True)
 
     def missing(self, task: str, episodes: int) -> list[Chunk]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -41,7 +40,7 @@ def run_all(settings: Settings) -> list[dict[str, Any]]:
     """The metrics of all tasks and seeds; finished ones are reported, interrupted ones resumed."""
     results = []
     for run in settings.runs():
-        folder = RunFolder(Path(run.output) / run.run_name, run)
+        folder = RunFolder.below(run.output, run.run_name, run)
         results.append(perform_or_report(folder, partial(build, run), headline, run.overwrite))
     if settings.seeds > 1:
         print(summary(results))

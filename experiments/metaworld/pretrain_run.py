@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -35,7 +34,7 @@ _MODULE = (
 
 def run(settings: Settings) -> dict[str, Any]:
     """The metrics of the run; a finished one is reported, an interrupted one resumed."""
-    folder = RunFolder(Path(settings.output) / settings.run_name, settings)
+    folder = RunFolder.below(settings.output, settings.run_name, settings)
     return perform_or_report(folder, partial(build, settings), headline, settings.overwrite)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import time
 import traceback
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from eva_lightning.errors import InputError
 from eva_lightning.files import digest, free_bytes, is_disk_full
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import identity
@@ -175,14 +175,14 @@ def _execute(job: Job, folder: RunFolder) -> dict[str, Any]:
 
     metrics = perform(folder, build, terminal=False)
     note(job, "end")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clear_checkpoints()
     return metrics
 
 
 def _failed(job: Job, folder: RunFolder, text: str) -> Outcome:
     try:
         folder.fail(text)
-    except OSError as error:
+    except (OSError, InputError) as error:
         return Outcome(job.id, "no-room" if is_disk_full(error) else "failed", error=text)
     return Outcome(job.id, "failed", error=text)
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,19 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from eva_lightning import ours
 from eva_lightning.errors import InputError
 from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
+from eva_lightning.names import check_length, check_name
 from experiments.runner.ending import asked_to_end, is_asked_to_end
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
+#: What runs write: patterns of paths in the folder.
 _CONTENTS = (
-    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
-    "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
+    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "weights.ckpt", "weights.safetensors",
+    "backbone.safetensors", "eva_state.safetensors", "eva_state.json", "checkpoints/last*",
+    "adapter/adapter_*", "adapter/README.md", "adapter/fused/adapter_*", "adapter/fused/README.md",
+    *(f"plots/{name}.png" for name in ("accuracy", "loss", "ranks", "spectra", "convergence")),
+    "csv/version_*/metrics.csv", "csv/version_*/hparams.yaml",
+    "tensorboard/hparams.yaml", "tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*",
+    "wandb/run_id.txt", "wandb/latest-run", "wandb/debug*.log", "wandb/offline-run-*/**", "wandb/run-*/**",
 )  # fmt: skip
+_NAMES = tuple({path.partition("/")[0]: None for path in _CONTENTS})
 _FIRST_LINE = "# run "
+_ID = re.compile(re.escape(_FIRST_LINE) + r"[0-9a-f]{16}\s*")
+#: Bytes of the longest path in a run's folder.
+_ROOM = 128
+_ANOTHER = f"choose another {flag('name')}"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Work = Callable[["RunFolder"], Mapping[str, Any]]
@@ -45,6 +58,15 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Any) -> None:
         self.path = Path(path)
         self.settings = settings
+
+    @classmethod
+    def below(cls, output: str | Path, name: str, settings: Any) -> RunFolder:
+        """The folder called `name` in `output`.
+
+        Raises:
+            InputError: `name` is not the plain name of a folder.
+        """
+        return cls(Path(output) / check_name("the name of the run's folder", name), settings)
 
     @property
     def id(self) -> str:
@@ -89,7 +111,12 @@ class RunFolder:
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def start(self) -> None:
-        """Create the folder and write ``config.yaml``."""
+        """Create the folder and write ``config.yaml``.
+
+        Raises:
+            InputError: Something of somebody else's is in the way.
+        """
+        self._claim()
         text = yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.yaml", f"{_FIRST_LINE}{self.id}\n{text}")
         (self.path / "error.txt").unlink(missing_ok=True)
@@ -100,24 +127,51 @@ class RunFolder:
 
     def fail(self, text: str) -> None:
         """Write ``error.txt``; from now on the run counts as failed."""
+        self._claim()
         write_text(self.path / "error.txt", text)
 
     def clear(self) -> None:
-        """Delete what a run writes; other files in the folder stay."""
-        for name in _CONTENTS:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+        """Delete what a run writes; other files stay, also where they lie between.
+
+        Raises:
+            InputError: Something is there that this project has not written, or a link.
+        """
+        self.refuse_others()
+        ours.delete(self.path, _CONTENTS)
+
+    def clear_checkpoints(self) -> None:
+        """Delete the run's checkpoints."""
+        if not self.checkpoints.is_symlink():
+            ours.delete(self.path, [path for path in _CONTENTS if path.startswith("checkpoints/")])
+
+    def refuse_others(self) -> None:
+        """Make sure that the folder can be this run's: nothing of somebody else's is where the run writes.
+
+        Raises:
+            InputError: Something is, or the folder is a link, or its path is too long.
+        """
+        check_length("the run's folder", self.path, room=_ROOM)
+        if self.path.is_symlink():
+            raise InputError(f"{self.path} is a symbolic link, and runs need folders of their own: {_ANOTHER}")
+        config = self.path / "config.yaml"
+        if config.exists() and not self._is_of_a_run(config):
+            raise InputError(
+                f"{self.path} holds a config.yaml that this program has not written: move it away, or {_ANOTHER}"
+            )
+        ours.refuse_others(self.path, _NAMES, _ANOTHER, known=_NAMES if config.exists() else ())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One process works in the folder at a time; others wait here."""
         writable_folder(self.path)
+        self._claim()
         lock = FileLock(self.path / ".lock")
         with suppress(NotImplementedError):  # a file system that knows no locks
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"another process is at this run in {self.path}: waiting for it to end", flush=True)
+                lock.acquire()
         try:
             yield
         finally:
@@ -125,8 +179,23 @@ class RunFolder:
 
     def logging(self, terminal: bool = True) -> AbstractContextManager[None]:
         """Send log records to ``log.txt`` and, if `terminal`, ours to the terminal; exceptions that pass are logged."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
         return logging_to(self.log, terminal)
+
+    def _claim(self) -> None:
+        self.refuse_others()
+        ours.claim(self.path, _NAMES, _ANOTHER, known=_NAMES if (self.path / "config.yaml").exists() else ())
+
+    def _is_of_a_run(self, config: Path) -> bool:
+        """Whether a run has written this file: by its first line, or by its settings where the line is lost."""
+        try:
+            text = config.read_text(encoding="utf-8")
+            if _ID.fullmatch(text.partition("\n")[0]):
+                return True
+            found = yaml.load(text, _LOADER)
+        except (ValueError, OSError, yaml.YAMLError):
+            return False
+        return isinstance(found, dict) and set(identity(self.settings)) <= set(found)
 
     def _refuse_another_run(self, config: Path) -> None:
         with config.open(encoding="utf-8", errors="replace") as file:
@@ -175,6 +244,7 @@ def perform(
     Raises:
         InputError: `build` refuses, or the folder holds a run of other settings.
     """
+    folder.refuse_others()
     found = None if overwrite else folder.result()
     if found is not None:
         return found
@@ -197,6 +267,7 @@ def perform_or_report(
     folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
 ) -> dict[str, Any]:
     """:func:`perform` for a command: a finished run is reported, not repeated; an interrupted one is resumed."""
+    folder.refuse_others()
     found = None if overwrite else folder.result()
     if found is not None:
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")

@@ -6,7 +6,6 @@ Without a command, a line that names a ``--task`` is one run, and one that does 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, utils
@@ -21,6 +21,7 @@ from huggingface_hub.file_download import http_get
 
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
 from eva_lightning.files import file_digest, format_bytes, free_bytes
+from eva_lightning.names import check_path
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
 from eva_lightning.vision.data.tasks import SPLITS, TASKS
@@ -32,7 +33,9 @@ ARCHIVE_BYTES = 4_700_000_000
 _DOWNLOADS = ".download"
 _ROOM_TO_LEAVE = 256 * 2**20
 _SPLIT_FILES = tuple(f"{split}.txt" for split in SPLITS)
-_JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+#: Bytes that the name of a file being written has more: ``.NAME.part``.
+_PART_ROOM = 6
+_JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r")
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,12 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
 
 def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
     """The path of a member, or None for junk and links."""
+    # zips of Windows have the other separator
     name = info.filename.replace("\\", "/")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive:
-        raise InputError(f"{archive} holds {info.filename!r}, a path outside its folder: nothing was unpacked from it")
-    if any(part in _JUNK or part.startswith("._") for part in path.parts) or stat.S_ISLNK(info.external_attr >> 16):
+    parts = name.split("/")
+    if any(part in _JUNK or part.startswith("._") for part in parts) or stat.S_ISLNK(info.external_attr >> 16):
         return None
-    return path
+    return check_path(f"nothing was unpacked from {archive}: a path in it", name, room=_PART_ROOM)
 
 
 def _by_task(

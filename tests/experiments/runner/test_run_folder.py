@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eva_lightning.errors import InputError
+from eva_lightning.ours import MARK
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import Role, option
 
@@ -49,7 +50,7 @@ def test_life_of_a_run(tmp_path: Path) -> None:
     assert folder.result() == METRICS
     (tmp_path / "deep/run/mine.png").touch()
     folder.clear()
-    assert [file.name for file in folder.path.iterdir()] == ["mine.png"]
+    assert [file.name for file in folder.path.iterdir() if file.name != MARK] == ["mine.png"]
 
 
 def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
