@@ -38,6 +38,10 @@ class UnreachableError(InputError, ConnectionError):
     """A server that is needed does not answer."""
 
 
+class EVAWarning(UserWarning):
+    """Something about a fit that is probably not meant."""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str], *, list_all: bool = True) -> str:
     """Sentence saying that `name` is no known `kind`, with up to three near names from `choices`.
 

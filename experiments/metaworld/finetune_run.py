@@ -29,7 +29,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
 from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
-from experiments.runner.lightning_runs import eva_metrics, eva_state
+from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
 
@@ -157,13 +157,13 @@ class _Run:
     def train(self, folder: RunFolder) -> dict[str, Any]:
         """Train; what the metrics say about it."""
         settings = self.settings
-        losses = ValidationLosses(settings.val_steps)
+        losses, divergence = ValidationLosses(settings.val_steps), Divergence()
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
             checkpoint_every=settings.checkpoint_every,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, About(self.about)],
+            callbacks=[*self.callbacks, losses, divergence, About(self.about)],
             accelerator=settings.accelerator,
             devices=1,
             limit_val_batches=0,
@@ -176,6 +176,7 @@ class _Run:
             "val_loss": losses.rows,
             "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
             **eva_metrics(self.callbacks),
+            **divergence.metrics(trainer, self.module),
         }
 
     def roll_out(self) -> dict[str, Any]:

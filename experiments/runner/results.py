@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from eva_lightning.files import write_json
+from experiments.runner.json_numbers import packed, unpacked
 from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
@@ -73,8 +74,8 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
     """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = unpacked(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
     for name, choice in choices.items():
         candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
         known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
-    write_json(file, known)
+    write_json(file, packed(known))

@@ -23,6 +23,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import digest, is_disk_full, writable_folder, write_json, write_text
 from eva_lightning.names import check_length, check_name
 from experiments.runner.ending import asked_to_end, is_asked_to_end
+from experiments.runner.json_numbers import packed, unpacked
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
 
@@ -103,7 +104,7 @@ class RunFolder:
         if not config.is_file() or not (metrics.is_file() or self.last_checkpoint()):
             return None
         self._refuse_another_run(config)
-        return _mapping(metrics, json.loads) if metrics.is_file() else None
+        return _metrics(metrics) if metrics.is_file() else None
 
     def error(self) -> str | None:
         """Traceback of a failed run, or None."""
@@ -123,7 +124,7 @@ class RunFolder:
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; from now on the run counts as finished."""
-        write_json(self.path / "metrics.json", metrics)
+        write_json(self.path / "metrics.json", packed(metrics))
 
     def fail(self, text: str) -> None:
         """Write ``error.txt``; from now on the run counts as failed."""
@@ -223,7 +224,7 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         InputError: A ``metrics.json`` is damaged.
     """
     for file in sorted(Path(folder).rglob("metrics.json")):
-        yield file.parent, _mapping(file, json.loads)
+        yield file.parent, _metrics(file)
 
 
 def perform(
@@ -271,8 +272,11 @@ def perform_or_report(
     found = None if overwrite else folder.result()
     if found is not None:
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
-        return found
-    return perform(folder, build, overwrite=overwrite)
+    else:
+        found = perform(folder, build, overwrite=overwrite)
+    if found.get("diverged"):
+        print(f"warning: {folder.path}: {found['diverged']}", flush=True)
+    return found
 
 
 @contextmanager
@@ -304,6 +308,10 @@ def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:
     except Exception:
         with folder.logging(terminal=False):
             raise
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    return _mapping(file, lambda text: unpacked(json.loads(text)))
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
