@@ -227,6 +227,23 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield file.parent, _metrics(file)
 
 
+def clear_runs(folder: str | Path) -> None:
+    """Delete all runs below `folder`, at any depth, and nothing else.
+
+    Raises:
+        InputError: Something that a run has not written is where a run writes.
+    """
+    for config in sorted(Path(folder).rglob("config.yaml")):
+        with config.open(encoding="utf-8", errors="replace") as file:
+            is_of_a_run = _ID.fullmatch(file.readline())
+        if is_of_a_run:
+            run = RunFolder(config.parent, None)
+            run.clear()
+            ours.delete(run.path, (ours.MARK, ".lock"))
+            if next(run.path.iterdir(), None) is None:
+                run.path.rmdir()
+
+
 def perform(
     folder: RunFolder, build: Callable[[], Work], *, terminal: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
