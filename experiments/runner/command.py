@@ -65,7 +65,7 @@ class SettingsCommand(Generic[S]):
         return getattr(importlib.import_module(module), function)(settings)
 
     def command_line(self, args: Sequence[str] | None = None) -> int:
-        """:meth:`main` for a terminal, giving the exit status: of :func:`in_terminal`, else the work's (3: diverged)."""
+        """:meth:`main` for a terminal, giving its exit status: of :func:`in_terminal`, or the work's (3: diverged)."""
         results: list[Any] = []
         status = in_terminal(lambda words: results.append(self.main(words)), args)
         return status or exit_status(results)
