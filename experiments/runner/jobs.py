@@ -144,6 +144,14 @@ def attempt(job: Job) -> Outcome:
     A folder with ``metrics.json`` is a finished run: its metrics are handed in, and nothing is run twice. Every
     execution leaves a line where it begins and one where it ends in ``OUTPUT/journal.log``.
     """
+    outcome = _attempt(job)
+    if outcome.kind != "done":
+        # of others perform does it; an exception held the run until now
+        free_memory()
+    return outcome
+
+
+def _attempt(job: Job) -> Outcome:
     folder = job.folder
     try:
         metrics = folder.result()
@@ -155,8 +163,6 @@ def attempt(job: Job) -> Outcome:
         if is_disk_full(error) or _no_room(job.output):
             return Outcome(job.id, "no-room", error=text)
         return _failed(job, folder, text)
-    finally:
-        free_memory()
 
 
 def prepared_attempt(job: Job, options: WorkerOptions) -> Outcome:

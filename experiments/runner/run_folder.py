@@ -26,6 +26,7 @@ from experiments.runner.ending import asked_to_end, is_asked_to_end
 from experiments.runner.json_numbers import packed, unpacked
 from experiments.runner.run_log import logging_to
 from experiments.runner.settings import Role, flag, has_identity, identity, plain
+from experiments.runner.worker import free_memory
 
 #: What runs write: patterns of paths in the folder.
 _CONTENTS = (
@@ -262,6 +263,13 @@ def perform(
     Raises:
         InputError: `build` refuses, or the folder holds a run of other settings.
     """
+    metrics = _perform(folder, build, terminal, overwrite)
+    # here, where nothing of the run has a name any more: its files are closed too
+    free_memory()
+    return metrics
+
+
+def _perform(folder: RunFolder, build: Callable[[], Work], terminal: bool, overwrite: bool) -> dict[str, Any]:
     folder.refuse_others()
     found = None if overwrite else folder.result()
     if found is not None:
