@@ -26,6 +26,8 @@ def unpacked(document: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The list does not fit the document.
     """
+    if not isinstance(document, Mapping):
+        raise ValueError("no mapping in it")
     content = dict(document)
     try:
         for (*path, last), text in content.pop(_KEY, ()):
