@@ -78,8 +78,11 @@ def build(settings: Settings) -> Work:
         target = data.max_return[task] if settings.target_return is None else settings.target_return
         warn_of_target(task, target, data.mean_return[task])
         run = _Run(settings, task, module, data, callbacks, target)
-        metrics = {**run.described(), **run.train(folder), **run.roll_out()}
-        if settings.save:
+        metrics = {**run.described(), **run.train(folder)}
+        # weights that are NaN act on nothing, and cannot be merged
+        diverged = "diverged" in metrics
+        metrics |= run.not_rolled_out() if diverged or settings.eval_episodes == 0 else run.roll_out()
+        if settings.save and not diverged:
             run.save(folder)
         metrics["seconds"] = time.perf_counter() - started
         _LOGGER.info("%s -> %s", headline(metrics), folder.path)
@@ -179,15 +182,18 @@ class _Run:
             **divergence.metrics(trainer, self.module),
         }
 
+    def not_rolled_out(self) -> dict[str, Any]:
+        """What the metrics say where nothing was rolled out: None for the results."""
+        settings = self.settings
+        common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
+        return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
+
     def roll_out(self) -> dict[str, Any]:
-        """Roll out the trained network; what the metrics say about it, with None for no rollouts.
+        """Roll out the trained network; what the metrics say about it.
 
         It is rolled out merged: the same function in less than half the time.
         """
         settings = self.settings
-        common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
-        if settings.eval_episodes == 0:
-            return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
         mode: Any = settings.mode
         result = evaluate(
             merged(self.module).to(self.module.device),
@@ -201,7 +207,7 @@ class _Run:
             progress=settings.progress and sys.stdout.isatty(),
         )
         return {
-            **common,
+            **self.not_rolled_out(),
             "success_rate": result.success_rate,
             "final_success_rate": result.final_success_rate,
             "mean_return": result.mean_return,

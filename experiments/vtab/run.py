@@ -153,7 +153,9 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         fit(trainer, parts.module, data, checkpoint, lambda: f"{len(history.rows)} of {settings.epochs} epochs")
         diverged = divergence.metrics(trainer, parts.module)
         started = time.perf_counter()
-        tested, precision = _test(settings, parts, trainer)
+        # weights that are NaN cannot be merged
+        merged = settings.rules.merged_evaluation and not diverged
+        tested, precision = _test(settings, parts, trainer, merged)
     metrics = {
         **_metrics(settings, parts),
         "train_seconds": sum(row["seconds"] for row in history.rows),
@@ -195,9 +197,9 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
     )
 
 
-def _test(settings: Settings, parts: Parts, trainer: L.Trainer) -> tuple[dict[str, float], str]:
+def _test(settings: Settings, parts: Parts, trainer: L.Trainer, merged: bool) -> tuple[dict[str, float], str]:
     """Loss and accuracy of the evaluation split, and the precision they were computed in."""
-    if not settings.rules.merged_evaluation:
+    if not merged:
         tested = trainer.test(parts.module, datamodule=parts.data, verbose=False)[0]
         return dict(tested), str(trainer.precision)
     tester = L.Trainer(
