@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from benchmarks.__main__ import main
+from experiments.runner.ending import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

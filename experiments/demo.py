@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eva_lightning import ours
 from eva_lightning.errors import MissingInputError
 from experiments.runner.cli import in_terminal
+from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         statuses.append(demo(parse_settings(Settings, PROG, description, words)))
 
     status = in_terminal(run, args)
-    if status == 130:
+    if was_interrupted(status):
         print("Interrupted. Finished runs are kept; rerun to resume.")
     return status or max(statuses, default=0)
 
@@ -99,14 +99,15 @@ def demo(settings: Settings) -> int:
         InputError: A setting is wrong, or a file is missing.
     """
     from experiments.report.page import write_page
-    from experiments.runner.comparison import run_comparison
+    from experiments.runner.comparison import clear_output, run_comparison
 
     parts = [_part(settings, name) for name in settings.parts]
     sections, failed = [], 0
     report = Path(settings.out) / "report.html"
+    ours.claim(report.parent, (report.name,), "choose another --out")
     for part in parts:
         if settings.fresh:
-            shutil.rmtree(part.options.output, ignore_errors=True)
+            clear_output(part)
         failed = max(failed, run_comparison(part).exit_status)
         if part.section is not None:
             sections.append(part.section)
@@ -143,4 +144,4 @@ def _part(settings: Settings, name: str) -> Digits | Robots:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

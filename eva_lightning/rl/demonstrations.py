@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from eva_lightning.arrays import arrays_from_npz
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import replacing
+from eva_lightning.files import file_digest, replacing
 from eva_lightning.names import check_name, shown
 from eva_lightning.reading import read_bytes, reading, typed
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
@@ -180,13 +181,13 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
 
     Raises:
         MissingInputError: There is none; says how to make one.
-        InputError: It is damaged, or of a later version of this project.
+        InputError: It is damaged, of a later version of this project, or names a file outside the folder.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
         command = _COLLECT.format(task="mt40", folder=folder)
         raise MissingInputError(f"no demonstrations in {folder} ({INDEX} is missing): collect them with {command}")
-    remedy = f"delete {Path(folder)} and collect again"
+    remedy = "move it away and collect again, or use another folder"
     content = read_sealed_json(path)
     with reading(path, remedy):
         version = content["format"]
@@ -263,9 +264,7 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
     task, content = demonstrations.task, encode(demonstrations)
     sha256 = hashlib.sha256(content).hexdigest()
     before = tasks.get(task)
-    name = f"{task}.npz"
-    if before is not None and before.file == name and before.sha256 != sha256:
-        name = f"{task}-{sha256[:8]}.npz"
+    name = _free_name(folder, task, sha256)
     returns = demonstrations.returns
     entry = TaskEntry(
         file=name,
@@ -284,6 +283,20 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
     tasks[task] = entry
     entries = {name: asdict(tasks[name]) for name in sorted(tasks)}
     write_sealed_json(folder / INDEX, {"format": _FORMAT, "tasks": entries})
-    if before is not None and before.file != name:
+    if before is not None and before.file != name and _is_file_of(task, before.file):
         (folder / before.file).unlink(missing_ok=True)
     return entry
+
+
+def _is_file_of(task: str, name: str) -> bool:
+    """Whether this project gives such names to files of `task`: an index that others have written deletes nothing."""
+    return re.fullmatch(rf"{re.escape(task)}(-[0-9a-f]{{8,64}})?\.npz", name) is not None
+
+
+def _free_name(folder: Path, task: str, sha256: str) -> str:
+    """A name for a file of `task` with this content, which no other content has."""
+    for name in (f"{task}.npz", f"{task}-{sha256[:8]}.npz"):
+        file = folder / name
+        if not (file.exists() or file.is_symlink()) or (file.is_file() and file_digest(file) == sha256):
+            return name
+    return f"{task}-{sha256}.npz"

@@ -7,8 +7,8 @@ False at the first, and ``expert_action``, zero at the last. The number of an ep
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -23,10 +23,13 @@ from minari.storage import get_dataset_path
 from rich.console import Console
 from rich.progress import track
 
+from eva_lightning.errors import InputError
+from eva_lightning.ours import delete_tree
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
 
 _VARIABLE = "MINARI_DATASETS_PATH"
+_ALGORITHM = "metaworld scripted expert"
 
 
 def dataset_name(task: str) -> str:
@@ -57,17 +60,34 @@ def export_minari(
     root = Path(get_dataset_path() if path is None else path).resolve()
     root.mkdir(parents=True, exist_ok=True)
     steps = track(entries, "exporting to Minari", console=Console(stderr=True), transient=True, disable=not progress)
+    for task, _ in entries:
+        _refuse_another(root / dataset_name(task))
     for task, entry in steps:
         name, demonstrations = dataset_name(task), load_task(index.folder, task)
         # under its name only when complete; Minari overlooks folders that begin with a dot
         with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch, patch.dict(os.environ, {_VARIABLE: scratch}):
             # Minari reads its folder from the environment at every call, and takes no argument for it
             _export(name, demonstrations, entry)
-            if (root / name).is_dir():
-                shutil.rmtree(root / name)
+            delete_tree(root / name)
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(scratch) / name).rename(root / name)
     return [dataset_name(task) for task, _ in entries]
+
+
+def _refuse_another(dataset: Path) -> None:
+    """Refuse to replace a data set of the same name that comes from elsewhere, such as from Minari's server."""
+    if not dataset.is_dir():
+        return
+    try:
+        about = json.loads((dataset / "data" / "metadata.json").read_text(encoding="utf-8"))
+        is_ours = str(about["algorithm_name"]).startswith(_ALGORITHM)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise InputError(
+            f"{dataset} is a Minari data set that this program has not written: move it away, or choose another "
+            "--minari-path"
+        )
 
 
 def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> None:
@@ -99,7 +119,7 @@ def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> 
             buffers,
             observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
             action_space=gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32),
-            algorithm_name=f"metaworld scripted expert, Gaussian noise {entry.noise:g}",
+            algorithm_name=f"{_ALGORITHM}, Gaussian noise {entry.noise:g}",
             description=(
                 f"Meta-World {demonstrations.task}, goal visible, reward v2, {entry.horizon} steps per episode; "
                 f"goals and noise of seed {entry.seed}; success rate {entry.success_rate:.3f} (solved at any step)."

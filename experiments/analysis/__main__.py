@@ -1,8 +1,7 @@
 """``python -m experiments.analysis``."""
 
-import sys
-
 from experiments.analysis import command_line
+from experiments.runner.ending import leave
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    leave(command_line())

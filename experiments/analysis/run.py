@@ -33,9 +33,10 @@ from eva_lightning.analysis import (
 )
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError
-from eva_lightning.files import writable_folder, write_json
+from eva_lightning.files import only_process, writable_folder, write_json
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.ours import claim
 from eva_lightning.streaming import compute_eva_state
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, load_digits_split
 from experiments.analysis.settings import BATCH_SIZES, Settings
@@ -83,6 +84,12 @@ def analyse(settings: Settings) -> Numbers:
     """Do all analyses, write figures and numbers, and print what they say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     output = writable_folder(settings.output)
+    claim(output, ("analysis.json", "fig*.png"), "choose another --output")
+    with only_process(output / ".lock", f"another analysis is at work in {output}"):
+        return _analyse(settings, output)
+
+
+def _analyse(settings: Settings, output: Path) -> Numbers:
     folder = pretrained_folder(output, settings.pretrain_epochs)
     pretrained = pretrain_once(folder)
     weights = weights_in(folder)

@@ -16,6 +16,7 @@ from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.comparisons import metaworld_report
 from experiments.comparisons.metaworld import Settings
+from experiments.comparisons.report import REPORT_FILES
 from experiments.comparisons.settings import method_cells
 from experiments.comparisons.timing import single_thread, step_seconds
 from experiments.metaworld import finetune_run
@@ -45,6 +46,7 @@ class MetaWorld(Comparison):
 
     name = "compare"
     modules = ("peft", "experiments.metaworld.finetune_run")
+    files = (*REPORT_FILES, "losses.png", "success.png", "differences.png")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = self.options = settings

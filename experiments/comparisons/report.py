@@ -124,6 +124,10 @@ def remains(interval: Interval, comparisons: int) -> bool:
     return bool(abs(interval.mean) > corrected / plain * interval.half)
 
 
+#: What :func:`write_report` writes besides figures.
+REPORT_FILES = ("report.md", "results.csv")
+
+
 def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], str]) -> dict[str, Any]:
     """What each learning rate was worth in tuning, for the template ``learning_rates``.
 

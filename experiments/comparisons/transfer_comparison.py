@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_report
+from experiments.comparisons.report import REPORT_FILES
 from experiments.comparisons.settings import adapts, method_cells
 from experiments.comparisons.timing import median_seconds, step_seconds
 from experiments.comparisons.transfer import Recipe, Settings
@@ -40,6 +41,7 @@ class Transfer(Comparison):
 
     name = "transfer"
     modules = ("peft", "experiments.comparisons.transfer_run")
+    files = (*REPORT_FILES, "curves.png", "differences.png")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = self.options = settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +186,7 @@ def pretrain(
 
     lost = folder.result() is not None and not are_whole(weights)
     metrics = perform(folder, build, terminal=False, overwrite=lost)
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clear_checkpoints()
     return metrics
 
 

@@ -57,6 +57,8 @@ class TunedComparison(Comparison):
     rule: str
     tune_command: str
 
+    files = ("results.json", "before_after.gif", "before_after.json")
+
     def __init__(self, options: TunedSettings, command: str = "") -> None:
         self.options: TunedSettings = options
         self.section: Markup | None = None

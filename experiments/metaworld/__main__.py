@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from experiments.runner.cli import Command, dispatch
+from experiments.runner.ending import leave
 
 COMMANDS = {
     "collect": Command("experiments.metaworld.collect", "demonstrations by metaworld's scripted experts"),
@@ -35,4 +35,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from eva_lightning.files import is_disk_full
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, parse_tasks
 from experiments.runner.command import SettingsCommand
+from experiments.runner.ending import was_interrupted
 from experiments.runner.settings import Role, check_settings, option
 
 PLACE, RESULT, SELECTION = Role.PLACE, Role.RESULT, Role.SELECTION
@@ -57,6 +58,6 @@ def command_line(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if status == 130:
+    if was_interrupted(status):
         print("interrupted: finished episodes are kept; rerun to resume", file=sys.stderr)
     return status

@@ -15,6 +15,7 @@ from pathlib import Path
 from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods import METHODS, MethodKey, method_names
+from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
@@ -86,8 +87,8 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", parse_tasks(self.task))
         check_settings(self)
-        if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise InputError(f"name must be the plain name of a folder, got {self.name!r}", setting="name")
+        if self.name is not None:
+            check_name("name", self.name, setting="name", room=len(str(MAX_SEED)) + 1)
         if self.name is not None and len(self.task) > 1:
             raise InputError(f"name={self.name!r} is for one task, but task names {len(self.task)}", setting="name")
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -30,7 +29,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
 from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
-from experiments.runner.lightning_runs import eva_metrics, eva_state
+from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
 
@@ -41,7 +40,7 @@ def run_all(settings: Settings) -> list[dict[str, Any]]:
     """The metrics of all tasks and seeds; finished ones are reported, interrupted ones resumed."""
     results = []
     for run in settings.runs():
-        folder = RunFolder(Path(run.output) / run.run_name, run)
+        folder = RunFolder.below(run.output, run.run_name, run)
         results.append(perform_or_report(folder, partial(build, run), headline, run.overwrite))
     if settings.seeds > 1:
         print(summary(results))
@@ -79,8 +78,11 @@ def build(settings: Settings) -> Work:
         target = data.max_return[task] if settings.target_return is None else settings.target_return
         warn_of_target(task, target, data.mean_return[task])
         run = _Run(settings, task, module, data, callbacks, target)
-        metrics = {**run.described(), **run.train(folder), **run.roll_out()}
-        if settings.save:
+        metrics = {**run.described(), **run.train(folder)}
+        # weights that are NaN act on nothing, and cannot be merged
+        diverged = "diverged" in metrics
+        metrics |= run.not_rolled_out() if diverged or settings.eval_episodes == 0 else run.roll_out()
+        if settings.save and not diverged:
             run.save(folder)
         metrics["seconds"] = time.perf_counter() - started
         _LOGGER.info("%s -> %s", headline(metrics), folder.path)
@@ -165,13 +167,13 @@ class _Run:
     def train(self, folder: RunFolder) -> dict[str, Any]:
         """Train; what the metrics say about it."""
         settings = self.settings
-        losses = ValidationLosses(settings.val_steps)
+        losses, divergence = ValidationLosses(settings.val_steps), Divergence()
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
             checkpoint_every=settings.checkpoint_every,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, About(self.about)],
+            callbacks=[*self.callbacks, losses, divergence, About(self.about)],
             accelerator=settings.accelerator,
             devices=1,
             limit_val_batches=0,
@@ -184,17 +186,21 @@ class _Run:
             "val_loss": losses.rows,
             "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
             **eva_metrics(self.callbacks),
+            **divergence.metrics(trainer, self.module),
         }
 
+    def not_rolled_out(self) -> dict[str, Any]:
+        """What the metrics say where nothing was rolled out: None for the results."""
+        settings = self.settings
+        common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
+        return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
+
     def roll_out(self) -> dict[str, Any]:
-        """Roll out the trained network; what the metrics say about it, with None for no rollouts.
+        """Roll out the trained network; what the metrics say about it.
 
         It is rolled out merged: the same function in less than half the time.
         """
         settings = self.settings
-        common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
-        if settings.eval_episodes == 0:
-            return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
         mode: Any = settings.mode
         result = evaluate(
             merged(self.module).to(self.module.device),
@@ -208,7 +214,7 @@ class _Run:
             progress=settings.progress and sys.stdout.isatty(),
         )
         return {
-            **common,
+            **self.not_rolled_out(),
             "success_rate": result.success_rate,
             "final_success_rate": result.final_success_rate,
             "mean_return": result.mean_return,

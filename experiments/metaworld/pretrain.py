@@ -8,9 +8,9 @@ to resume. The run itself is in ``pretrain_run``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from eva_lightning.errors import InputError
+from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import CW10, MT40, POSITIONS, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.loggers import LOGGER_HELP, parse_loggers
@@ -74,8 +74,8 @@ class Settings:
             raise InputError(
                 "rollout_video needs a logger that takes videos: --logger tensorboard, wandb or wandb-offline"
             )
-        if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise InputError(f"name must be the plain name of a folder, got {self.name!r}", setting="name")
+        if self.name is not None:
+            check_name("name", self.name, setting="name")
 
     @property
     def run_name(self) -> str:

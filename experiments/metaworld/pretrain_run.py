@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.history import StepHistory
 from experiments.metaworld.pretrain import Settings
 from experiments.metaworld.training import fit, make_trainer
-from experiments.runner.lightning_runs import trainer_precision
+from experiments.runner.lightning_runs import Divergence, trainer_precision
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.settings import plain
@@ -35,7 +34,7 @@ _MODULE = (
 
 def run(settings: Settings) -> dict[str, Any]:
     """The metrics of the run; a finished one is reported, an interrupted one resumed."""
-    folder = RunFolder(Path(settings.output) / settings.run_name, settings)
+    folder = RunFolder.below(settings.output, settings.run_name, settings)
     return perform_or_report(folder, partial(build, settings), headline, settings.overwrite)
 
 
@@ -96,13 +95,13 @@ def _train(
     loggers: list[Logger],
 ) -> dict[str, Any]:
     history = StepHistory(folder.path / "metrics.csv", module.model.training_flops(settings.batch_size))
-    validates = settings.val_episodes > 0
+    validates, divergence = settings.val_episodes > 0, Divergence()
     trainer = make_trainer(
         folder,
         max_steps=settings.max_steps,
         checkpoint_every=settings.checkpoint_every,
         progress=settings.progress,
-        callbacks=[*_rollouts(settings, index), history],
+        callbacks=[*_rollouts(settings, index), history, divergence],
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision=trainer_precision(settings.precision, settings.accelerator),
@@ -113,6 +112,7 @@ def _train(
         log_every_n_steps=min(50, settings.max_steps),
     )
     fit(trainer, module, data, folder)
+    diverged = divergence.metrics(trainer, module)
     losses = dict(trainer.validate(module, datamodule=data, verbose=False)[0]) if validates else {}
     return {
         "tasks": list(data.tasks),
@@ -130,6 +130,7 @@ def _train(
         "precision": trainer.precision,
         "device": history.device,
         "torch": torch.__version__,
+        **diverged,
     }
 
 

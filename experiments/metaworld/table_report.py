@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from eva_lightning import plots
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import writable_folder, write_text
+from eva_lightning.files import only_process, writable_folder, write_text
 from eva_lightning.methods import METHODS, MethodKey
+from eva_lightning.ours import claim
 from eva_lightning.rl.tasks import CW10
 from experiments.metaworld.finetune import EXPERIMENT
 from experiments.metaworld.table import Settings
@@ -253,6 +254,12 @@ def write_report(settings: Settings) -> str:
     """Write the three files; returns the Markdown, which is printed too."""
     runs = read_runs(settings.runs)
     folder = writable_folder(settings.runs if settings.out is None else settings.out)
+    claim(folder, ("table.md", "table.csv", "table.png"), "choose another --out")
+    with only_process(folder / ".table.lock", f"another process is writing tables to {folder}"):
+        return _write_tables(runs, folder)
+
+
+def _write_tables(runs: pd.DataFrame, folder: Path) -> str:
     text = as_report(runs)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", as_cells(runs).to_csv(index=False))

@@ -10,6 +10,7 @@ from typing import Any
 
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.files import is_disk_full
+from experiments.runner.ending import Ending, asked_to_end
 from experiments.runner.settings import flag
 
 
@@ -29,16 +30,18 @@ class Command:
 def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
     """Call `run` for a terminal and return the exit status.
 
-    An :class:`~eva_lightning.errors.InputError` or a full disk becomes one sentence on standard error and status 2,
-    Ctrl-C status 130.
-    Any other exception is a fault of the program and passes, with its traceback.
+    An :class:`~eva_lightning.errors.InputError` or a full disk becomes one sentence on standard error and status 2;
+    Ctrl-C gives status 130, SIGTERM 143, SIGHUP 129. Any other exception is a fault of the program and passes, with its
+    traceback.
     """
+    ending = Ending()
     try:
-        run(args)
+        with asked_to_end() as ending:
+            run(args)
     except InputError as error:
         return _refused(error)
     except KeyboardInterrupt:
-        return 130
+        return ending.status
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -94,6 +97,9 @@ def dispatch(
     if name not in commands:
         print(f"error: {unknown('command', name, commands)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(commands[name].module)
-    status: int = module.command_line(words)
-    return status
+    statuses: list[int] = []
+
+    def call(words: Sequence[str] | None) -> None:
+        statuses.append(importlib.import_module(commands[name].module).command_line(words))
+
+    return in_terminal(call, words) or statuses[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -21,6 +21,19 @@ class HasExitStatus(Protocol):
     def exit_status(self) -> int:
         """0: all is well; 1: something failed."""
         ...
+
+
+#: Exit status of a command whose run ended, and diverged on the way: NaN or infinity in its loss or weights.
+DIVERGED = 3
+
+
+def exit_status(result: Any) -> int:
+    """How a command ends by what its work returned: one thing or several; metrics of a run may say ``diverged``."""
+    if isinstance(result, HasExitStatus):
+        return result.exit_status
+    if isinstance(result, Mapping):
+        return DIVERGED if result.get("diverged") else 0
+    return max(map(exit_status, result), default=0) if isinstance(result, list) else 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class SettingsCommand(Generic[S]):
         return getattr(importlib.import_module(module), function)(settings)
 
     def command_line(self, args: Sequence[str] | None = None) -> int:
-        """:meth:`main` for a terminal, giving the exit status: 2 for wrong input, 130 for Ctrl-C, else the work's."""
+        """:meth:`main` for a terminal, giving its exit status: of :func:`in_terminal`, or the work's (3: diverged)."""
         results: list[Any] = []
         status = in_terminal(lambda words: results.append(self.main(words)), args)
-        return status or max((each.exit_status for each in results if isinstance(each, HasExitStatus)), default=0)
+        return status or exit_status(results)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eva_lightning import ours
 from eva_lightning.errors import InputError
 from eva_lightning.files import check_writable, format_bytes, free_bytes, is_disk_full
+from eva_lightning.names import check_length
 from experiments.runner.cells import Cell
+from experiments.runner.ending import asked_to_end
 from experiments.runner.holder import Hold, held, refuse_if_held
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.options import RunnerOptions
 from experiments.runner.pool import Pool, check_pool, open_pool
 from experiments.runner.progress import Progress, span
 from experiments.runner.results import Results, write_choices
+from experiments.runner.run_folder import clear_runs
 from experiments.runner.run_log import logging_to
 from experiments.runner.schedule import Schedule
 from experiments.runner.worker import WorkerOptions
@@ -29,6 +30,10 @@ __all__ = ["Comparison", "Results", "RunnerOptions", "run_comparison"]
 _LOGGER = logging.getLogger("experiments.runner.comparison")
 
 _POLL_SECONDS = 1.0
+#: What every comparison writes in the folder of the output.
+_FILES = ("choices.json", "holder.json", "journal.log", "log.txt")
+#: Bytes of the longest path below it.
+_ROOM = 256
 #: So many failures without a single success have one cause.
 _ALIKE = 3
 _MOST_ALIKE = 16
@@ -41,11 +46,13 @@ class Comparison:
         options: How it is run.
         name: What it is called on the terminal.
         modules: What processes import before their first run.
+        files: Names of what :meth:`report` writes in the folder of the output.
     """
 
     options: RunnerOptions
     name: str = "comparison"
     modules: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse what cannot work, before anything starts."""
@@ -108,14 +115,16 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
         return Results.of(schedule)
     if options.report:
         results = Results.of(_schedule(comparison))
+        _claim(comparison)
         _report(comparison, results)
         return results
     check_writable(output)
     refuse_if_held(output)
     check_pool(options)
     comparison.check()
+    _claim(comparison)
     try:
-        with _sigterm_as_ctrl_c(), held(output) as hold, logging_to(output / "log.txt"):
+        with asked_to_end(), held(output) as hold, logging_to(output / "log.txt"):
             return _run(comparison, hold, pool or (lambda: open_pool(options, comparison.worker_options())))
     except OSError as error:
         if is_disk_full(error):
@@ -124,6 +133,29 @@ def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = Non
                 "make room, then rerun to resume"
             ) from error
         raise
+
+
+def _claim(comparison: Comparison) -> None:
+    """Refuse an output folder with files of somebody else's where ours would be."""
+    output, names = Path(comparison.options.output), (*_FILES, *comparison.files)
+    check_length("output", output, room=_ROOM, setting="output")
+    # a comparison of before there were lists has left its lock
+    known = names if (output / ".holder.lock").exists() else ()
+    ours.claim(output, names, "choose another --output", known=known)
+
+
+def clear_output(comparison: Comparison) -> None:
+    """Delete the comparison's runs and files; what else is in its output stays.
+
+    Raises:
+        InputError: Another process is at work there, or files of somebody else's are where ours would be.
+    """
+    output = Path(comparison.options.output)
+    if output.is_dir():
+        refuse_if_held(output)
+        _claim(comparison)
+        clear_runs(output)
+        ours.delete(output, (*_FILES, *comparison.files))
 
 
 def _schedule(comparison: Comparison) -> Schedule:
@@ -175,7 +207,9 @@ def _run_pending(comparison: Comparison, schedule: Schedule, hold: Hold, open_: 
     try:
         _LOGGER.info("%s", pool.describe())
         over, total = counts["done"] + counts["failed"], counts.total()
-        with Progress(comparison.name, over, total, comparison.options.progress) as progress:
+        progress_bar = Progress(comparison.name, over, total, comparison.options.progress)
+        # again, for some pools take the signals (Ray)
+        with asked_to_end(), progress_bar as progress:
             _Loop(comparison, schedule, hold, pool, progress).run()
     except KeyboardInterrupt:
         counts = schedule.counts()
@@ -274,22 +308,8 @@ def _say_what_is_done(results: Results, schedule: Schedule) -> None:
             "failed tuning runs hold up the final runs of %d cells, such as %s (--skip-failed chooses without them)",
             len(results.held_up), results.held_up[0],
         )  # fmt: skip
+    diverged = results.runs[results.runs["diverged"].notna()] if "diverged" in results.runs else results.runs[:0]
+    if len(diverged):
+        _LOGGER.warning("%d final runs diverged, such as %s", len(diverged), diverged["path"].iloc[0])
     for name in results.without_choice:
         _LOGGER.warning("%s failed or diverged in tuning at every point", name)
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A request to end (SIGTERM, as batch systems and containers send it) is like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

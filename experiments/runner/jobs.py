@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import time
 import traceback
@@ -145,6 +144,14 @@ def attempt(job: Job) -> Outcome:
     A folder with ``metrics.json`` is a finished run: its metrics are handed in, and nothing is run twice. Every
     execution leaves a line where it begins and one where it ends in ``OUTPUT/journal.log``.
     """
+    outcome = _attempt(job)
+    if outcome.kind != "done":
+        # of others perform does it; an exception held the run until now
+        free_memory()
+    return outcome
+
+
+def _attempt(job: Job) -> Outcome:
     folder = job.folder
     try:
         metrics = folder.result()
@@ -156,8 +163,6 @@ def attempt(job: Job) -> Outcome:
         if is_disk_full(error) or (not isinstance(error, InputError) and _no_room(job.output)):
             return Outcome(job.id, "no-room", error=text)
         return _failed(job, folder, text)
-    finally:
-        free_memory()
 
 
 def prepared_attempt(job: Job, options: WorkerOptions) -> Outcome:
@@ -176,14 +181,14 @@ def _execute(job: Job, folder: RunFolder) -> dict[str, Any]:
 
     metrics = perform(folder, build, terminal=False)
     note(job, "end")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clear_checkpoints()
     return metrics
 
 
 def _failed(job: Job, folder: RunFolder, text: str) -> Outcome:
     try:
         folder.fail(text)
-    except OSError as error:
+    except (OSError, InputError) as error:
         return Outcome(job.id, "no-room" if is_disk_full(error) else "failed", error=text)
     return Outcome(job.id, "failed", error=text)
 

@@ -11,10 +11,31 @@ import lightning as L
 import torch
 
 from eva_lightning.callback import EVAInitCallback
+from eva_lightning.divergence import DivergenceCallback
 from eva_lightning.side_effects import rng_state, set_rng_state
 from eva_lightning.state import EVAState
 
 _LOGGER = logging.getLogger(__name__)
+
+
+class Divergence(DivergenceCallback):
+    """Whether a run has diverged, also before it was interrupted: travels in checkpoints."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on from what the checkpoint says."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"diverged": self.diverged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.diverged = state_dict["diverged"]
+
+    def metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+        """``{"diverged": sentence}`` of a run that has, else nothing; after training."""
+        if self.diverged is None:
+            # the last steps, where training did not end with an epoch
+            self.on_train_epoch_end(trainer, module)
+        return {} if self.diverged is None else {"diverged": self.diverged}
 
 
 def on_gpu(accelerator: str) -> bool:

@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import signal
-import threading
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -19,21 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from eva_lightning import ours
 from eva_lightning.errors import DamagedFileError, InputError
 from eva_lightning.files import digest, is_disk_full, with_numbers, writable_folder, write_text
-from eva_lightning.names import shown
+from eva_lightning.names import check_length, check_name, shown
 from eva_lightning.sealed import previous, read_sealed_json, set_aside, whole_checkpoint, write_sealed_json
+from experiments.runner.ending import asked_to_end, is_asked_to_end
 from experiments.runner.run_log import logging_to
-from experiments.runner.settings import Role, flag, has_identity, plain, role_of
+from experiments.runner.settings import Role, flag, has_identity, identity, plain, role_of
+from experiments.runner.worker import free_memory
 from experiments.runner.yaml_files import read_yaml
 
+#: What runs write: patterns of paths in the folder.
 _CONTENTS = (
-    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "checkpoints", "adapter", "plots",
-    "csv", "tensorboard", "wandb", "eva_state.safetensors", "eva_state.json",
+    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "weights.ckpt", "weights.safetensors",
+    "backbone.safetensors", "eva_state.safetensors", "eva_state.json", "checkpoints/last*",
+    "adapter/adapter_*", "adapter/README.md", "adapter/fused/adapter_*", "adapter/fused/README.md",
+    *(f"plots/{name}.png" for name in ("accuracy", "loss", "ranks", "spectra", "convergence")),
+    "csv/version_*/metrics.csv", "csv/version_*/hparams.yaml",
+    "tensorboard/hparams.yaml", "tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*",
+    "wandb/run_id.txt", "wandb/latest-run", "wandb/debug*.log", "wandb/offline-run-*/**", "wandb/run-*/**",
 )  # fmt: skip
+_NAMES = tuple({path.partition("/")[0]: None for path in _CONTENTS})
 _FIRST_LINE = "# run "
+_ID = re.compile(re.escape(_FIRST_LINE) + r"[0-9a-f]{16}\s*")
+#: Bytes of the longest path in a run's folder.
+_ROOM = 128
+_ANOTHER = f"choose another {flag('name')}"
 
 _LOGGER = logging.getLogger(__name__)
 _said_damaged: set[Path] = set()
@@ -52,6 +64,15 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Any) -> None:
         self.path = Path(path)
         self.settings = settings
+
+    @classmethod
+    def below(cls, output: str | Path, name: str, settings: Any) -> RunFolder:
+        """The folder called `name` in `output`.
+
+        Raises:
+            InputError: `name` is not the plain name of a folder.
+        """
+        return cls(Path(output) / check_name("the name of the run's folder", name), settings)
 
     @property
     def id(self) -> str:
@@ -103,7 +124,12 @@ class RunFolder:
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def start(self) -> None:
-        """Create the folder and write ``config.yaml``; metrics that are there are damaged, and set aside."""
+        """Create the folder and write ``config.yaml``; metrics that are there are damaged, and set aside.
+
+        Raises:
+            InputError: Something of somebody else's is in the way.
+        """
+        self._claim()
         text = yaml.safe_dump(plain(self.settings), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.yaml", f"{_FIRST_LINE}{self.id}\n{text}")
         (self.path / "error.txt").unlink(missing_ok=True)
@@ -116,24 +142,51 @@ class RunFolder:
 
     def fail(self, text: str) -> None:
         """Write ``error.txt``; from now on the run counts as failed."""
+        self._claim()
         write_text(self.path / "error.txt", text)
 
     def clear(self) -> None:
-        """Delete what a run writes; other files in the folder stay."""
-        for name in _CONTENTS:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+        """Delete what a run writes; other files stay, also where they lie between.
+
+        Raises:
+            InputError: Something is there that this project has not written, or a link.
+        """
+        self.refuse_others()
+        ours.delete(self.path, _CONTENTS)
+
+    def clear_checkpoints(self) -> None:
+        """Delete the run's checkpoints."""
+        if not self.checkpoints.is_symlink():
+            ours.delete(self.path, [path for path in _CONTENTS if path.startswith("checkpoints/")])
+
+    def refuse_others(self) -> None:
+        """Make sure that the folder can be this run's: nothing of somebody else's is where the run writes.
+
+        Raises:
+            InputError: Something is, or the folder is a link, or its path is too long.
+        """
+        check_length("the run's folder", self.path, room=_ROOM)
+        if self.path.is_symlink():
+            raise InputError(f"{self.path} is a symbolic link, and runs need folders of their own: {_ANOTHER}")
+        config = self.path / "config.yaml"
+        if config.exists() and not self._is_of_a_run(config):
+            raise InputError(
+                f"{self.path} holds a config.yaml that this program has not written: move it away, or {_ANOTHER}"
+            )
+        ours.refuse_others(self.path, _NAMES, _ANOTHER, known=_NAMES if config.exists() else ())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One process works in the folder at a time; others wait here."""
         writable_folder(self.path)
+        self._claim()
         lock = FileLock(self.path / ".lock")
         with suppress(NotImplementedError):  # a file system that knows no locks
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"another process is at this run in {self.path}: waiting for it to end", flush=True)
+                lock.acquire()
         try:
             yield
         finally:
@@ -141,12 +194,27 @@ class RunFolder:
 
     def logging(self, terminal: bool = True) -> AbstractContextManager[None]:
         """Send log records to ``log.txt`` and, if `terminal`, ours to the terminal; exceptions that pass are logged."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
         return logging_to(self.log, terminal)
 
     @property
     def _last(self) -> Path:
         return self.checkpoints / "last.ckpt"
+
+    def _claim(self) -> None:
+        self.refuse_others()
+        ours.claim(self.path, _NAMES, _ANOTHER, known=_NAMES if (self.path / "config.yaml").exists() else ())
+
+    def _is_of_a_run(self, config: Path) -> bool:
+        """Whether a run has written this file: by its first line, or by its settings where the line is lost."""
+        try:
+            text = config.read_text(encoding="utf-8")
+            if _ID.fullmatch(text.partition("\n")[0]):
+                return True
+            found = read_yaml(config)
+        except (ValueError, OSError):
+            return False
+        return isinstance(found, dict) and set(identity(self.settings)) <= set(found)
 
     def _refuse_another_run(self, config: Path) -> None:
         with config.open(encoding="utf-8", errors="replace") as file:
@@ -181,6 +249,23 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             raise InputError(f"{error}: {_again(file)}") from error
 
 
+def clear_runs(folder: str | Path) -> None:
+    """Delete all runs below `folder`, at any depth, and nothing else.
+
+    Raises:
+        InputError: Something that a run has not written is where a run writes.
+    """
+    for config in sorted(Path(folder).rglob("config.yaml")):
+        with config.open(encoding="utf-8", errors="replace") as file:
+            is_of_a_run = _ID.fullmatch(file.readline())
+        if is_of_a_run:
+            run = RunFolder(config.parent, None)
+            run.clear()
+            ours.delete(run.path, (ours.MARK, ".lock"))
+            if next(run.path.iterdir(), None) is None:
+                run.path.rmdir()
+
+
 def perform(
     folder: RunFolder, build: Callable[[], Work], *, terminal: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -199,6 +284,14 @@ def perform(
     Raises:
         InputError: `build` refuses, or the folder holds a run of other settings.
     """
+    metrics = _perform(folder, build, terminal, overwrite)
+    # here, where nothing of the run has a name any more: its files are closed too
+    free_memory()
+    return metrics
+
+
+def _perform(folder: RunFolder, build: Callable[[], Work], terminal: bool, overwrite: bool) -> dict[str, Any]:
+    folder.refuse_others()
     found = None if overwrite else folder.result()
     if found is not None:
         return found
@@ -221,11 +314,15 @@ def perform_or_report(
     folder: RunFolder, build: Callable[[], Work], headline: Callable[[Mapping[str, Any]], str], overwrite: bool
 ) -> dict[str, Any]:
     """:func:`perform` for a command: a finished run is reported, not repeated; an interrupted one is resumed."""
+    folder.refuse_others()
     found = None if overwrite else folder.result()
     if found is not None:
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
-        return found
-    return perform(folder, build, overwrite=overwrite)
+    else:
+        found = perform(folder, build, overwrite=overwrite)
+    if found.get("diverged"):
+        print(f"warning: {folder.path}: {found['diverged']}", flush=True)
+    return found
 
 
 @contextmanager
@@ -233,23 +330,20 @@ def _failure_noted(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):  # which is no fault of the run
+        # neither is a fault of the run
+        if not (is_disk_full(error) or is_asked_to_end()):
             folder.fail(traceback.format_exc())
         raise
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """On Ctrl-C, Lightning ignores further ones and ends with SystemExit: make both what they are elsewhere."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
+    """When it is asked to end, Lightning ends with SystemExit: make that what it is elsewhere."""
     try:
-        yield
+        with asked_to_end():
+            yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
 
 
 def _built(folder: RunFolder, build: Callable[[], Work]) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -207,9 +208,15 @@ class Schedule:
 
     def _scores(self, state: CellState) -> dict[Point, list[Score]]:
         return {
-            point: [self._score(row.metrics) for row in map(self._row, jobs) if row.metrics is not None]
+            point: [_score(self._score, row.metrics) for row in map(self._row, jobs) if row.metrics is not None]
             for point, jobs in state.tune.items()
         }
 
     def _row(self, job: Job) -> Row:
         return self.rows[job.id]
+
+
+def _score(score: Callable[[Mapping[str, Any]], Score], metrics: Mapping[str, Any]) -> Score:
+    """Of a run that diverged the worst, whatever else it came to: chance is an accuracy too."""
+    found = score(metrics)
+    return (math.inf,) * len(found) if metrics.get("diverged") else found

@@ -6,10 +6,10 @@ Without a command, a line that names a ``--task`` is one run, and one that does 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from experiments.runner.cli import Command, dispatch
+from experiments.runner.ending import leave
 from experiments.runner.settings import config_files
 
 COMMANDS: dict[str, Command] = {
@@ -56,4 +56,4 @@ def _implied(words: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

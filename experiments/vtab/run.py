@@ -32,7 +32,7 @@ from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA, module_options
-from experiments.runner.lightning_runs import eva_metrics, eva_state, fit, on_gpu, trainer_precision
+from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state, fit, on_gpu, trainer_precision
 from experiments.runner.loggers import open_loggers, parse_loggers
 from experiments.runner.one_machine import one_machine
 from experiments.runner.run_folder import RunFolder, Work
@@ -148,11 +148,16 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     with open_loggers(names, folder.path, settings.run_name, plain(settings), group=group, tags=tags) as loggers:
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
-        trainer = _trainer(settings, data, [*parts.callbacks, RunLogging(), history, checkpoints], loggers)
+        divergence = Divergence()
+        callbacks = [*parts.callbacks, RunLogging(), history, divergence, checkpoints]
+        trainer = _trainer(settings, data, callbacks, loggers)
         checkpoint = folder.last_checkpoint()
         fit(trainer, parts.module, data, checkpoint, lambda: f"{len(history.rows)} of {settings.epochs} epochs")
+        diverged = divergence.metrics(trainer, parts.module)
         started = time.perf_counter()
-        tested, precision = _test(settings, parts, trainer)
+        # weights that are NaN cannot be merged
+        merged = settings.rules.merged_evaluation and not diverged
+        tested, precision = _test(settings, parts, trainer, merged)
     metrics = {
         **_metrics(settings, parts),
         "train_seconds": sum(row["seconds"] for row in history.rows),
@@ -162,6 +167,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         "precision": trainer.precision,
         "evaluation_precision": precision,
         "device": str(trainer.strategy.root_device),
+        **diverged,
     }
     if settings.save_adapter:
         _save_adapter(settings, parts, folder.path)
@@ -193,9 +199,9 @@ def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], logg
     )
 
 
-def _test(settings: Settings, parts: Parts, trainer: L.Trainer) -> tuple[dict[str, float], str]:
+def _test(settings: Settings, parts: Parts, trainer: L.Trainer, merged: bool) -> tuple[dict[str, float], str]:
     """Loss and accuracy of the evaluation split, and the precision they were computed in."""
-    if not settings.rules.merged_evaluation:
+    if not merged:
         tested = trainer.test(parts.module, datamodule=parts.data, verbose=False)[0]
         return dict(tested), str(trainer.precision)
     tester = L.Trainer(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods.registry import METHODS, MethodKey, method_names
+from eva_lightning.names import check_name
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
 from experiments.runner.command import SettingsCommand
@@ -155,8 +156,8 @@ class Settings(SharedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name is not None and (not self.name.strip() or Path(self.name).name != self.name):
-            raise InputError(f"name must be the plain name of a folder, got {self.name!r}", setting="name")
+        if self.name is not None:
+            check_name("name", self.name, setting="name")
 
     @property
     def key(self) -> MethodKey:

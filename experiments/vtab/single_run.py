@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from eva_lightning.vision.data.splits import open_task
@@ -22,7 +21,7 @@ def run(settings: Settings) -> dict[str, Any]:
         InputError: The data is wrong, or the folder holds a run of other settings.
         UnreachableError: Pre-trained weights are wanted and the hub does not answer.
     """
-    folder = RunFolder(Path(settings.output) / settings.run_name, settings)
+    folder = RunFolder.below(settings.output, settings.run_name, settings)
     return perform_or_report(folder, partial(_build, settings), headline, settings.overwrite)
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from eva_lightning import plots
 from eva_lightning.errors import InputError
-from eva_lightning.files import writable_folder, write_text
+from eva_lightning.files import only_process, writable_folder, write_text
 from eva_lightning.methods.registry import method_names
+from eva_lightning.ours import claim, delete
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
 from experiments.vtab.table_layout import LAYOUTS, Difference, Notes, Sheet, differences, differences_sheet
@@ -72,12 +73,15 @@ def run(settings: Settings) -> Tables:
         runs = runs[runs["model"] == settings.model]
         if runs.empty:
             raise InputError(f"there are no results of model {settings.model!r}, but of {models}", setting="model")
+    folder = Path(settings.output)
+    claim(folder, _FORMER, "choose another --output")
     tables = make_tables(runs, settings.layout, settings.baseline)
     console = Console(highlight=False)
     if console.width < WIDTH and not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     print_sheets(console, tables.sheets, tables.notes)
-    files = _write(tables, writable_folder(settings.output))
+    with only_process(writable_folder(folder) / ".lock", f"another process is writing tables to {folder}"):
+        files = _write(tables, folder)
     count = sum(sample.n for entry in tables.ours for sample in entry.samples.values())
     print(f"{count} runs, {len(tables.ours)} methods -> {settings.output}: {', '.join(files)}")
     return tables
@@ -101,8 +105,8 @@ def _write(tables: Tables, folder: Path) -> list[str]:
         "table.csv": as_csv(tables.ours, tables.differences),
         **as_latex(tables.sheets, tables.notes),
     }
-    for name in set(_FORMER) - {*texts, *figures}:
-        (folder / name).unlink(missing_ok=True)
+    claim(folder, (*texts, *figures), "choose another --output")
+    delete(folder, set(_FORMER) - {*texts, *figures})
     for name, text in texts.items():
         write_text(folder / name, text)
     for name, figure in figures.items():

@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import urlparse
 
@@ -21,6 +21,7 @@ from huggingface_hub.file_download import http_get
 
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
 from eva_lightning.files import check_writable, file_digest, format_bytes, free_bytes
+from eva_lightning.names import check_path
 from eva_lightning.reading import reading
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
@@ -40,7 +41,9 @@ _BLOCK = 1 << 20
 _AGAIN = "download it again"
 #: Bytes of the largest file that is unpacked: an image or a list of images.
 _MOST_BYTES = 256 * 2**20
-_JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")
+#: Bytes that the name of a file being written has more: ``.NAME.part``.
+_PART_ROOM = 6
+_JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r")
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,10 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
 
 def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
     """The path of a member, or None for junk and links."""
+    # zips of Windows have the other separator
     name = info.filename.replace("\\", "/")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive:
-        raise InputError(f"{archive} holds {info.filename!r}, a path outside its folder: nothing was unpacked from it")
-    if any(part in _JUNK or part.startswith("._") for part in path.parts) or stat.S_ISLNK(info.external_attr >> 16):
+    parts = name.split("/")
+    if any(part in _JUNK or part.startswith("._") for part in parts) or stat.S_ISLNK(info.external_attr >> 16):
         return None
     if info.compress_type not in _COMPRESSIONS or info.flag_bits & _ENCRYPTED:
         raise InputError(
@@ -118,7 +120,7 @@ def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
         )
     if info.file_size > _MOST_BYTES:
         raise InputError(f"{archive} holds {info.filename!r} of {format_bytes(info.file_size)}, no image is so large")
-    return path
+    return check_path(f"nothing was unpacked from {archive}: a path in it", name, room=_PART_ROOM)
 
 
 def _by_task(

@@ -31,6 +31,7 @@ from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import is_disk_full, only_process, write_json
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
 from experiments.runner.cli import in_terminal
+from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 from tools.vtab.archive import download, find_archives, find_members, remove_download, unpack
 from tools.vtab.dataset_check import TaskStatus, check_tasks, join_training_splits
@@ -293,11 +294,10 @@ def command_line(args: Sequence[str] | None = None) -> int:
         reason = "the disk is full" if is_disk_full(error) else reason
         print(f"error: {reason}; what was finished is kept, rerun to continue", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    if was_interrupted(status):
         print("interrupted: what was finished is kept, rerun to continue", file=sys.stderr)
-        return 130
     return status or (0 if all(found.usable for found in statuses) else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    leave(command_line())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-from eva_lightning.names import shown
+from eva_lightning.names import check_path, shown
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size, get_task
 
 ARCHIVE = (
@@ -65,7 +65,7 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
 
     Raises:
         MissingInputError: The file is missing; says how to get it.
-        InputError: A line is not ``relative_path int_label``, a label is outside ``[0, classes)``, or there is no line.
+        InputError: A line is not ``relative_path int_label``, a path leaves the folder, a label is outside ``[0, classes)``, or there is no line.
     """
     file = folder / f"{split}.txt"
     if not file.is_file():
@@ -93,7 +93,10 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
                 f"{file} line {number}: expected 'relative_path int_label', got {shown(line.strip())}"
             ) from None
         if not 0 <= value < classes:
-            raise InputError(f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {shown(value)}")
+            raise InputError(
+                f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {shown(value)}"
+            )
+        check_path(f"{file} line {number}: the path", path)
         paths.append(path)
         labels.append(value)
     if not paths:

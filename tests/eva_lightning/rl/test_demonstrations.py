@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,31 @@ def test_wrong_shapes_and_types_are_refused() -> None:
             TaskDemonstrations("push-v3", **{**good, name: value})
     with pytest.raises(ValueError, match="no episode of push-v3 to write"):
         write_task("unused", make().episodes(stop=0), META)
+
+
+@pytest.mark.parametrize("file", ["../thesis.tex", "/etc/hostname", "a/b.npz", "..", "a\\b", "", None, "x" * 300])
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path, file: str | None) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years")
+    folder = tmp_path / "data"
+    write_task(folder, make(), META)
+    index = json.loads((folder / "index.json").read_text())
+    index["tasks"]["push-v3"]["file"] = file
+    (folder / "index.json").write_text(json.dumps({"format": 1, "tasks": index["tasks"]}))
+    with pytest.raises(ValueError):
+        read_index(folder)
+    with pytest.raises(ValueError):
+        write_task(folder, make(), META)
+    assert thesis.read_text() == "years"
+
+
+def test_files_of_others_in_the_folder_are_neither_replaced_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "push-v3.npz").write_text("theirs")
+    (tmp_path / "notes.txt").write_text("theirs")
+    entry = write_task(tmp_path, make(), META)
+    assert load_task(tmp_path, "push-v3").task == "push-v3"
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["tasks"]["push-v3"]["file"] = "notes.txt"
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "tasks": index["tasks"]}))
+    assert write_task(tmp_path, make(), META).file == entry.file
+    assert {(tmp_path / name).read_text() for name in ("push-v3.npz", "notes.txt")} == {"theirs"}

@@ -120,7 +120,7 @@ def test_asked_to_end_it_ends_all_its_processes(tmp_path: Path, how: signal.Sign
         assert f"is in use by another process (process {process.pid} on " in out
         process.send_signal(how)
         out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, out
+    assert process.returncode == 128 + how, out
     assert f"interrupted: 0 of {RUNS} runs are done; rerun to resume" in out
     wait_for(lambda: not any(is_running(pid) for _, pid in journal(output, "begin")))
     assert "taking over" not in finish(output)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from eva_lightning.errors import InputError
+from eva_lightning.ours import MARK
 from eva_lightning.sealed import read_sealed_json
 from experiments.runner.run_folder import RunFolder, Work, metrics_below, perform
 from experiments.runner.settings import Role, option
@@ -50,7 +52,7 @@ def test_life_of_a_run(tmp_path: Path) -> None:
     assert folder.result() == METRICS
     (tmp_path / "deep/run/mine.png").touch()
     folder.clear()
-    assert [file.name for file in folder.path.iterdir()] == ["mine.png"]
+    assert [file.name for file in folder.path.iterdir() if file.name != MARK] == ["mine.png"]
 
 
 def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
@@ -230,3 +232,81 @@ def test_metrics_that_are_no_json_do_not_leave_a_part(tmp_path: Path) -> None:
         perform(folder, lambda: lambda _: {"a": object()}, terminal=False)
     assert not list(folder.path.glob("*metrics*"))
     assert read_sealed_json(finished(tmp_path / "x").path / "metrics.json") == METRICS
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "theirs", ["config.yaml", "plots/mine.png", "checkpoints/best.ckpt", "metrics.json", "log.txt"]
+)
+def test_a_folder_with_files_of_somebody_else_is_refused_before_anything_is_built(
+    tmp_path: Path, theirs: str, overwrite: bool
+) -> None:
+    def never() -> Work:
+        raise AssertionError("built")
+
+    file = tmp_path / "run" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("mine: 1\n")
+    with pytest.raises(InputError, match=r"this program has not written.*: move (it|them) away, or choose another"):
+        perform(RunFolder(tmp_path / "run", SETTINGS), never, overwrite=overwrite)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine: 1\n"
+
+
+def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "run")
+    written = ("checkpoints/last.ckpt", "plots/loss.png", "adapter/adapter_config.json", "weights.ckpt", "log.txt")
+    theirs = ("notes.md", "plots/mine.png", "checkpoints/best.ckpt", "adapter/notes.md", "code/train.py")
+    for name in (*written, *theirs):
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).write_text("")
+    perform(folder, lambda: lambda _: {"a": 1}, terminal=False, overwrite=True)
+    left = {file.relative_to(folder.path).as_posix() for file in folder.path.rglob("*") if file.is_file()}
+    assert {name for name in left if not name.startswith(".")} == {*theirs, "config.yaml", "metrics.json", "log.txt"}
+    # somebody's settings in place of the run's are not overwritten either
+    (folder.path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(InputError, match=r"config\.yaml that this program has not written"):
+        perform(folder, lambda: lambda _: {"a": 1}, overwrite=True)
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "plots", "config.yaml", ""])
+def test_nothing_is_written_or_deleted_through_a_link(tmp_path: Path, link: str) -> None:
+    outside = tmp_path / "outside"
+    folder = finished(tmp_path / "run") if link else RunFolder(tmp_path / "run", SETTINGS)
+    if link == "config.yaml":
+        (folder.path / link).rename(outside)
+    else:
+        outside.mkdir()
+        (outside / "last.ckpt").write_text("theirs")
+    (folder.path / link).symlink_to(outside)
+    with pytest.raises(InputError, match="is a symbolic link"):
+        perform(folder, lambda: lambda _: {"a": 1}, overwrite=True)
+    assert outside.is_file() or (outside / "last.ckpt").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a" * 256, "a\nb"])
+def test_a_name_that_is_no_folder_of_the_output_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="must be the plain name of a file or folder"):
+        RunFolder.below(tmp_path, name, SETTINGS)
+
+
+def test_a_path_too_long_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a name of 300 bytes"):
+        perform(RunFolder(tmp_path / ("a" * 300), SETTINGS), simple)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_not_finite_come_back_from_a_file_that_is_json(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    folder = RunFolder(tmp_path, SETTINGS)
+    metrics = {"loss": math.nan, "rows": [{"loss": 1.0}, {"loss": math.inf}], "rate": None, "low": -math.inf}
+    perform(folder, lambda: lambda _: metrics, terminal=False)
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["loss"] == "NaN"
+    found = folder.result()
+    assert found is not None
+    assert math.isnan(found.pop("loss"))
+    assert found == {name: value for name, value in metrics.items() if name != "loss"}
+    (tmp_path / "metrics.json").write_text(text.replace('"low": "-Infinity"', '"low": 1.0'))
+    assert folder.result() is None, "changed by hand: the run is not finished"

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
-from experiments.runner.jobs import Point
+from experiments.runner.cells import Cell
+from experiments.runner.jobs import Job, Point
+from experiments.runner.run_folder import Work
+from experiments.runner.schedule import Schedule
+from experiments.runner.settings import Role, option
 from experiments.runner.tuning import beyond, choose, mean_scores
 
 
@@ -85,3 +91,25 @@ def test_the_grid_grows_beyond_the_edge_that_is_best() -> None:
     assert beyond(means, ()) is None
     assert beyond(means, (1e-2 * 1.005,)) is None  # as good as equal
     assert beyond({}, ladder) is None
+
+
+def test_a_run_that_diverged_is_the_worst_whatever_its_accuracy(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        lr: float = option(1.0, "learning rate", Role.RESULT)
+
+    def tune(point: Point) -> list[Job]:
+        return [Job(never, Settings(point.get("lr")), str(tmp_path), "tune", {}, str(point))]
+
+    points = [Point.of(lr=1.0), Point.of(lr=0.1)]
+    for point, metrics in zip(points, ({"accuracy": 0.5, "diverged": "at step 1"}, {"accuracy": 0.1}), strict=True):
+        (job,) = tune(point)
+        job.folder.start()
+        job.folder.finish(metrics)
+    schedule = Schedule([Cell("one", points, tune, lambda point: [])], lambda metrics: (-metrics["accuracy"],))
+    assert schedule.choices()["one"].point == points[1]
+    assert schedule.choices()["one"].candidates[points[0]] == (math.inf,)
+
+
+def never(job: Job) -> Work:
+    raise AssertionError

@@ -68,9 +68,9 @@ def test_a_finished_run_is_handed_in_and_checkpoints_go(tmp_path: Path) -> None:
     job = Job(finished({"loss": 1.0}), Settings(), str(tmp_path), "final", {}, "method ρ = 2, lr 0.1")
     assert job.path.name == f"method-rho2-lr-0.1-{job.id[:8]}"
     checkpoints = job.folder.checkpoints
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "last.ckpt").touch()
     job.folder.start()
+    checkpoints.mkdir()
+    (checkpoints / "last.ckpt").touch()
     first = attempt(job)
     assert first.metrics is not None
     assert first.metrics["loss"] == 1.0

@@ -237,7 +237,7 @@ def test_config_file(arguments: list[str], tmp_path: Path) -> None:
         ("--precision 8", ValueError, "unknown precision '8'"),
         ("--normalization imagnet", ValueError, "unknown normalization 'imagnet': did you mean imagenet"),
         ("--seed -1", ValueError, "seed must be a whole number of at least 0 and below .*, got -1"),
-        ("--name a/b", ValueError, "name must be the plain name of a folder, got 'a/b'"),
+        ("--name a/b", ValueError, "name must be the plain name of a file or folder, got 'a/b'"),
     ],
 )
 def test_bad_input_is_said_before_a_model_is_built(
