@@ -5,6 +5,7 @@ Exit status 0: all passed; 1: something failed; 77: there is no GPU, and nothing
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
@@ -90,13 +91,13 @@ def _same_as_on_the_cpu(precision: str, least: float) -> str:
 
 
 def _quantised(kind: str) -> str:
-    import bitsandbytes
+    layers: Any = importlib.import_module("bitsandbytes.nn")
 
     def linear(inputs: int, outputs: int) -> nn.Module:
         if kind == "8-bit":
-            layer: nn.Module = bitsandbytes.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False)
+            layer: nn.Module = layers.Linear8bitLt(inputs, outputs, has_fp16_weights=False)
         else:
-            layer = bitsandbytes.nn.Linear4bit(inputs, outputs, quant_type="nf4", compute_dtype=torch.bfloat16)
+            layer = layers.Linear4bit(inputs, outputs, quant_type="nf4", compute_dtype=torch.bfloat16)
         return layer
 
     torch.manual_seed(0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import socket
 
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch.distributed import TCPStore
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
 
 _LOOPBACK = "127.0.0.1"
