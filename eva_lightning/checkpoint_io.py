@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.keep_previous = keep_previous
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write `checkpoint` to `path`.
 
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if self.keep_previous:
                 _keep(Path(path))
 
-    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, as Lightning does, after comparing it with its checksum.
 
         Raises:
@@ -70,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise DamagedFileError(f"the checkpoint {path} is damaged ({reason}): {instead}")
         return super().load_checkpoint(path, *args, **kwargs)
 
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint, and the one kept beside it."""
         super().remove_checkpoint(path)
         if not _is_url(path):
@@ -100,5 +100,5 @@ def _keep(file: Path) -> None:
         link.unlink()  # nothing was renamed where both were the same file already
 
 
-def _is_url(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path) or "::" in os.fspath(path)
+def _is_url(path: str | Path) -> bool:
+    return "://" in str(path) or "::" in str(path)

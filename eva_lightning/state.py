@@ -197,7 +197,7 @@ class EVAState:
             _check_copy(json_path, document, tensor_path)
         try:
             check_document(document)
-            values = {name: _by_layer(name, tensors, document) for name in _TENSOR_FIELDS}
+            values: dict[str, Any] = {name: _by_layer(name, tensors, document) for name in _TENSOR_FIELDS}
             check_agreement(document, values)
         except InputError as error:
             raise InputError(f"{source} is no sound EVA state: {error}") from error

@@ -114,7 +114,7 @@ def _check_layer(layer: str, document: Mapping[str, Any], tensors: Mapping[str, 
             raise InputError(f"{name} of layer {layer!r} must be finite floating-point numbers")
     count = tensors["singular_values"].numel()
     width = document["widths"].get(layer)
-    shapes = {"singular_values": (count,), "explained_variance_ratio": (count,)}
+    shapes: dict[str, tuple[int, ...]] = {"singular_values": (count,), "explained_variance_ratio": (count,)}
     if "components" in tensors:
         shapes["components"] = (count, tensors["components"].shape[-1] if width is None else width)
     for name, shape in shapes.items():

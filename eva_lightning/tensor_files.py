@@ -78,5 +78,5 @@ def _checksum(tensors: Mapping[str, Tensor], document: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{found.hexdigest()}"

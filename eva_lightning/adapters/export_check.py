@@ -102,10 +102,11 @@ def base_copy(model: nn.Module, written: set[str]) -> nn.Module:
         base: Any = m.get_base_layer()
         replace_everywhere(copied, m, base)
         if isinstance(base, nn.MultiheadAttention):
-            base.out_proj = base.out_proj.get_base_layer()
+            output: Any = base.out_proj
+            base.out_proj = output.get_base_layer()
     for name, tensor in _tensors(copied):
         if name in written:
-            tensor.data = tensor.logical_not() if tensor.dtype == torch.bool else tensor + 1
+            tensor.data = ~tensor if tensor.dtype == torch.bool else tensor + 1
     return copied
 
 
