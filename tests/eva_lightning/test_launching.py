@@ -64,7 +64,7 @@ def check(module: Any, callback: EVAInitCallback, child: Any) -> None:
         ),
         pytest.param(DDPStrategy(start_method="forkserver"), True, {}, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["fork", "notebook-peft", "notebook-dora", "spawn", "forkserver-peft"],
 )
 def test_the_parent_has_ranks_weights_and_state(strategy: Any, peft: bool, options: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
