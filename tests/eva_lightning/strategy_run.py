@@ -113,7 +113,9 @@ def fit(kind: str, devices: int, folder: Path, name: str, *extra: pl.Callback, *
     state, checkpoint = options.get("state"), options.get("checkpoint")
     torch.manual_seed(0)
     module = Sharded()
-    callback = Recording(rho=2, r=4, state=state, streaming=StreamingOptions(tau=1.0, engine="exact"), verbose=False)
+    callback = Recording(
+        rho=2, r=4, metric="sum", state=state, streaming=StreamingOptions(tau=1.0, engine="exact"), verbose=False
+    )
     saving = ModelCheckpoint(folder, filename=f"{name}-{{epoch}}", save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy_for(kind, devices), plugins=one_machine(devices),
@@ -129,6 +131,7 @@ def fit(kind: str, devices: int, folder: Path, name: str, *extra: pl.Callback, *
         "sharded": any(isinstance(p, DTensor) for p in module.parameters()),
         "end": full(module),
         "steps": trainer.global_step,
+        "losses": module.losses,
     }
     torch.save(result, folder / f"{name}-{trainer.global_rank}.pt")
 

@@ -39,7 +39,7 @@ def test_ray_listens_on_the_loopback_interface_and_wants_its_token(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     output = tmp_path / "out"
     with started(output, "--backend", "ray", "--workers", "1", "--wait", "1000") as process:
-        wait_for(lambda: journal(output, "begin") or process.poll() is not None)
+        wait_for(lambda: journal(output, "begin") or process.poll() is not None, 240)
         assert process.poll() is None
         found = sockets(process.pid)
         assert {"gcs_server", "raylet"} <= {program for program, _, _ in found}
@@ -69,7 +69,7 @@ print(raylet.GcsClient(address={address!r}).internal_kv_keys(b"", None, timeout=
 def test_local_processes_listen_nowhere(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with started(output, "--workers", "2", "--wait", "1000") as process:
-        wait_for(lambda: len(journal(output, "begin")) >= 2 or process.poll() is not None)
+        wait_for(lambda: len(journal(output, "begin")) >= 2 or process.poll() is not None, 240)
         assert process.poll() is None
         assert len(psutil.Process(process.pid).children()) >= 2
         assert sockets(process.pid) == []
