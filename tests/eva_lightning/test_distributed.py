@@ -142,6 +142,7 @@ def test_every_rank_starts_with_the_directions_of_all_data_and_ends_with_the_sam
         assert first["sharded"] == (kind == "fsdp2")
         assert first["steps"] == strategy_run.STEPS
         assert set(first["n_samples"].values()) == {strategy_run.SAMPLES}
+        assert len(set(first["ranks"].values())) > 1
         assert {n: len(a) for n, a in first["a"].items()} == {n: r for n, r in first["ranks"].items() if r}
         for other in others:
             assert other["ranks"] == first["ranks"]
@@ -156,7 +157,6 @@ def test_every_rank_starts_with_the_directions_of_all_data_and_ends_with_the_sam
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="open: the second step after a resume differs, with one process too; see strategy_run.py")
 def test_resumed_equals_uninterrupted_under_a_strategy(launched: Launched) -> None:
     for kind in kinds_in(launched):
         for rank, resumed in zip(launched.ranks(kind), launched.ranks(f"{kind}-resumed"), strict=True):
@@ -167,7 +167,7 @@ def test_resumed_equals_uninterrupted_under_a_strategy(launched: Launched) -> No
 @pytest.mark.slow
 def test_a_precomputed_state_starts_every_strategy_alike(launched: Launched, tmp_path: Path) -> None:
     module, data = whole()
-    given = EVAInitCallback(rho=2, r=4, metric="sum", state=launched.folder / "eva", verbose=False)
+    given = EVAInitCallback(rho=2, r=4, metric=strategy_run.METRIC, state=launched.folder / "eva", verbose=False)
     trainer(given, max_epochs=0).fit(module, data)
     expected = {name: adapter.a for name, adapter in find_adapters(module).items()}
     for kind in kinds_in(launched):
@@ -178,7 +178,7 @@ def test_a_precomputed_state_starts_every_strategy_alike(launched: Launched, tmp
 @pytest.mark.slow
 def test_one_consolidated_adapter_folder_from_the_checkpoint_of_many(launched: Launched, tmp_path: Path) -> None:
     for kind in kinds_in(launched):
-        module = strategy_run.Sharded.load_from_checkpoint(launched.folder / f"{kind}-epoch=1.ckpt")
+        module = strategy_run.Sharded.load_from_checkpoint(launched.folder / f"{kind}-step={strategy_run.STEPS}.ckpt")
         same_bits({n: p.detach() for n, p in module.named_parameters()}, launched.ranks(kind)[0]["end"])
         save_pretrained(module.net, tmp_path / kind)
         assert [p.name for p in (tmp_path / kind).glob("*.safetensors")] == ["adapter_model.safetensors"]
