@@ -135,6 +135,13 @@ class EVAInitCallback(Callback):
         for name, function in (("forward_fn", forward_fn), ("mask_fn", mask_fn)):
             if function is not None and not callable(function):
                 raise InputTypeError(f"{name} must be a function or None, got {function!r}", setting=name)
+        for name, flag in (
+            ("rescale_alpha", rescale_alpha),
+            ("adapter_only_checkpoints", adapter_only_checkpoints),
+            ("verbose", verbose),
+        ):
+            if not isinstance(flag, bool):
+                raise InputTypeError(f"{name} must be True or False, got {flag!r}", setting=name)
         if init == "minor" and streaming.engine not in ("auto", "exact"):
             raise InputError(
                 f"init='minor' needs the whole spectrum, which engine={streaming.engine!r} does not keep; use 'exact'"
@@ -218,7 +225,7 @@ class EVAInitCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of adapters that cannot train, or that no optimizer has."""
         if self._checks is not None:
-            self._checks.start(trainer, pl_module, self.initialiser.not_run)
+            self._checks.start(trainer, pl_module, self.initialiser.not_run, self.initialiser.found_heads)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -27,6 +27,7 @@ from torch.nn.modules.module import (
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
+from eva_lightning.adapters.weight_reads import is_read_elsewhere, mark_read_elsewhere
 from eva_lightning.done import done, mark_done, unmark
 from eva_lightning.errors import InputError
 from eva_lightning.namespaces import is_lightning_module, namespace_of
@@ -66,6 +67,7 @@ def describe(
         "built_with": dict(built_with),
         "trains": [_plain(n) for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n],
         "done": done(module),
+        "read_elsewhere": [layer.path for layer in layers if is_read_elsewhere(layer)],
         "base_fingerprint": base_fingerprint(module) if adapter_only else None,
     }
 
@@ -305,6 +307,8 @@ def fit_to_checkpoint(
             elif layer.rank != incoming[layer.path] or layer.alpha != alphas.get(layer.path, layer.alpha):
                 layer.resize(incoming[layer.path], alphas.get(layer.path))
         sync_configs(module)
+    read = description.get("read_elsewhere", ())
+    mark_read_elsewhere(layer for layer in find_adapters(module).values() if layer.path in read)
     _train_as_before(module, description)
     if description.get("base_fingerprint") is not None:
         _fill_base_weights(module, weights, description["base_fingerprint"])

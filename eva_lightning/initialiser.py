@@ -27,6 +27,7 @@ from eva_lightning.adapters import (
 )
 from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
+from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.done import done, mark_done, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
@@ -38,7 +39,7 @@ from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.summary import print_summary, streaming_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages, refuses_unused_parameters
 from eva_lightning.training_batches import set_up_loader, training_batches
-from eva_lightning.training_checks import warn_of_layers_not_run
+from eva_lightning.training_checks import warn_of_layers_not_run, warn_of_weights_read
 
 _INJECTION = "_eva_lightning_injection"
 
@@ -65,6 +66,13 @@ class Initialiser:
     given: EVAState | None = None
     injection: Injection | None = field(default=None, init=False)
     not_run: list[str] = field(default_factory=list, init=False)
+
+    @property
+    def found_heads(self) -> list[str]:
+        """The output layers of the module at hand that train because "auto" took them for such."""
+        if self.injection is None or self.injection_arguments["head"] != "auto":
+            return []
+        return self.injection.head
 
     def take_up(self, pl_module: pl.LightningModule) -> None:
         """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
@@ -212,12 +220,13 @@ class Initialiser:
         context: Callable[[], AbstractContextManager[Any]] = (
             nullcontext if before_strategy else trainer.precision_plugin.forward_context
         )
+        reads = WeightReads(pl_module, layers)
         with (
             disabled(layers.values()),
             kept_trainable(pl_module),
             streaming_progress(trainer, limit) as progress,
         ):
-            return compute_eva_state(
+            state = compute_eva_state(
                 pl_module,
                 lambda: training_batches(trainer, limit),
                 inputs,
@@ -225,7 +234,13 @@ class Initialiser:
                 options,
                 forward_fn=self.forward_fn,
                 mask_fn=self.mask_fn,
-                context=context,
+                context=reads.in_first(context),
                 progress=progress,
                 minor=self.init == "minor",
             )
+        # where a layer did not run, that is said, and its adapter changes nothing
+        found = [name for name in reads.found if name in state.components]
+        mark_read_elsewhere(layers[name] for name in found)
+        if found:
+            warn_of_weights_read(found, len(layers))
+        return state

@@ -78,11 +78,10 @@ def rebuild_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
 def refresh_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let callbacks that keep an average of the weights copy the module as it is now."""
     averaging = lightning_classes("callbacks", *_AVERAGING)
-    if trainer.state.fn != "fit":
-        return
     callbacks: list[Any] = [c for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
     for callback in callbacks:
-        callback.setup(trainer, pl_module, "fit")
+        # StochasticWeightAveraging copies the module to test and predict too, and loads its average then
+        callback.setup(trainer, pl_module, trainer.state.fn)
 
 
 def refuses_unused_parameters(trainer: pl.Trainer) -> bool:

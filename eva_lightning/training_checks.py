@@ -39,6 +39,15 @@ def warn_of_layers_not_run(names: Collection[str], total: int, *, removed: bool,
     )
 
 
+def warn_of_weights_read(names: Collection[str], total: int) -> None:
+    """Say that the model also reads the weights of adapted layers."""
+    _warn(
+        f"{_some(names, total)} have a weight that the model also reads elsewhere, as a tied decoder does: the adapter "
+        "has no effect there, and will not be merged into the weight unless an example shows that outputs stay; leave "
+        "such layers out with exclude=[...], or keep them as LoRA layers"
+    )
+
+
 class TrainingChecks:
     """Everything that is looked at while one ``fit`` trains: the adapters in its first batches, the loss in all."""
 
@@ -46,10 +55,16 @@ class TrainingChecks:
         self._adapters: AdapterChecks | None = None
         self._divergence = DivergenceCallback()
 
-    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed_over: Collection[str]) -> None:
+    def start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        passed_over: Collection[str],
+        found_heads: Collection[str] = (),
+    ) -> None:
         """Before the first batch; see :class:`AdapterChecks`."""
         self.close()
-        self._adapters = AdapterChecks(trainer, pl_module, passed_over)
+        self._adapters = AdapterChecks(trainer, pl_module, passed_over, found_heads)
 
     def after_backward(self) -> None:
         """Note that gradients were computed."""
@@ -93,9 +108,16 @@ class AdapterChecks:
     Args:
         trainer, pl_module: About to train.
         passed_over: Layers that something was said about already.
+        found_heads: Output layers that nobody named: a guess.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, passed_over: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        passed_over: Collection[str] = (),
+        found_heads: Collection[str] = (),
+    ) -> None:
         self._trainer = trainer
         layers = find_adapters(pl_module)
         self._total = len(layers)
@@ -105,6 +127,10 @@ class AdapterChecks:
         self._check_flags()
         self._check_optimizers(pl_module)
         self._handles = [_first_gradient(layer, self._open, name) for name, layer in self._open.items()]
+        heads = {name: list(pl_module.get_submodule(name).parameters()) for name in found_heads}
+        self._heads = {n: own for n, own in heads.items() if any(p.requires_grad for p in own)}
+        for name, own in self._heads.items():
+            self._handles += [_when_graded(p, self._heads, name) for p in own if p.requires_grad]
 
     def after_backward(self) -> None:
         """Note that gradients were computed."""
@@ -115,23 +141,33 @@ class AdapterChecks:
         self._batches += 1
         for name in [n for n, layer in self._open.items() if any(p.grad is not None for p in (layer.a, layer.b))]:
             del self._open[name]
+        for name in [n for n, own in self._heads.items() if any(p.grad is not None for p in own)]:
+            del self._heads[name]
         none_yet = len(self._open) == self._total and self._ran_backward
         # the second forward of DDP ends with Lightning's error on unused parameters
-        if not self._open or none_yet or self._batches >= _PATIENCE or refuses_unused_parameters(self._trainer):
+        stops = refuses_unused_parameters(self._trainer)
+        if not (self._open or self._heads) or none_yet or stops or self._batches >= _PATIENCE:
             self.conclude()
             return True
         return False
 
     def conclude(self) -> None:
         """Say it now: no batch follows."""
+        when = "batch" if self._batches <= 1 else f"{self._batches} batches"
+        if self._heads and self._ran_backward:
+            _warn(
+                f"EVA: {', '.join(map(repr, self._heads))} got no gradient in the first {when}, but was taken for an "
+                "output layer, which trains in full and has no adapter. Name the output layers with head=[...], and "
+                "leave layers that do not run out with exclude=[...]"
+            )
         if self._open:
-            when = "batch" if self._batches <= 1 else f"{self._batches} batches"
             _warn(
                 f"{_some(self._open, self._total)} got no gradient in the first {when}: training_step does not run "
                 "them, runs them under torch.no_grad() or torch.inference_mode(), or detaches their outputs. Run them "
                 "with gradients, or leave them out with exclude=[...]"
             )
         self._open.clear()
+        self._heads.clear()
         self.close()
 
     def close(self) -> None:
@@ -175,8 +211,11 @@ _FLAGS: tuple[tuple[Callable[[AdapterLayer], bool], str], ...] = (
 
 
 def _first_gradient(layer: AdapterLayer, waiting: dict[str, AdapterLayer], name: str) -> Any:
-    """A hook that takes a layer off the waiting list; for optimizers of the user's own that clear gradients at once."""
-    parameter: Any = layer.b if layer.b.requires_grad else layer.a
+    return _when_graded(layer.b if layer.b.requires_grad else layer.a, waiting, name)
+
+
+def _when_graded(parameter: Any, waiting: dict[str, Any], name: str) -> Any:
+    """A hook that takes a name off a waiting list; for optimizers of the user's own that clear gradients at once."""
 
     def seen(_: Tensor) -> None:
         waiting.pop(name, None)

@@ -23,6 +23,7 @@ from eva_lightning.adapters.export_check import ROOT, check_export, plain_name
 from eva_lightning.adapters.injection import bypassed_by_fast_path
 from eva_lightning.adapters.merge import check_merge, merged_copy
 from eva_lightning.adapters.registry import describe_layers, find_adapters, lora_layers
+from eva_lightning.adapters.weight_reads import refuse_read_elsewhere
 from eva_lightning.errors import InputError
 from eva_lightning.files import filling
 
@@ -204,6 +205,7 @@ def _attention_name(layer: AdapterLayer) -> str:
 
 
 def _merged_weights(layer: AdapterLayer) -> dict[str, Tensor]:
+    refuse_read_elsewhere(layer, "nor can stock PEFT run it as a LoRA layer; keep a Lightning checkpoint")
     merged = merged_copy(layer)
     check_merge(layer, merged)
     held = {plain_name(name).replace("base_layer.", "") for name in layer.base.state_dict()}

@@ -60,15 +60,17 @@ def injection_arguments(
     arguments = {
         "r": _agreed("r", r, "r", options, DEFAULT_RANK),
         "alpha": _agreed("alpha", alpha, "lora_alpha", options, DEFAULT_ALPHA),
-        "target_modules": _agreed("target_modules", _names(target_modules), "target_modules", options),
-        "exclude": _agreed("exclude", _names(exclude), "exclude_modules", options),
-        "head": _names(head),
+        "target_modules": _agreed(
+            "target_modules", _names("target_modules", target_modules), "target_modules", options
+        ),
+        "exclude": _agreed("exclude", _names("exclude", exclude), "exclude_modules", options),
+        "head": _names("head", head),
         "bias": options.get("bias", "none"),
         **({"adapt_frozen": adapt_frozen} if adapt_frozen is not False else {}),
         **{name: _plain(options[name]) for name in _PASSED_ON if name in options},
     }
     if options.get("modules_to_save") is not None:
-        given = None if head == "auto" else _names(head)
+        given = None if head == "auto" else _names("head", head)
         arguments["head"] = _agreed("head", given, "modules_to_save", options)
     _check_values(arguments)
     return arguments
@@ -113,7 +115,7 @@ def _refuse_unsupported(options: Mapping[str, Any]) -> None:
 def _agreed(name: str, given: Any, option: str, options: Mapping[str, Any], default: Any = None) -> Any:
     """The value of an argument that LoraConfig has too, where not both say something else."""
     stated = options.get(option)
-    stated = _names(stated) if isinstance(stated, Iterable) else stated
+    stated = _names(option, stated) if isinstance(stated, Iterable) else stated
     if given is None:
         return default if stated is None else stated
     if stated is not None and stated != given and not _equal_sets(stated, given):
@@ -125,11 +127,14 @@ def _equal_sets(a: Any, b: Any) -> bool:
     return isinstance(a, list) and isinstance(b, list) and set(a) == set(b)
 
 
-def _names(value: Any) -> Any:
+def _names(name: str, value: Any) -> Any:
     """Lists where a checkpoint cannot hold sets and tuples."""
     if value is None or isinstance(value, str):
         return value
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    entries = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) else [value]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise InputTypeError(f"{name} must be names of layers, got {value!r}", setting=name)
+    return sorted(entries) if isinstance(value, (set, frozenset)) else entries
 
 
 def _plain(value: Any) -> Any:

@@ -17,10 +17,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.attention import AttentionOutputLayer
 from eva_lightning.adapters.layer_copy import remember_structure
-from eva_lightning.adapters.layer_probe import difference, is_quantised, output, probe_inputs, tolerance, working_copy
+from eva_lightning.adapters.layer_probe import (
+    QUANTISED_TOLERANCE,
+    difference,
+    is_quantised,
+    output,
+    probe_inputs,
+    tolerance,
+    working_copy,
+)
 from eva_lightning.adapters.registry import lora_layers, replace_everywhere
 from eva_lightning.adapters.supported_layers import is_silent
+from eva_lightning.adapters.weight_reads import refuse_read_elsewhere
 from eva_lightning.errors import InputError
+from eva_lightning.namespaces import is_lightning_module
 from eva_lightning.side_effects import isolated_rng, observing
 
 EXAMPLE_TOLERANCE = 1e-3
@@ -42,18 +52,26 @@ def merge_and_unload(module: nn.Module, example: Any = None) -> nn.Module:
         module: with LoRA layers, a PeftModel around it or in it or not.
         example: an input of ``module``; a tuple holds several arguments, a mapping those by name. With it the outputs
             of the whole module are compared too, which finds layers whose weight is read elsewhere. The old weights are
-            kept until then.
+            kept until then. Default: a LightningModule's ``example_input_array``, where it has one that runs.
 
     Returns:
         ``module``; of a LoRA layer itself, its base layer.
 
     Raises:
-        InputError: a layer cannot be merged: its class uses the weight in its own way, values are NaN or infinite or on
-            the meta device, adapters are switched off; names the layer. ``module`` is as it was.
+        InputError: a layer cannot be merged: its class uses the weight in its own way, the model was seen to read its
+            weight elsewhere while EVA streamed, values are NaN or infinite or on the meta device, adapters are switched
+            off; names the layer. ``module`` is as it was.
     """
     # PEFT's attention layer holds that of its output projection, and merges both
     layers = [layer for layer in lora_layers(module) if not isinstance(layer, AttentionOutputLayer)]
+    example = _own_example(module) if example is None else example
     for layer in layers:
+        if example is None:
+            refuse_read_elsewhere(
+                layer,
+                "keep the adapter, export it with save_pretrained, or pass example=, an input of the model, to have "
+                "it merged if outputs stay",
+            )
         if not is_silent(layer):
             check_merge(layer, merged_copy(layer))
     shared = _shared_weights(module)
@@ -321,14 +339,35 @@ def _undone_unless_equal(module: nn.Module, example: Any) -> Iterator[None]:
     try:
         yield
         gap = max((difference(a, b) for a, b in zip(before, outputs(module, example), strict=True)), default=0.0)
-        if gap > EXAMPLE_TOLERANCE:
+        if gap > (bound := _example_tolerance(module)):
             raise InputError(
                 f"{type(module).__name__} cannot be merged: its output for the example would differ by {gap:.2g} of "
-                f"the largest value (at most {EXAMPLE_TOLERANCE:g}); a weight of an adapted layer is used elsewhere too"
+                f"the largest value (at most {bound:.2g}); a weight of an adapted layer is used elsewhere too"
             )
     except BaseException:
         restore()
         raise
+
+
+def _example_tolerance(module: nn.Module) -> float:
+    """Merged weights are rounded once: in half precisions and quantised layers that shows in the output."""
+    if is_quantised(module):
+        return max(QUANTISED_TOLERANCE.values())
+    rounding = [torch.finfo(p.dtype).eps for p in module.parameters()]
+    return max([EXAMPLE_TOLERANCE, *(8 * eps for eps in rounding)])
+
+
+def _own_example(module: Any) -> Any:
+    """The ``example_input_array`` of a LightningModule, on its device, if ``forward`` takes it."""
+    example = module.example_input_array if is_lightning_module(module) else None
+    if example is None:
+        return None
+    try:
+        example = module.transfer_batch_to_device(example, module.device, 0)
+        outputs(module, example)
+    except Exception:  # nobody promised that it fits
+        return None
+    return example
 
 
 def outputs(module: nn.Module, example: Any) -> list[Tensor]:

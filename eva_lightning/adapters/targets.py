@@ -304,7 +304,11 @@ def select(
 
 def _matches(names: Sequence[str], pattern: str, is_regex: bool) -> list[str]:
     if is_regex:
-        hits = [n for n in names if re.fullmatch(pattern, n) or n == pattern]
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{pattern!r} is no regular expression ({error}); give names in a list") from error
+        hits = [n for n in names if expression.fullmatch(n) or n == pattern]
         if hits or not re.fullmatch(r"[\w.]+", pattern):
             return hits
     return [n for n in names if n == pattern or n.endswith(f".{pattern}")]
