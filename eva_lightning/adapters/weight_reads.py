@@ -45,12 +45,13 @@ class WeightReads:
         self._running: list[nn.Module] = []
         self._weights: dict[int, list[tuple[str, AdapterLayer]]] = {}
         # PEFT's attention layer drops its parameters in a call: kept, or the next tensor might get the id of one
-        self._kept = [p for layer in layers.values() for p in layer.base.parameters()]
+        self._kept: list[Tensor] = []
         below: set[int] = set()
         for name, layer in layers.items():
             below |= {id(m) for m in layer.module.modules()} - {id(layer.base)}
             for path, p in layer.base.named_parameters():
                 if "bias" not in path.rpartition(".")[2] and ".lora_" not in f".{path}":
+                    self._kept.append(p)
                     self._weights.setdefault(id(p), []).append((name, layer))
         # of weight_norm and the like before torch 2, which put another tensor there in every call
         self._computed = [(n, x) for n, x in layers.items() if isinstance(vars(x.base).get("weight"), Tensor)]

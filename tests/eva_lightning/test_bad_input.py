@@ -58,6 +58,10 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
             {"init": "minor", "streaming": StreamingOptions(engine="incremental")},
             ValueError, "init='minor' needs the whole spectrum",
         ),
+        ({"target_modules": 7}, TypeError, "target_modules must be names of layers, got 7"),
+        ({"exclude": ["net", 3]}, TypeError, "exclude must be names of layers, got ['net', 3]"),
+        ({"head": 3}, TypeError, "head must be names of layers, got 3"),
+        ({"rescale_alpha": "no"}, TypeError, "rescale_alpha must be True or False, got 'no'"),
         ({"lora": {"lora_dropout": 1.0}}, ValueError, "lora_dropout must be a number of at least 0 and below 1"),
         ({"lora": {"bias": "some"}}, ValueError, "unknown bias 'some': did you mean none?"),
     ],
@@ -80,6 +84,12 @@ def test_unknown_layer_names_get_a_suggestion(argument: str, peft: bool) -> None
     with pytest.raises(ValueError, match=expected):
         trainer(EVAInitCallback(r=2, **{argument: ["atention.q"]})).fit(module, loader(tokens=4))
     assert_same(before, fingerprint(module))
+
+
+@pytest.mark.parametrize("argument", ["target_modules", "exclude"])
+def test_a_broken_regular_expression_is_named(argument: str) -> None:
+    with pytest.raises(InputError, match=r"'\(' is no regular expression \(missing \)"):
+        trainer(EVAInitCallback(**{argument: "("}, verbose=False)).fit(build(), loader())
 
 
 def test_head_that_does_not_exist() -> None:

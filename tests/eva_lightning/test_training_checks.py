@@ -252,3 +252,30 @@ def test_no_step_waits_for_the_gpu() -> None:
     torch.cuda.synchronize()
     with pytest.warns(DivergenceWarning, match="the loss is nan"):
         watch.look_at_loss(run, {"loss": losses[0] * float("nan")})
+
+
+class Spare(Classifier):
+    """A layer that nothing runs, defined last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(7, 7)
+
+
+class FeaturesOnly(Classifier):
+    """``forward`` gives features; the head runs in ``training_step`` alone."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp()[:-1])
+        self.head = nn.Linear(24, CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self.head(self(batch[0])), batch[1])
+
+
+def test_an_output_layer_that_was_guessed_and_never_runs_is_named() -> None:
+    [message] = said(Spare(), max_epochs=2)
+    assert message.startswith("EVA: 'spare' got no gradient")
+    assert "head=[...]" in message
+    assert said(Spare(), eva={"head": "net.7", "exclude": ["spare"]}) == []
+    assert said(FeaturesOnly()) == []

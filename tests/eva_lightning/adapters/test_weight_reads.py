@@ -124,6 +124,16 @@ def test_what_is_no_use_of_its_values_is_merged(kind: str) -> None:
     torch.testing.assert_close(module(X), before, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_reads_its_own_weights() -> None:
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(IN, 2, HIDDEN, dropout=0.0, batch_first=True), 2)
+    net = nn.Sequential(nn.Unflatten(1, (1, IN)), layers, nn.Flatten(), nn.Linear(IN, CLASSES))
+    module, said = fitted(net, target_modules=["self_attn", "linear1"])
+    assert said == []
+    before = module(X)
+    merge_and_unload(module)
+    torch.testing.assert_close(module(X), before, rtol=1e-4, atol=1e-5)
+
+
 def test_the_note_is_in_checkpoints_and_copies(tmp_path: Path) -> None:
     class Tied(Classifier):
         def __init__(self) -> None:
