@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from eva_lightning import EVAInitCallback, EVAState, StreamingOptions
 from eva_lightning.adapters import find_adapters
+from eva_lightning.errors import InputError
 from tests.modules import HIDDEN, IN, Classifier, TokenNet, build, dataset, loader, mlp, trainer
 
 

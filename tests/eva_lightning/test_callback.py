@@ -656,6 +656,24 @@ def test_weight_averages_follow_the_adapters(name: str, first: bool, rho: int, g
     torch.testing.assert_close(layers["net.0"].b.detach(), average_of(name, weights.seen))
 
 
+@pytest.mark.parametrize("name", AVERAGES)
+def test_a_fresh_module_is_tested_from_a_checkpoint_under_an_averaging_callback(name: str, tmp_path: Path) -> None:
+    import lightning.pytorch.callbacks as callbacks
+
+    if not hasattr(callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    make = partial(getattr(callbacks, name), **AVERAGES[name])
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(make(), EVAInitCallback(r=4, verbose=False), saving, max_epochs=3, enable_checkpointing=True).fit(
+        build(), loader(), DataLoader(dataset(32), 16)
+    )
+    file, module = str(tmp_path / "last.ckpt"), build()
+    trainer(make(), EVAInitCallback(r=4, verbose=False)).validate(module, loader(), ckpt_path=file, verbose=False)
+    weights = Classifier.load_from_checkpoint(file).state_dict()
+    assert list(module.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_weight_averages_of_modules_that_are_built_late(kind: Any, first: bool) -> None:

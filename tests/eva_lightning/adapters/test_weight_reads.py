@@ -69,12 +69,12 @@ def _base(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def fitted(net: nn.Module, *callbacks: Any, **options: Any) -> tuple[Classifier, list[str]]:
+def fitted(net: nn.Module, **options: Any) -> tuple[Classifier, list[str]]:
     module = Classifier(net)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         eva = EVAInitCallback(r=2, alpha=8, verbose=False, **options)
-        trainer(eva, *callbacks, enable_checkpointing=bool(callbacks)).fit(module, loader())
+        trainer(eva).fit(module, loader())
     return module.eval(), [str(w.message) for w in seen if issubclass(w.category, EVAWarning)]
 
 
@@ -140,10 +140,9 @@ def test_the_note_is_in_checkpoints_and_copies(tmp_path: Path) -> None:
             super().__init__(tied())
 
     module = Tied()
+    eva, saving = EVAInitCallback(r=2, verbose=False), ModelCheckpoint(tmp_path, save_last=True)
     with pytest.warns(EVAWarning, match="also reads"):
-        eva = EVAInitCallback(r=2, verbose=False)
-        checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-        trainer(eva, checkpoint, enable_checkpointing=True).fit(module, loader())
+        trainer(eva, saving, enable_checkpointing=True).fit(module, loader())
     for again in (Tied.load_from_checkpoint(tmp_path / "last.ckpt"), copy.deepcopy(module)):
         with pytest.raises(InputError, match="also read elsewhere"):
             merge_and_unload(again)
