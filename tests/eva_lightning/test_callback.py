@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
