@@ -55,7 +55,8 @@ class WeightReads:
                     self._weights.setdefault(id(p), []).append((name, layer))
         # of weight_norm and the like before torch 2, which put another tensor there in every call
         self._computed = [(n, x) for n, x in layers.items() if isinstance(vars(x.base).get("weight"), Tensor)]
-        self._owners = {(id(m), id(p)) for m in module.modules() if id(m) not in below for p in m._parameters.values()}
+        others = [m for m in module.modules() if id(m) not in below]
+        self._owners = {(id(m), id(p)) for m in others for p in m.parameters(recurse=False)}
 
     def in_first(self, context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
         """``context``, with a look at what runs in it when it is entered for the first time."""

@@ -42,7 +42,7 @@ def decode(net: Any, _: Tensor, h: Tensor) -> Tensor:
 
 def tied(build: Callable[[nn.Linear], nn.Module] = lambda layer: layer) -> Net:
     net = Net(decode)
-    net.encoder = build(net.encoder)  # type: ignore[assignment,arg-type]
+    net.encoder = build(net.encoder)  # type: ignore[assignment]
     return net
 
 
