@@ -40,9 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, keep_previous: bool = True) -> None:
         self.keep_previous = keep_previous
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`.
 
         Raises:

@@ -156,7 +156,13 @@ def main() -> None:
             fit(kind, words.devices, words.folder, kind, Failing(words.folder, int(rank), how, when))
             continue
         fit(kind, words.devices, words.folder, kind)
-        fit(kind, words.devices, words.folder, f"{kind}-resumed", checkpoint=words.folder / f"{kind}-step={STEPS // 2}.ckpt")
+        fit(
+            kind,
+            words.devices,
+            words.folder,
+            f"{kind}-resumed",
+            checkpoint=words.folder / f"{kind}-step={STEPS // 2}.ckpt",
+        )
         if words.state:
             fit(kind, words.devices, words.folder, f"{kind}-given", state=words.state)
     (words.folder / f"listening-{os.environ['LOCAL_RANK']}.txt").write_text(listening())
