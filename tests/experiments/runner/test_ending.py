@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -97,6 +98,28 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 143
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["experiments.vtab", "experiments.demo", "benchmarks", "tools.vtab.prepare"])
+def test_a_signal_while_a_command_is_still_importing_ends_it_in_silence(
+    tmp_path: Path, how: signal.Signals, command: str
+) -> None:
+    (tmp_path / "jsonargparse.py").write_text("import time; print('ready', flush=True); time.sleep(100)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(how)
+    assert ended(process) == (128 + how, "", "")
+
+
+def test_importing_the_commands_leaves_the_handlers_of_others_alone() -> None:
+    handlers = "(signal.getsignal(2), signal.getsignal(15))"
+    program = f"import signal; before = {handlers}; import experiments, benchmarks, tools; assert before == {handlers}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 FIT = """
