@@ -87,6 +87,9 @@ def leave(status: int) -> NoReturn:
     if was_interrupted(status):
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # A KeyboardInterrupt that has left an exec() (of an import: dataclasses use it) counts as not caught, and
+        # Python would end by SIGINT whatever the status, unless another exec() ends well after it.
+        exec("")
         _end_soon(status)
     sys.exit(status)
 
