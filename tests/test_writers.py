@@ -26,7 +26,6 @@ LEFT_OUT = {
     "eva_lightning/launching.py:__call__": "a message to the parent process, in a temporary folder",
     "eva_lightning/rl/trajectory_store.py:build": "a folder that takes its name when it is complete",
     "eva_lightning/rl/trajectory_store.py:_write": "into a folder that takes its name when it is complete",
-    "eva_lightning/rl/trajectory_store.py:_new_files": "into a folder that takes its name when it is complete",
     "eva_lightning/rl/minari_export.py:export_minari": "a folder that takes its name when it is complete",
     "eva_lightning/rl/video.py:_write_mp4": "its caller gives it a file of replacing()",
     "experiments/vtab/states.py:_compute": APPENDED,
