@@ -56,11 +56,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def filling(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends without an error; others there stay.
 
     For libraries that write several files by names of their own. Every file is replaced as by :func:`replacing`, once
-    all are written; the last ones by name come last.
+    all are written. The one named `last`, without which readers take none of the others, goes first and comes last: a
+    kill in between leaves no old file beside a new one that pass for a whole.
 
     Raises:
         DiskFullError, UnwritableError: As :func:`replacing`.
@@ -71,7 +72,11 @@ def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
             with _saying_no_room(target):
                 yield temporary
             with saying_why(target):
-                for file in sorted(temporary.iterdir()):
+                files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+                if len(files) > 1:
+                    (target / last).unlink(missing_ok=True)
+                    _sync_folder(target)
+                for file in files:
                     _settle(file, target / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -27,6 +27,9 @@ from eva_lightning.adapters.weight_reads import refuse_read_elsewhere
 from eva_lightning.errors import InputError
 from eva_lightning.files import filling
 
+CONFIG = "adapter_config.json"
+"""The file by which PEFT knows an adapter folder."""
+
 VERIFY_UP_TO = 2**28
 """Parameters of the largest model that :func:`save_pretrained` verifies unless told: 268 million."""
 
@@ -78,7 +81,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None
             "not run these adapters (torch's fused encoder layer, or a layer under several names)",
             stacklevel=2,
         )
-    with filling(directory) as temporary:
+    with filling(directory, last=CONFIG) as temporary:
         export.write(temporary)
         if verify:
             check_export(model, temporary, export.layers, example)

@@ -48,6 +48,7 @@ from experiments.comparisons.digits_run import (
     starting_model,
     weights_in,
 )
+from experiments.runner.lightning_runs import Divergence
 
 # uniform ranks, so that both methods have matrices of one shape
 METHODS = (MethodKey.parse("lora"), MethodKey.parse("eva:1"))
@@ -84,7 +85,7 @@ def analyse(settings: Settings) -> Numbers:
     """Do all analyses, write figures and numbers, and print what they say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     output = writable_folder(settings.output)
-    claim(output, ("analysis.json", "fig*.png"), "choose another --output")
+    claim(output, ("analysis.json", "fig*.png", "table6_*.png"), "choose another --output")
     with only_process(output / ".lock", f"another analysis is at work in {output}"):
         return _analyse(settings, output)
 
@@ -183,7 +184,8 @@ def _distances(settings: Settings, weights: Path, numbers: Numbers, figures: Fig
     for seed in _watched(range(settings.seeds), "distances between adapters"):
         finals = []
         for key in METHODS:
-            first, last = _train(key, weights, settings, seed)
+            first, last, diverged = _train(key, weights, settings, seed)
+            numbers.update(diverged)
             own[key.entry.label].append(adapter_distances(first, last))
             finals.append(last)
         between.append(adapter_distances(*finals))
@@ -213,21 +215,22 @@ class _Start(L.Callback):
 
 def _train(
     key: MethodKey, weights: Path, settings: Settings, seed: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A matrices at the first training step and after the last epoch."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
+    """A matrices at the first training step and after the last epoch, and whether training diverged."""
     L.seed_everything(seed, verbose=False)
     data = DigitsDataModule(CLASSES, n_labels=200, batch_size=32, seed=seed)
     module = DigitsClassifier(starting_model(weights), settings.lr)
-    start = _Start()
+    start, divergence = _Start(), Divergence()
     callbacks = apply_method(key.method, module, AdapterOptions(rank=settings.r, rho=1.0, bias="all", seed=seed))
     for callback in callbacks:
         if isinstance(callback, EVAInitCallback):
             callback.verbose = False
     try:
-        quick_trainer(settings.epochs, [*callbacks, start]).fit(module, data)
+        trainer = quick_trainer(settings.epochs, [*callbacks, start, divergence])
+        trainer.fit(module, data)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
-    return start.matrices, adapter_matrices(module)
+    return start.matrices, adapter_matrices(module), divergence.metrics(trainer, module)
 
 
 def _by_kind(runs: Sequence[Mapping[str, Distance]]) -> dict[str, dict[str, float]]:

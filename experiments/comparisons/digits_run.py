@@ -23,6 +23,7 @@ from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, smal
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
 from experiments.runner.jobs import Job
+from experiments.runner.lightning_runs import Divergence
 from experiments.runner.run_folder import RunFolder, Work, perform
 from experiments.runner.settings import Role, check_settings, option
 
@@ -162,8 +163,9 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
     key, started = MethodKey.parse(settings.method), time.perf_counter()
     options = AdapterOptions(rank=settings.rank, rho=key.rho or DEFAULT_RHO, seed=settings.seed)
     callbacks = apply_method(key.method, module, options)
-    recorder = Recorder()
-    quick_trainer(settings.epochs, [recorder, *callbacks]).fit(module, data)
+    recorder, divergence = Recorder(), Divergence()
+    trainer = quick_trainer(settings.epochs, [recorder, divergence, *callbacks])
+    trainer.fit(module, data)
     states = [callback.state for callback in callbacks if isinstance(callback, EVAInitCallback)]
     return {
         "loss": recorder.loss,
@@ -171,6 +173,7 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
         "trainable_parameters": recorder.trainable_parameters,
         "setup_seconds": recorder.first_step_at - started,
         "eva": {} if not states or states[0] is None else described(states[0]),
+        **divergence.metrics(trainer, module),
     }
 
 

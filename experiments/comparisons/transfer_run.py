@@ -24,7 +24,7 @@ from experiments.comparisons.transfer import NOT_PRETRAINED, Recipe
 from experiments.comparisons.transfer_data import Halves, TransferData, decoded, read_images, split_halves
 from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, cpu_trainer
 from experiments.runner.jobs import Job
-from experiments.runner.lightning_runs import eva_metrics
+from experiments.runner.lightning_runs import Divergence, eva_metrics
 from experiments.runner.run_folder import RunFolder, Work
 from experiments.runner.settings import Role, option
 
@@ -91,14 +91,15 @@ def build(job: Job) -> Work:
     callbacks = prepare(module, run)
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        evaluations = Evaluations(held_out, run.eval_epochs)
-        trainer = cpu_trainer(run.epochs, [*callbacks, evaluations])
+        evaluations, divergence = Evaluations(held_out, run.eval_epochs), Divergence()
+        trainer = cpu_trainer(run.epochs, [*callbacks, evaluations, divergence])
         trainer.fit(module, datamodule=TransferData(train, run.batch_size, run.seed))
         return {
             "evaluations": evaluations.rows,
             "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "seconds": time.process_time() - started,
             **eva_metrics(callbacks),
+            **divergence.metrics(trainer, module),
         }
 
     return work

@@ -65,6 +65,8 @@ class TunedComparison(Comparison):
         self.command = command
         self.started = time.time()
         self.rates = {} if options.tune else rates.check_rates(options.learning_rates, self.methods)
+        if not options.tune:
+            rates.check_tuning(options.tuning)
 
     def cells(self) -> list[Cell]:
         """One per method with all learning rates in tuning, else those of :meth:`final_cells`."""

@@ -55,6 +55,23 @@ def check_rates(rates: Mapping[str, float] | None, methods: Iterable[str]) -> di
     return {method: rates[method] for method in methods}
 
 
+def check_tuning(tuning: Mapping[str, Any] | None) -> None:
+    """Make sure that what a configuration says about the choice of its rates is as :func:`write_choice` writes it.
+
+    Raises:
+        InputError: It is not.
+    """
+    if tuning is None or tuning.get("scores") in (None, []):
+        return
+    rule, seeds, scores = (tuning.get(name) for name in ("rule", "seeds", "scores"))
+    fits = isinstance(rule, str) and isinstance(seeds, list) and seeds and isinstance(scores, list)
+    if not fits or not all(isinstance(row, dict) and {"method", "lr"} <= set(row) for row in scores or ()):
+        raise InputError(
+            "tuning must have a rule, seeds, and scores with a method and lr each, as --tune writes it: leave it out, "
+            "or choose the rates again"
+        )
+
+
 def chosen_rates(choices: Mapping[str, Choice]) -> dict[str, float]:
     """Learning rates out of the choices of cells that are named after methods."""
     return {method: choice.point.get("lr") for method, choice in choices.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,12 @@ from typing import Any
 
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.files import is_disk_full
+from eva_lightning.names import shown
 from experiments.runner.ending import Ending, asked_to_end
 from experiments.runner.settings import flag
+
+#: Errors of the system that are about a path that was given, not a fault of the program.
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Command:
 def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
     """Call `run` for a terminal and return the exit status.
 
-    An :class:`~eva_lightning.errors.InputError` or a full disk becomes one sentence on standard error and status 2;
-    Ctrl-C gives status 130, SIGTERM 143, SIGHUP 129. Any other exception is a fault of the program and passes, with its
-    traceback.
+    An :class:`~eva_lightning.errors.InputError`, a path that cannot be used or a full disk becomes one sentence on
+    standard error and status 2; Ctrl-C gives status 130, SIGTERM 143, SIGHUP 129. Any other exception is a fault of the
+    program and passes, with its traceback.
     """
     ending = Ending()
     try:
@@ -43,6 +48,8 @@ def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] 
     except KeyboardInterrupt:
         return ending.status
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+            return _refused(InputError(f"cannot use {shown(str(error.filename))}: {str(error.strerror).lower()}"))
         if not is_disk_full(error):
             raise
         print(f"error: the disk is full ({error}): what was done stays; make room, then run it again", file=sys.stderr)

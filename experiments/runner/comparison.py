@@ -308,8 +308,10 @@ def _say_what_is_done(results: Results, schedule: Schedule) -> None:
             "failed tuning runs hold up the final runs of %d cells, such as %s (--skip-failed chooses without them)",
             len(results.held_up), results.held_up[0],
         )  # fmt: skip
-    diverged = results.runs[results.runs["diverged"].notna()] if "diverged" in results.runs else results.runs[:0]
-    if len(diverged):
-        _LOGGER.warning("%d final runs diverged, such as %s", len(diverged), diverged["path"].iloc[0])
+    if len(results.diverged):
+        first = results.diverged.iloc[0]
+        _LOGGER.warning(
+            "%d final runs diverged, such as %s: %s", len(results.diverged), first["path"], first["diverged"]
+        )
     for name in results.without_choice:
         _LOGGER.warning("%s failed or diverged in tuning at every point", name)

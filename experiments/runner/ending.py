@@ -70,11 +70,26 @@ def was_interrupted(status: int) -> bool:
     return status > 128
 
 
+def quiet_while_starting() -> None:
+    """End without a traceback on a signal that comes before :func:`asked_to_end`: imports take a second.
+
+    For packages that hold commands, which call it as they are imported. Whoever else imports them keeps the handlers:
+    only ``python -m`` has no name of a program yet.
+    """
+    if sys.argv[:1] == ["-m"]:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+
 def leave(status: int) -> NoReturn:
     """End the process with a command's exit status; a second signal while Python shuts down does not change it."""
     if was_interrupted(status):
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # A KeyboardInterrupt that has left an exec() (of an import: dataclasses use it) counts as not caught, and
+        # Python would end by SIGINT whatever the status, unless another exec() ends well after it.
+        exec("")
         _end_soon(status)
     sys.exit(status)
 

@@ -29,6 +29,8 @@ class Divergence(DivergenceCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.diverged = state_dict["diverged"]
+        if self.diverged is not None:
+            _LOGGER.warning("the run to resume is lost: %s", self.diverged)
 
     def metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         """``{"diverged": sentence}`` of a run that has, else nothing; after training."""

@@ -10,6 +10,7 @@ import pandas as pd
 
 from eva_lightning.errors import DamagedFileError
 from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
+from experiments.runner.command import DIVERGED
 from experiments.runner.schedule import Row, Schedule
 from experiments.runner.tuning import Choice
 
@@ -56,8 +57,15 @@ class Results:
 
     @property
     def exit_status(self) -> int:
-        """Of a command: 1 where something failed."""
-        return int(bool(self.failures or self.without_choice))
+        """Of a command: 1 where something failed, else 3 where a final run diverged."""
+        if self.failures or self.without_choice:
+            return 1
+        return DIVERGED if len(self.diverged) else 0
+
+    @property
+    def diverged(self) -> pd.DataFrame:
+        """The final runs that did."""
+        return self.runs[self.runs["diverged"].notna()] if "diverged" in self.runs else self.runs[:0]
 
     @property
     def is_complete(self) -> bool:

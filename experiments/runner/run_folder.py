@@ -304,7 +304,7 @@ def _perform(folder: RunFolder, build: Callable[[], Work], terminal: bool, overw
         if overwrite:
             folder.clear()
         folder.start()
-        with folder.logging(terminal), _interruptible(), _failure_noted(folder):
+        with folder.logging(terminal), _interruptible(), _failure_noted(folder), _overflow_said():
             metrics = dict(work(folder))
             folder.finish(metrics)
     return metrics
@@ -318,11 +318,25 @@ def perform_or_report(
     found = None if overwrite else folder.result()
     if found is not None:
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
+        if found.get("diverged"):
+            print(f"warning: {folder.path}: {found['diverged']}", flush=True)
     else:
         found = perform(folder, build, overwrite=overwrite)
-    if found.get("diverged"):
-        print(f"warning: {folder.path}: {found['diverged']}", flush=True)
     return found
+
+
+@contextmanager
+def _overflow_said() -> Iterator[None]:
+    """Optimizers compute with their settings in the numbers of the weights, which end at 3e38."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise InputError(
+            f"training has diverged: the optimizer cannot compute with its settings ({error}): lower {flag('lr')} or "
+            f"{flag('weight_decay')}"
+        ) from error
 
 
 @contextmanager

@@ -15,11 +15,13 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Flag
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
+from eva_lightning.names import check_length
 from eva_lightning.reading import in_short
 from experiments.runner.yaml_files import read_yaml
 
@@ -95,6 +97,8 @@ def _hints(kind: Any) -> dict[str, Any]:
 def check_settings(settings: Any) -> None:
     """Check the values of a settings dataclass: all numbers finite, and within the choices and bounds of its options.
 
+    A text is no longer than a path, so that what names a file is refused before anything starts.
+
     Raises:
         InputError: One does not fit; ``setting`` names it.
     """
@@ -102,6 +106,9 @@ def check_settings(settings: Any) -> None:
     for item in fields(settings):
         value, metadata = getattr(settings, item.name), item.metadata
         _check_finite(item, value)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str):
+                check_length(item.name, Path(each), setting=item.name)
         if value is None or not (metadata.get("choices") or metadata.get("bounds")):
             continue
         for each in value if isinstance(value, tuple) else (value,):

@@ -169,7 +169,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         "device": str(trainer.strategy.root_device),
         **diverged,
     }
-    if settings.save_adapter:
+    if settings.save_adapter and not diverged:
         _save_adapter(settings, parts, folder.path)
     if settings.plots:
         for name, figure in _figures(settings, parts, history).items():

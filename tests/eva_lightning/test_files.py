@@ -107,15 +107,37 @@ def test_the_name_is_on_the_disk_before_the_writer_returns(tmp_path: Path, monke
 def test_a_folder_is_filled_all_or_nothing(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("old")
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(FileExistsError), filling(tmp_path) as temporary:  # noqa: PT012
+    with pytest.raises(FileExistsError), filling(tmp_path, "config") as temporary:  # noqa: PT012
         (temporary / "config").write_text("new")
         (temporary / "config").mkdir()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config": "old", "mine": "mine"}
-    with filling(tmp_path) as temporary:
+    with filling(tmp_path, "config") as temporary:
         (temporary / "config").write_text("new")
         (temporary / "weights").write_text("new")
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"config": "new", "weights": "new", "mine": "mine"}
+
+
+def test_a_kill_between_the_names_leaves_no_old_file_beside_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    replace = Path.replace
+
+    def killed_before(last: str, path: Path, target: Path) -> Path:
+        if target.name == last:
+            raise RuntimeError("killed")
+        return replace(path, target)
+
+    for killed in names:
+        for name in names:
+            write_text(tmp_path / name, "old")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", lambda path, target, killed=killed: killed_before(killed, path, target))
+            with pytest.raises(RuntimeError, match="killed"), filling(tmp_path, names[0]) as temporary:  # noqa: PT012
+                for name in names:
+                    (temporary / name).write_text("new")
+        assert not (tmp_path / names[0]).exists(), killed
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -123,7 +145,7 @@ def test_a_folder_is_filled_all_or_nothing(tmp_path: Path) -> None:
 def test_what_killed_writers_leave_goes_and_what_living_ones_write_stays(tmp_path: Path) -> None:
     process = os.fork()
     if process == 0:
-        with replacing(tmp_path / "killed"), filling(tmp_path) as folder:
+        with replacing(tmp_path / "killed"), filling(tmp_path, "config") as folder:
             (folder / "killed").write_text("killed")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)

@@ -27,6 +27,7 @@ from experiments.runner.run_folder import RunFolder
 TASK = "handle-press-side-v3"
 VISION = ["--parts=vision", "--seeds=2", "--epochs=2", "--labels=40", "--pretrain-epochs=1", "--workers=0"]
 RL = ["--parts=rl", "--workers=0"]
+RATES = dict.fromkeys({*digits.METHODS, *robots.METHODS}, 1e-3)
 
 
 def _half(values: Any) -> float:
@@ -305,6 +306,8 @@ def test_bad_options_are_one_sentence(words: list[str], message: str, capsys: py
         ("vision", {"seeds": 3}, "learning_rates are not given"),
         ("vision", {"learning_rates": {"lora": 1.0}}, "learning_rates.fft must be a number above 0, got None"),
         ("vision", {"learning_rates": {"fft": -1.0}}, "learning_rates.fft must be a number above 0, got -1.0"),
+        ("vision", {"learning_rates": RATES, "tuning": {"scores": 3}}, "tuning must have a rule, seeds, and scores"),
+        ("rl", {"learning_rates": RATES, "tuning": {"scores": [3]}}, "tuning must have a rule, seeds, and scores"),
         ("rl", {"task": ["push"]}, "unknown setting 'task': did you mean tasks"),
         ("rl", {"tasks": ["push-v2"]}, "push-v3"),
         ("rl", {"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),

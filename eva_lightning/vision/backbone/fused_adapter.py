@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
+from eva_lightning.adapters.export import CONFIG
 from eva_lightning.errors import InputError
 from eva_lightning.files import filling, replacing, write_json
 from eva_lightning.vision.backbone.split_fused import split_layers
@@ -42,7 +43,7 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
     """
     if is_adalora(model):
         raise InputError("AdaLoRA's adapters cannot be fused exactly: keep those of the split layout")
-    with filling(directory) as temporary:
+    with filling(directory, last=CONFIG) as temporary:
         _fuse(model, save_pretrained(model, temporary))
     return Path(directory)
 
@@ -50,7 +51,7 @@ def save_fused_adapter(model: nn.Module, directory: str | Path) -> Path:
 def _fuse(model: nn.Module, folder: Path) -> None:
     """Rewrite an adapter folder of the split layout."""
     file = folder / "adapter_model.safetensors"
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(file)
     for path, layer in split_layers(model).items():
         parts = {name: _Part.take(tensors, f"{path}.{name}", part, config) for name, part in layer.named_children()}
@@ -61,7 +62,7 @@ def _fuse(model: nn.Module, folder: Path) -> None:
     config["target_modules"] = "|".join(re.escape(name) for name in sorted(names))
     with replacing(file) as new:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new)
-    write_json(folder / "adapter_config.json", config)
+    write_json(folder / CONFIG, config)
 
 
 @dataclass(frozen=True)

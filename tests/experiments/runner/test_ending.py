@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -43,6 +44,8 @@ SLOW_TO_CLEAN_UP = """try:
         time.sleep(0.8)
         print("in order", flush=True)
 """
+IN_EXEC = """exec("{waits}", dict(time=time))
+"""
 LEFT = """try:
         {waits}
     except KeyboardInterrupt:
@@ -55,6 +58,17 @@ def started(work: str, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [*words, sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def run_module(name: str, path: Path) -> subprocess.Popen[str]:
+    """``python -m NAME`` with modules in the folder `path`, once it has said that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", name], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -74,6 +88,13 @@ def test_the_status_is_128_and_the_signal_whatever_it_leads_to(how: signal.Signa
     process = started(work)
     process.send_signal(how)
     assert ended(process) == (128 + how, "", "")
+
+
+def test_the_status_is_the_same_where_the_signal_came_in_an_exec_of_an_import(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(BEGIN.format(work=IN_EXEC.format(waits=WAITS)))
+    process = run_module("program", tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (143, "", "")
 
 
 def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
@@ -97,6 +118,23 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 143
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["experiments.vtab", "experiments.demo", "benchmarks", "tools.vtab.prepare"])
+def test_a_signal_while_a_command_is_still_importing_ends_it_in_silence(
+    tmp_path: Path, how: signal.Signals, command: str
+) -> None:
+    (tmp_path / "jsonargparse.py").write_text("import time; print('ready', flush=True); time.sleep(100)")
+    process = run_module(command, tmp_path)
+    process.send_signal(how)
+    assert ended(process) == (128 + how, "", "")
+
+
+def test_importing_the_commands_leaves_the_handlers_of_others_alone() -> None:
+    handlers = "(signal.getsignal(2), signal.getsignal(15))"
+    program = f"import signal; before = {handlers}; import experiments, benchmarks, tools; assert before == {handlers}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 FIT = """

@@ -189,3 +189,24 @@ def test_every_command_names_work_that_exists() -> None:
     for prog, work in commands.items():
         module, _, function = work.partition(":")
         assert callable(getattr(importlib.import_module(module), function, None)), f"{prog}: {work}"
+
+
+@pytest.mark.parametrize("value", ["n" * 256, "a/" + "n" * 256, "ab/" * 2000, "a\0b"])
+@pytest.mark.parametrize("name", ["output", "weights", "task"])
+def test_what_no_file_system_takes_as_a_path_is_refused_before_anything_starts(name: str, value: str) -> None:
+    with pytest.raises(InputError, match=name) as found:
+        Settings(**{"task": "push", name: value})
+    assert len(str(found.value)) < 300
+
+
+def test_a_path_that_cannot_be_used_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / ("n" * 300), tmp_path / "loop", tmp_path / "file" / "x", tmp_path):
+        assert in_terminal(lambda args, path=path: path.read_text()) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: cannot use ")
+        assert error.count("\n") == 1
+    # what a program should have looked for is its own fault
+    with pytest.raises(FileNotFoundError):
+        in_terminal(lambda args: (tmp_path / "missing").read_text())

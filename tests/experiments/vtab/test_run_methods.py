@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,29 @@ def test_records_and_exports(method: str, trained_ranks: set[int], arguments: li
     tensors = load_file(tmp_path / "runs/run/adapter/adapter_model.safetensors")
     # what left the base weight comes off again in a plain LoRA of twice the rank
     assert {len(t) for name, t in tensors.items() if "lora_A" in name} == trained_ranks
+
+
+@pytest.mark.filterwarnings("ignore:training has diverged")
+def test_a_run_that_diverges_says_so_ends_with_3_and_exports_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments, "--method=lora", "--lr=1e30", "--name=run", "--warmup-epochs=0"]
+    assert command_line(command) == 3
+    text = (tmp_path / "runs/run/metrics.json").read_text(encoding="utf-8")
+    metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert "the loss is nan at step" in metrics["diverged"]
+    assert not (tmp_path / "runs/run/adapter").exists()
+    capsys.readouterr()
+    # a finished run is reported with its status
+    assert command_line(command) == 3
+    assert "Lower the learning rate" in capsys.readouterr().out
+
+
+def test_settings_that_the_optimizer_cannot_compute_with_are_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line([*arguments, "--method=lora", "--lr=1e39", "--warmup-epochs=0"]) == 2
+    assert "lower --lr or --weight-decay" in capsys.readouterr().err
 
 
 def test_a_state_serves_another_rank_and_method(arguments: list[str], tmp_path: Path) -> None:
