@@ -27,10 +27,6 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # a shell starts its background jobs deaf to Ctrl-C, and so would be every process that a test interrupts
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Derandomized so that a failure in CI is the failure everybody else sees; no deadline because cores are shared.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
@@ -62,6 +58,22 @@ def _offline() -> Any:
     patch.setattr(socket.socket, "connect", guarded)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _hears_signals() -> Any:
+    """Every test, and the processes it starts, hears signals: shells make background jobs deaf to Ctrl-C, and Lightning
+    makes a process so that was interrupted."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
