@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from eva_lightning.errors import InputError
+from eva_lightning.sealed import is_unusual
 
 #: How a pickle names the call; the reader of ``weights_only`` knows no other way.
 _CALLS = (b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")
@@ -32,6 +33,6 @@ def load_plain(file: str | os.PathLike[str]) -> Any:
             raise InputError(f"{os.fspath(file)} makes byte arrays of any size, which no weights need")
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{os.fspath(file)} is packed, which torch.save never does")
+            if any(map(is_unusual, archive.infolist())):
+                raise InputError(f"{os.fspath(file)} has packed parts or folders, which torch.save never writes")
     return torch.load(file, map_location="cpu", weights_only=True)

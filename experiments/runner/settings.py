@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Flag
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -208,7 +208,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     _refuse_unknown(words, items)
     config_files(words)
     try:
-        values = _parser(kind, prog, description).parse_args(words).as_dict()
+        values = _parser(cast(Any, kind), prog, description).parse_args(words).as_dict()
     except InputError as error:
         raise _reworded(error, hints) from error.__cause__
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values

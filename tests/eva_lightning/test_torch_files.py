@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_byte_arrays_of_any_size_are_not_made(tmp_path: Path) -> None:
 
 def test_packed_archives_are_not_unpacked(tmp_path: Path) -> None:
     content = pickle.dumps({"a": "x" * 1_000_000}, 2)
-    with pytest.raises(InputError, match="is packed, which torch"):
+    with pytest.raises(InputError, match="has packed parts or folders, which torch"):
         load_plain(_archive(tmp_path / "a.pth", content, zipfile.ZIP_DEFLATED))
     with pytest.raises(InputError, match=r"a\.pth is damaged"):
         read_weights(tmp_path / "a.pth")
@@ -49,8 +50,21 @@ def test_packed_archives_are_not_unpacked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_files_of_torch_load(tmp_path: Path, new_format: bool) -> None:
-    content = {"a": torch.arange(3), "n": 3}
+    content: dict[str, Any] = {"a": torch.arange(3), "n": 3}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_format)
     found = load_plain(tmp_path / "a.pth")
     assert torch.equal(found["a"], content["a"])
     assert found["n"] == 3
+
+
+def test_parts_marked_as_folders_are_refused(tmp_path: Path) -> None:
+    """torch gives such a tensor the content of memory that nobody has written."""
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        at = archive.start_dir
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[at + 38] |= 0x10
+    (tmp_path / "a.pth").write_bytes(data)
+    for read in (load_plain, read_weights):
+        with pytest.raises(InputError):
+            read(tmp_path / "a.pth")

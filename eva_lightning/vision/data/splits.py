@@ -1,7 +1,8 @@
 """Reading and checking a VTAB-1K folder: everything that can be wrong with it is reported before a model is built.
 
 Layout: ``<root>/<task>/{train800,val200,train800val200,test}.txt``, each line ``relative_path int_label``, paths
-relative to the task folder. Only text files are read, and images are only found to exist: 7,000 of them take about 0.1 s.
+relative to the task folder. Only text files are read, and images are only found to exist: 7,000 of them take about
+0.1 s.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
 
     Raises:
         MissingInputError: The file is missing; says how to get it.
-        InputError: A line is not ``relative_path int_label``, a path leaves the folder, a label is outside ``[0, classes)``, or there is no line.
+        InputError: A line is not ``relative_path int_label``, a path leaves the folder, a label is outside
+            ``[0, classes)``, or there is no line.
     """
     file = folder / f"{split}.txt"
     if not file.is_file():
