@@ -67,8 +67,8 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, list_all: bool = Tr
     by_lower = {choice.lower(): choice for choice in known}
     near = [by_lower[found] for found in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)]
     if near:
-        return f"unknown {kind} {name!r}: did you mean {' or '.join(near)}?"
-    return f"unknown {kind} {name!r}" + (f": choose from {', '.join(known)}" if list_all else "")
+        return f"unknown {kind} {_shown(name)}: did you mean {' or '.join(near)}?"
+    return f"unknown {kind} {_shown(name)}" + (f": choose from {', '.join(known)}" if list_all else "")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from eva_lightning.checkpoint import KEY
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import replacing
 from eva_lightning.namespaces import lightning_classes
+from eva_lightning.torch_files import load_plain
 
 #: What Lightning and its averaging callbacks need to go on training; it is of the parameters that adapters had.
 TRAINING = (
@@ -75,7 +76,9 @@ def _read(file: Path, weights_only: bool) -> dict[str, Any]:
     if not file.is_file():
         raise MissingInputError(f"there is no checkpoint {file}")
     try:
-        found = torch.load(file, map_location="cpu", weights_only=weights_only)
+        found = load_plain(file) if weights_only else torch.load(file, map_location="cpu", weights_only=False)
+    except InputError:
+        raise
     except Exception as error:  # of many types: zip, pickle and torch each have their own
         raise InputError(f"{file} is damaged or no checkpoint: {type(error).__name__} when reading it") from error
     if not isinstance(found, dict) or "state_dict" not in found:

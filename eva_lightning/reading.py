@@ -80,6 +80,20 @@ def in_short(error: BaseException) -> str:
     return text if len(text) > 3 and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
 
 
+def check_ordinary(path: str | os.PathLike[str]) -> os.stat_result:
+    """What the system says of a file, once it is none that blocks where it is opened, or never ends.
+
+    Raises:
+        InputError: It is a folder, a pipe or a device.
+        OSError: It is missing, or cannot be reached.
+    """
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
+        raise InputError(f"{os.fspath(path)} must be a file, and is {kind}")
+    return found
+
+
 def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = "", what: str = "") -> bytes:
     """The content of an ordinary file of at most `most` bytes.
 
@@ -88,11 +102,7 @@ def read_bytes(path: str | os.PathLike[str], most: int, remedy: str = "", what: 
         InputError: It is a folder, a pipe or a device, larger, or cannot be read.
     """
     with reading(path, remedy, what):
-        # a pipe would block where it is opened
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):
-            folder = stat.S_ISDIR(found.st_mode)
-            raise InputError(f"{os.fspath(path)} is {'a folder' if folder else 'no ordinary file'}")
+        found = check_ordinary(path)
         if found.st_size > most:
             raise InputError(f"{os.fspath(path)} is larger than the {format_bytes(most)} that are read of such files")
         with Path(path).open("rb") as file:

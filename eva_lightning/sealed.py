@@ -125,7 +125,7 @@ def damage(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             # torch writes no other comment and does not compress
-            if archive.comment or any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            if archive.comment or any(map(is_unusual, archive.infolist())):
                 return "its end was changed"
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 return "it is no file of torch.save"
@@ -133,6 +133,11 @@ def damage(file: Path) -> str | None:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
         return f"it is cut or changed: {str(error)[:120]}"
     return None if wrong is None else f"its part {wrong} was changed"
+
+
+def is_unusual(entry: zipfile.ZipInfo) -> bool:
+    """Packed; or marked as a folder, of which torch takes the bytes from memory that nobody has written."""
+    return entry.compress_type != zipfile.ZIP_STORED or bool(entry.external_attr & 0x10)
 
 
 def previous(file: Path) -> Path:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from eva_lightning.errors import DamagedFileError, InputError, InputTypeError, MissingInputError, check_number
 from eva_lightning.files import file_digest, replacing
+from eva_lightning.names import shown
 from eva_lightning.ranks import explained_variance, redistribute_ranks
+from eva_lightning.reading import parse_json, read_text
 from eva_lightning.sealed import CHECKSUM, read_sealed_json, sealed
 from eva_lightning.state_checks import DOCUMENT_FIELDS, check_agreement, check_document
 from eva_lightning.tensor_files import read_tensors, write_tensors
@@ -248,6 +250,8 @@ def _by_layer(name: str, tensors: Mapping[str, Tensor], document: Mapping[str, A
     own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     found = {layer: own.get(layer, own.get(shared.get(layer, layer))) for layer in document["total_variance"]}
     by_layer = {layer: value for layer, value in found.items() if value is not None}
+    if foreign := sorted(key for key in tensors if key.partition("/")[0] not in _TENSOR_FIELDS):
+        raise InputError(f"{shown(foreign[0])} is no tensor of an EVA state")
     if unknown := sorted(own.keys() - by_layer.keys()):
         raise InputError(f"{name} of layer {unknown[0]!r} have no total_variance")
     return by_layer
@@ -255,15 +259,12 @@ def _by_layer(name: str, tensors: Mapping[str, Tensor], document: Mapping[str, A
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:
     """The document in `text`, of this version."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is truncated or not JSON: {error}") from error
+    document = parse_json(text, path, non_finite=True)  # which check_document names
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise InputError(f"{path} does not describe an EVA state")
     version = document.pop("version", None)
-    if version not in (1, VERSION) or isinstance(version, bool):
-        raise InputError(f"{path} has version {version!r}, this eva_lightning reads versions 1 and {VERSION}")
+    if type(version) is not int or version not in (1, VERSION):
+        raise InputError(f"{path} has version {shown(version)}, this eva_lightning reads versions 1 and {VERSION}")
     return document
 
 
@@ -271,10 +272,7 @@ def _read_version_1(tensor_path: Path, json_path: Path) -> dict[str, Any]:
     """The document of a state whose tensor file does not hold it."""
     if not json_path.is_file():
         raise _missing(json_path, tensor_path, json_path)
-    try:
-        document = _parsed(json_path.read_text(encoding="utf-8"), json_path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{json_path} is truncated or not JSON: {error}") from error
+    document = _parsed(read_text(json_path), json_path)
     if document.pop("tensor_checksum", None) != f"sha256:{file_digest(tensor_path)}":
         raise InputError(
             f"{tensor_path} is truncated or does not belong to {json_path.name} (checksum differs): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,14 @@ def _is_amount(value: Any) -> bool:
     return _is_finite(value) and value >= 0
 
 
+def _is_mapping(value: Any) -> bool:
+    """Whether it is a mapping that JSON has: without infinity and NaN, at any depth."""
+    try:
+        return isinstance(value, dict) and bool(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(point, list | tuple) and len(point) == 2 and _is_count(point[0]) and _is_finite(point[1])
@@ -52,7 +61,14 @@ _PER_LAYER: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _SINGLE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "n_batches": ("a whole number of at least 0", _is_count),
     "seconds": ("a finite number of at least 0", _is_amount),
-    "meta": ("a mapping", lambda value: isinstance(value, dict)),
+    "meta": ("a mapping, all numbers in it finite", _is_mapping),
+}
+
+#: Of the numbers in the tensors, with what rounding to bf16 adds: components are unit vectors.
+_RANGES = {
+    "components": (-1.01, 1.01),
+    "singular_values": (0.0, math.inf),
+    "explained_variance_ratio": (0.0, 1.01),
 }
 
 DOCUMENT_FIELDS = (*_PER_LAYER, *_SINGLE)
@@ -112,6 +128,9 @@ def _check_layer(layer: str, document: Mapping[str, Any], tensors: Mapping[str, 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} of layer {layer!r} must be finite floating-point numbers")
+        least, most = _RANGES[name]
+        if tensor.numel() and not bool(((tensor.double() >= least) & (tensor.double() <= most)).all()):
+            raise InputError(f"{name} of layer {layer!r} must be numbers from {least:.0f} to {most:.0f}")
     count = tensors["singular_values"].numel()
     width = document["widths"].get(layer)
     shapes: dict[str, tuple[int, ...]] = {"singular_values": (count,), "explained_variance_ratio": (count,)}

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_lightning.arrays import arrays_from_npz
-from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.errors import InputError, MissingInputError, check_number
 from eva_lightning.files import file_digest, replacing
 from eva_lightning.names import check_name, shown
 from eva_lightning.reading import read_bytes, reading, typed
@@ -191,11 +191,14 @@ def read_index(folder: str | Path) -> DemonstrationIndex:
     content = read_sealed_json(path)
     with reading(path, remedy):
         version = content["format"]
-        if version != _FORMAT:
+        if type(version) is not int or version != _FORMAT:
             raise InputError(f"{path} has format {shown(version)}, this version of the project reads format {_FORMAT}")
         tasks = {task: typed(TaskEntry, entry, path) for task, entry in sorted(content["tasks"].items())}
         for task, entry in tasks.items():
+            check_name(f"{path}: task", task)
             check_name(f"{path}: file of {shown(task)}", entry.file)
+            for name, value in (("episodes", entry.episodes), ("horizon", entry.horizon)):
+                check_number(f"{path}: {name} of {task}", value, at_least=1, at_most=2**31, whole=True)
     return DemonstrationIndex(Path(folder), tasks)
 
 

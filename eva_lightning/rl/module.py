@@ -21,6 +21,7 @@ from eva_lightning.optim.schedules import set_per_step, warmup_cosine
 from eva_lightning.reading import reading
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
 from eva_lightning.sealed import damage
+from eva_lightning.torch_files import load_plain
 
 Batch = Mapping[str, Tensor]
 
@@ -289,7 +290,7 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
             raise DamagedFileError(
                 f"{file} is damaged or no checkpoint ({reason}): take another copy, or make it again"
             )
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = load_plain(file)
     needed = {"context", *ARCHITECTURE, *NORMALISATION}
     hparams = found.get("hyper_parameters") if isinstance(found, dict) else None
     if not isinstance(hparams, dict) or not needed <= set(hparams) or "state_dict" not in found:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from eva_lightning.files import is_disk_full
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.ending import was_interrupted
@@ -50,12 +49,10 @@ parse, main = COMMAND.parse, COMMAND.main
 
 
 def command_line(args: Sequence[str] | None = None) -> int:
-    """:func:`main` for a terminal, giving the exit status; one sentence also where a process or the disk fails (1)."""
+    """:func:`main` for a terminal, giving the exit status; one sentence also where a process fails (1)."""
     try:
         status = COMMAND.command_line(args)
-    except (BrokenProcessPool, OSError) as error:
-        if not (isinstance(error, BrokenProcessPool) or is_disk_full(error)):
-            raise
+    except BrokenProcessPool as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if was_interrupted(status):

@@ -140,6 +140,7 @@ class StepHistory(L.Callback):
             rows = pd.read_csv(self.file).astype(float).to_dict("records")
             if any("step" not in row for row in rows):
                 raise ValueError("it has no column step")
+            rows = [{**row, "step": int(row["step"])} for row in rows]
         return [{key: value for key, value in row.items() if not pd.isna(value)} for row in rows]
 
     def _write(self) -> None:

@@ -7,6 +7,7 @@ nothing else keeps lists of names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,14 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Flag
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
-from eva_lightning.names import check_length
+from eva_lightning.names import check_length, shown
 from eva_lightning.reading import in_short
-from experiments.runner.yaml_files import read_yaml
+from experiments.runner.yaml_files import is_unusual_number, read_yaml
 
 S = TypeVar("S")
 
@@ -184,7 +185,12 @@ class _Parser(ArgumentParser):
     """Says what is wrong in one sentence, without 40 lines of usage before it."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(" ".join(message.split())) from ex
+        raise InputError(_printable(" ".join(message.split()))) from ex
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters, and others that a terminal does not show, escaped."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[str] | None = None) -> S:
@@ -205,14 +211,10 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    for name, item in items.items():
-        _add(parser, name, item, hints[name])
     _refuse_unknown(words, items)
     config_files(words)
     try:
-        values = parser.parse_args(words).as_dict()
+        values = _parser(cast(Any, kind), prog, description).parse_args(words).as_dict()
     except InputError as error:
         raise _reworded(error, hints) from error.__cause__
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
@@ -223,6 +225,16 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
             raise InputTypeError(f"{name} must be {_described(hints[name])}, got none", setting=name)
         _check_finite(items[name], value)
     return kind(**{name: _typed(value, hints[name]) for name, value in values.items()})
+
+
+@functools.lru_cache(maxsize=16)
+def _parser(kind: Any, prog: str, description: str) -> _Parser:
+    """The parser of a command, made once: that takes longer than parsing."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    for item in fields(kind):
+        _add(parser, item.name, item, _hints(kind)[item.name])
+    return parser
 
 
 def config_files(words: Sequence[str]) -> list[Any]:
@@ -277,12 +289,23 @@ def _as_yaml(words: list[str], hints: Mapping[str, Any]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         if expects is not None and not word.startswith("--"):
+            _refuse_unusual(result[-1], word, expects)
             word = _yaml_of(word, expects)
         elif equals and name in by_flag:
+            _refuse_unusual(name, value, by_flag[name])
             word = f"{name}={_yaml_of(value, by_flag[name])}"
         expects = by_flag.get(word)
         result.append(word)
     return result
+
+
+def _refuse_unusual(option: str, text: str, hint: Any) -> None:
+    """Refuse numbers that YAML reads as others than people do, alone or in a list or mapping."""
+    expected = _described(hint)
+    odd = next(filter(is_unusual_number, re.split(r"[\s,=\[\]{}]+", text)), None) if "number" in expected else None
+    if odd is not None:
+        name = option.removeprefix("--").replace("-", "_")
+        raise InputError(f"{name} must be {expected}, written as a usual decimal, got {shown(odd)}", setting=name)
 
 
 def _yaml_of(text: str, hint: Any) -> str:
@@ -324,7 +347,7 @@ def _described(hint: Any) -> str:
         return " or ".join("none" if part is type(None) else _described(part) for part in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list, each item {_described(get_args(hint)[0])}"
-    if get_origin(hint) is dict:
+    if get_origin(hint) in (dict, Mapping):
         return f"a mapping, each value {_described(get_args(hint)[1])}"
     return _KINDS.get(hint, str(hint))
 
@@ -341,7 +364,10 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
             given = found.group(1) if len(found.group(1)) < 200 else f"{found.group(1)[:100]}..."
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
         if text.startswith(f'Parser key "{name}": '):
-            return InputTypeError(f"{name} must be {_described(hint)} ({text.partition(': ')[2]})", setting=name)
+            reason = text.partition(": ")[2]
+            # which of several types a value was no value of, and why, goes on for lines
+            why = "" if "Union subtypes" in reason else f" ({reason})"
+            return InputTypeError(f"{name} must be {_described(hint)}{why}", setting=name)
     if text.startswith("Option '") and text.endswith("is not accepted"):
         return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
     if text.startswith("unrecognized arguments:"):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import yaml
 
+from eva_lightning.names import shown
 from eva_lightning.reading import read_text, reading
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 #: Far more than any file of settings or choices has; parsing so much takes a second.
 _MOST_BYTES, _MOST_VALUES, _DEEPEST, _LONGEST = 4 * 2**20, 200_000, 50, 10_000
+
+#: To YAML 1.1, ``010`` is 8 and ``1:30`` is 90; and whole numbers of so many digits fit into no library's integers.
+_UNUSUAL = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9_]{19,})")
+
+
+def is_unusual_number(word: str) -> bool:
+    """Whether YAML reads a word as a number, but people would not, or as another one."""
+    return _UNUSUAL.fullmatch(word) is not None
 
 
 def read_yaml(path: str | os.PathLike[str], remedy: str = "") -> Any:
@@ -56,6 +66,9 @@ def _check_size(text: str) -> None:
             part = _Size(event.anchor)
             if len(event.value) > _LONGEST:
                 raise _problem("a value is too long", event.start_mark)
+            if event.implicit[0] and is_unusual_number(event.value):
+                number = shown(event.value)
+                raise _problem(f"{number} must be a usual decimal number, or be in quotes", event.start_mark)
         elif isinstance(event, yaml.CollectionStartEvent):
             above.append(_Size(event.anchor))
             part = None

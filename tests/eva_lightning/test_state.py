@@ -20,6 +20,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import is_temporary
 from eva_lightning.state import EVAState
 from eva_lightning.svd import ExactSVD
+from eva_lightning.tensor_files import read_tensors, write_tensors
 from tests.svd_helpers import decaying
 
 WIDTHS = {"blocks.0.q": 32, "blocks.0.k": 32, "blocks.0.fc1": 48, "head.in": 6, "dead": 16}
@@ -229,9 +230,9 @@ def _save_for_ever(folder: Path) -> None:
     for number in itertools.cycle(range(4)):
         state = EVAState(
             ranks={"a": number},
-            components={"a": torch.full((4, 20_000), float(number))},
+            components={"a": torch.full((4, 20_000), number / 4)},
             singular_values={"a": torch.full((4,), float(number))},
-            explained_variance_ratio={"a": torch.full((4,), float(number))},
+            explained_variance_ratio={"a": torch.full((4,), number / 4)},
             total_variance={"a": float(number)},
             n_samples={"a": number},
             n_batches=number,
@@ -259,7 +260,7 @@ def test_25_kills_while_saving_over_a_state_leave_it_whole(tmp_path: Path) -> No
         state = EVAState.load(tmp_path / "eva")
         number = state.n_batches
         assert state.ranks["a"] == state.n_samples["a"] == state.total_variance["a"] == number
-        assert torch.equal(state.components["a"], torch.full((4, 20_000), float(number)))
+        assert torch.equal(state.components["a"], torch.full((4, 20_000), number / 4))
     assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) <= 2
 
 
@@ -310,3 +311,49 @@ def test_summary_and_rows(state: EVAState) -> None:
     assert row["width"] == 32
     assert row["explained"] == pytest.approx(float(state.explained_variance_ratio["blocks.0.q"][:4].sum()))
     assert EVAState().summary()["layers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("components", torch.full((8, 32), 3e38)),
+        ("components", torch.full((8, 32), -2.0)),
+        ("singular_values", -torch.ones(8)),
+        ("explained_variance_ratio", torch.full((8,), 2.0)),
+        ("explained_variance_ratio", -torch.ones(8)),
+    ],
+)
+def test_tensors_of_impossible_values_are_refused(
+    state: EVAState, tmp_path: Path, field: str, value: torch.Tensor
+) -> None:
+    getattr(state, field)["blocks.0.q"] = value
+    save_as_version_1(state, tmp_path / "old")
+    with pytest.raises(InputError, match=rf"{field} of layer 'blocks\.0\.[qk]' must be numbers from"):
+        EVAState.load(tmp_path / "old")
+    with pytest.raises(InputError, match="must be numbers from"):
+        state.save(tmp_path / "new")
+
+
+def test_a_state_made_by_hand_with_a_fitting_checksum_is_checked(state: EVAState, tmp_path: Path) -> None:
+    tensors, text = read_tensors(state.save(tmp_path / "eva"))
+    assert text is not None
+    (tmp_path / "eva.json").unlink()
+    file = tmp_path / "eva.safetensors"
+    for change, message in (
+        ({"meta": {"x": [math.nan]}}, "meta must be a mapping, all numbers in it finite"),
+        ({"version": 2.0}, "has version 2.0"),
+        ({"version": "2"}, "has version '2'"),
+    ):
+        write_tensors(file, tensors, json.dumps(json.loads(text) | change))
+        with pytest.raises(InputError, match=message):
+            EVAState.load(file)
+    for document, message in (
+        (text[:-1] + ', "ranks": {}}', "a key is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        write_tensors(file, tensors, document)
+        with pytest.raises(InputError, match=message):
+            EVAState.load(file)
+    write_tensors(file, {**tensors, "other/a\n": torch.ones(1)}, text)
+    with pytest.raises(InputError, match=r"'other/a\\n' is no tensor of an EVA state"):
+        EVAState.load(file)

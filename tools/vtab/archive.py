@@ -21,7 +21,7 @@ from huggingface_hub.file_download import http_get
 
 from eva_lightning.errors import InputError, MissingInputError, UnreachableError
 from eva_lightning.files import check_writable, file_digest, format_bytes, free_bytes
-from eva_lightning.names import check_path
+from eva_lightning.names import check_path, shown
 from eva_lightning.reading import reading
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.backbone.hub import endpoint, require_hub
@@ -103,7 +103,7 @@ def find_members(archives: Iterable[Path]) -> dict[str, list[Member]]:
     for task, members in found.items():
         folders = {parent for path in members for parent in path.parents}
         for path in folders.intersection(members):
-            raise InputError(f"{members[path].archive} holds {task}/{path} as a file and as a folder")
+            raise InputError(f"{members[path].archive} holds {shown(f'{task}/{path}')} as a file and as a folder")
     return {task: list(members.values()) for task, members in found.items()}
 
 
@@ -116,10 +116,12 @@ def _inside(archive: Path, info: zipfile.ZipInfo) -> PurePosixPath | None:
         return None
     if info.compress_type not in _COMPRESSIONS or info.flag_bits & _ENCRYPTED:
         raise InputError(
-            f"{archive} holds {info.filename!r} encrypted or packed in an unusual way: pack it as a usual zip"
+            f"{archive} holds {shown(info.filename)} encrypted or packed in an unusual way: pack it as a usual zip"
         )
     if info.file_size > _MOST_BYTES:
-        raise InputError(f"{archive} holds {info.filename!r} of {format_bytes(info.file_size)}, no image is so large")
+        raise InputError(
+            f"{archive} holds {shown(info.filename)} of {format_bytes(info.file_size)}, no image is so large"
+        )
     return check_path(f"nothing was unpacked from {archive}: a path in it", name, room=_PART_ROOM)
 
 

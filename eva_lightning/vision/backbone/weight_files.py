@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
 from eva_lightning.errors import InputError
 from eva_lightning.names import shown
-from eva_lightning.reading import reading
+from eva_lightning.reading import check_ordinary, reading
 from eva_lightning.sealed import damage
+from eva_lightning.torch_files import load_plain
 
 #: Where training code keeps the weights inside a checkpoint, in the order of preference (as timm has it).
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -34,6 +34,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         InputError: The file holds no weights; one sentence that says what it looks like and what to do.
     """
     with reading(file, "download it again", "weight file"):
+        check_ordinary(file)
         _refuse_impostors(file)
         found = load_file(file) if file.suffix == ".safetensors" else _read_torch(file)
         if not isinstance(found, Mapping):
@@ -77,12 +78,12 @@ def _read_torch(file: Path) -> Any:
     if is_archive and (reason := damage(file)) is not None:
         raise ValueError(reason)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_plain(file)
     except pickle.UnpicklingError:
         if is_archive and _is_lightning(file):
             raise _lightning(file) from None
         if not is_archive:
-            raise
+            raise ValueError("it is no file of torch.save, or holds Python objects besides tensors") from None
         raise InputError(
             f"weight file {file} holds Python objects besides tensors, which are not built because that would run "
             "code from the file: save the model's state_dict() with torch.save or safetensors"

@@ -8,7 +8,10 @@ PNG; among the originals, Oxford-IIIT Pet and SUN397 have a few GIF and BMP file
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import re
+from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
@@ -22,9 +25,15 @@ MOST_PIXELS = 50_000_000
 #: Bytes of the largest file that is read: so many pixels without compression.
 MOST_BYTES = 4 * MOST_PIXELS
 #: A progressive JPEG goes over all its pixels once per scan. Encoders write about 10; 1,000 would take minutes.
-_MOST_SCANS = 200
+_MOST_SCANS, _USUAL_SCANS = 200, 20
+#: Pillow unpacks a run-length encoded BMP in Python, a second per million bytes; no benchmark has any.
+_MOST_RUN_LENGTHS = 2**20
 _START_OF_SCAN = b"\xff\xda"
 JPEG_START = b"\xff\xd8"
+#: Parts of a file that Pillow goes through in Python, a few microseconds each: comments, chunks, extensions. An image
+#: has a hundred, and pixels that look like them are rare; only large files can have so many.
+_MOST_PARTS, _HARMLESS = 300_000, 2**20
+_PARTS = {b"\x89PNG": rb"[A-Za-z]{4}", b"GIF8": rb"!"}
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
@@ -44,6 +53,7 @@ def open_image(data: bytes) -> Image.Image:
         InputError: It is none of `FORMATS`, or would take too much memory or time.
         Exception: It is damaged: whatever Pillow raises.
     """
+    _refuse_many_parts(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -51,6 +61,33 @@ def open_image(data: bytes) -> Image.Image:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{width} x {height} pixels are more than the {MOST_PIXELS} that are decoded")
-    if data.startswith(JPEG_START) and data.count(_START_OF_SCAN) > _MOST_SCANS:
-        raise InputError(f"it has more than the {_MOST_SCANS} scans that are decoded")
+    if image.format == "BMP" and image.info.get("compression") in (1, 2) and len(data) > _MOST_RUN_LENGTHS:
+        raise InputError(f"it is a run-length encoded BMP of more than {_MOST_RUN_LENGTHS} bytes")
+    scans = data.count(_START_OF_SCAN) if data.startswith(JPEG_START) else 0
+    if scans > _MOST_SCANS or (scans > _USUAL_SCANS and scans * width * height > _USUAL_SCANS / 2 * MOST_PIXELS):
+        raise InputError(f"its {scans} scans are more than are decoded of an image of {width} x {height} pixels")
     return image
+
+
+def _refuse_many_parts(data: bytes) -> None:
+    if data.startswith(JPEG_START):
+        parts = _before_the_first_scan(data)
+    elif len(data) > _HARMLESS and (patterns := [_PARTS[start] for start in _PARTS if data.startswith(start)]):
+        parts = re.finditer(patterns[0], data)
+    else:
+        return
+    if next(itertools.islice(parts, _MOST_PARTS, None), None) is not None:
+        raise InputError(f"it has more than the {_MOST_PARTS} comments or chunks that are read")
+
+
+def _before_the_first_scan(data: bytes) -> Iterator[object]:
+    """The steps that Pillow takes in a JPEG file: segments, and single bytes between them."""
+    at = len(JPEG_START)
+    while at + 4 <= len(data) and not data.startswith(_START_OF_SCAN, at):
+        yield at
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker in (0, 0xFF):
+            at += 1
+        else:
+            alone = 0xD0 <= marker <= 0xD9
+            at += 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eva_lightning.errors import InputError
 from eva_lightning.rl import demonstrations as module
 from eva_lightning.rl.demonstrations import (
     DemonstrationMeta,
@@ -19,6 +20,7 @@ from eva_lightning.rl.demonstrations import (
     write_task,
 )
 from eva_lightning.sealed import read_sealed_json, write_sealed_json
+from tests.eva_lightning.rl.synthetic import write_synthetic
 
 META = DemonstrationMeta(noise=0.1, seed=3, versions={"mujoco": "3.3.0"})
 NAMES = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
@@ -188,3 +190,13 @@ def test_files_of_others_in_the_folder_are_neither_replaced_nor_deleted(tmp_path
     (tmp_path / "index.json").write_text(json.dumps({"format": 1, "tasks": index["tasks"]}))
     assert write_task(tmp_path, make(), META).file == entry.file
     assert {(tmp_path / name).read_text() for name in ("push-v3.npz", "notes.txt")} == {"theirs"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("episodes", -3), ("episodes", 2**70), ("horizon", 0)])
+def test_an_index_of_impossible_numbers_is_refused(tmp_path: Path, field: str, value: int) -> None:
+    write_synthetic(tmp_path, ["push-v3"], 2, 3)
+    content = read_sealed_json(tmp_path / "index.json")
+    content["tasks"]["push-v3"][field] = value
+    write_sealed_json(tmp_path / "index.json", content)
+    with pytest.raises(InputError, match=rf"{field} of push-v3 must be a whole number of at least 1"):
+        read_index(tmp_path)

@@ -77,7 +77,12 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (KeyboardInterrupt(), 130, "interrupted: finished episodes are kept; rerun to resume\n"),
         (BrokenProcessPool("a process ended"), 1, "error: a process ended\n"),
-        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "error: the disk is full ([Errno 28] No space left on device): what was done stays; make room, then run it "
+            "again\n",
+        ),
     ],
 )
 def test_what_goes_wrong_on_the_way_is_one_sentence(

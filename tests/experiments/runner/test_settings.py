@@ -210,3 +210,35 @@ def test_a_path_that_cannot_be_used_is_one_sentence(tmp_path: Path, capsys: pyte
     # what a program should have looked for is its own fault
     with pytest.raises(FileNotFoundError):
         in_terminal(lambda args: (tmp_path / "missing").read_text())
+
+
+@pytest.mark.parametrize("value", ["010", "-010", "+07", "0_7", "1:30", "1:30:2.5", "9" * 400, str(2**64)])
+@pytest.mark.parametrize("option", ["batch-size", "lr", "lrs", "ranks", "seeds", "given"])
+def test_numbers_that_yaml_reads_as_others_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    """To YAML 1.1, 010 is 8 and 1:30 is 90; the parser took 010 as 10 for some options and as 8 for others."""
+    given = f"eva={value}" if option == "given" else value
+    with pytest.raises(InputError, match="decimal, got") as caught:
+        parse_settings(Settings, "command", "A command", ["--task=kitti", f"--{option}={given}"])
+    assert caught.value.setting == option.replace("-", "_")
+    listed = {"lrs": f"[{value}]", "given": f"{{eva: {value}}}"}.get(option, value)
+    (tmp_path / "c.yaml").write_text(f"task: kitti\n{option.replace('-', '_')}: {listed}\n")
+    with pytest.raises(InputError, match=r"c\.yaml is damaged \(line 2: .* must be a usual decimal number"):
+        parse_settings(Settings, "command", "A command", ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_names_may_look_like_numbers(tmp_path: Path) -> None:
+    assert parse("--output 010").output == "010"
+    (tmp_path / "c.yaml").write_text("task: kitti\noutput: '010'\n")
+    assert parse_settings(Settings, "command", "", ["--config", str(tmp_path / "c.yaml")]).output == "010"
+
+
+@pytest.mark.parametrize("value", ["5\u200b", "\x1b[31m3", "3\x07"])
+def test_messages_show_what_a_terminal_does_not(value: str) -> None:
+    with pytest.raises(InputError, match="batch_size must be a whole number") as caught:
+        parse_settings(Settings, "command", "A command", ["--task=kitti", f"--batch-size={value}"])
+    assert str(caught.value).isprintable()
+
+
+def test_an_empty_value_is_said_in_few_words() -> None:
+    with pytest.raises(InputError, match=r"^seeds must be a whole number or a list, each item a whole number$"):
+        parse_settings(Settings, "command", "A command", ["--task=kitti", "--seeds="])

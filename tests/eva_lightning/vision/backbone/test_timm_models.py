@@ -103,7 +103,7 @@ def test_missing_and_unreadable_weight_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder: name the weight file"):
         resolve_weights("test_vit", str(tmp_path))
     (tmp_path / "broken.pth").write_bytes(b"not a weight file")
-    with pytest.raises(ValueError, match=r"broken\.pth cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.pth is damaged .it is no file of torch.save"):
         create_backbone("test_vit", 5, 32, resolve_weights("test_vit", str(tmp_path / "broken.pth")))
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eva_lightning.errors import InputError
 from eva_lightning.vision.backbone.timm_models import create_backbone
 from eva_lightning.vision.backbone.weight_files import read_weights
 from eva_lightning.vision.backbone.weights import Weights
@@ -152,3 +153,18 @@ def test_another_patch_size_is_refused_instead_of_resampled(tmp_path: Path) -> N
     torch.save(timm.create_model("vit_base_patch32_224", num_classes=0, **TINY).state_dict(), tmp_path / "p32.pth")
     with pytest.raises(ValueError, match=r"proj.weight has shape \[48, 3, 32, 32\] where \[48, 3, 16, 16\]"):
         create_backbone("vit_base_patch16_224", 5, 64, Weights(True, tmp_path / "p32.pth", strict=True), options=TINY)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} must be a file, and is no ordinary file"):
+        read_weights(tmp_path / name)  # opening it would wait for a writer
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=rf"{name} must be a file, and is no ordinary file"):
+        read_weights(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name} must be a file, and is a folder"):
+        read_weights(tmp_path / name)

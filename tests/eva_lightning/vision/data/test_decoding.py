@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path: Path) -> None:
     whole = encoded("JPEG", (64, 64), progressive=True)
     start = whole.rindex(b"\xff\xda")
     (tmp_path / "a.jpg").write_bytes(whole[:start] + whole[start:-2] * 1000 + whole[-2:])
-    with pytest.raises(InputError, match="more than the 200 scans"):
+    with pytest.raises(InputError, match="its 1009 scans are more"):
         load_image(tmp_path / "a.jpg", 8)
 
 
@@ -137,3 +138,39 @@ def test_what_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
         file.truncate(2**40)  # a hole: takes no room
     with pytest.raises(InputError, match="is larger than"):
         load_image(tmp_path / "large.jpg", 8)
+
+
+def test_a_large_jpeg_of_many_scans_is_refused(tmp_path: Path) -> None:
+    data = encoded("JPEG", (5000, 5000), progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + 30 * last + data[-2:])
+    with pytest.raises(InputError, match="scans are more than are decoded of an image of 5000 x 5000 pixels"):
+        load_image(tmp_path / "a.jpg", 8)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert load_image(tmp_path / "a.jpg", 8).shape == (3, 8, 8)
+
+
+def _run_lengths(count: int) -> bytes:
+    """A BMP of 7000 x 7000 pixels, a run of one pixel each."""
+    head = struct.pack("<IiiHHIIiiII", 40, 7000, 7000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(head)) + head + b"\x01\x00" * count
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8" + b"\xff\xfe\x00\x03a" * 5_000_000 + encoded("JPEG")[2:],
+        b"\xff\xd8" + b"\xff" * 50_000_000 + encoded("JPEG")[2:],
+        b"\xff\xd8" + b"\0" * 50_000_000 + encoded("JPEG")[2:],
+        png_of(8, 8)[:33] + b"\0\0\0\x03tEXta\0b\x2a\x2a\x2a\x2a" * 2_000_000 + png_of(8, 8)[33:],
+        encoded("GIF")[:13] + b"\x21\xfe\x01a\0" * 8_000_000 + encoded("GIF")[13:],
+        _run_lengths(20_000_000),
+    ],
+    ids=["comments", "fill bytes", "junk", "chunks", "extensions", "run lengths"],
+)
+def test_files_that_take_minutes_are_refused_at_once(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    started = time.process_time()
+    with pytest.raises(InputError, match=r"comments or chunks that are read|run-length"):
+        load_image(tmp_path / "a.jpg", 8)
+    assert time.process_time() - started < 5

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from eva_lightning.errors import InputError
 from eva_lightning.vision.data.splits import open_task, read_split
 from eva_lightning.vision.data.tasks import TASKS
 from tests.eva_lightning.vision.fakes import make_task, write_lines
@@ -141,3 +142,17 @@ def test_evaluation_split_can_be_chosen_but_not_what_is_trained_on(tmp_path: Pat
         open_task(tmp_path, "kitti", evaluation="val200")
     with pytest.raises(ValueError, match="unknown evaluation 'tset': did you mean test"):
         open_task(tmp_path, "kitti", evaluation="tset")
+
+
+@pytest.mark.parametrize("label", ["1_0", "\u0661", "1.0", "9" * 5000, "0x1"])
+def test_labels_are_plain_digits(tmp_path: Path, label: str) -> None:
+    (tmp_path / "train800.txt").write_text(f"a.jpg {label}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"train800\.txt line 1: expected 'relative_path int_label'"):
+        read_split(tmp_path, "train800", 20)
+
+
+def test_a_list_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "train800.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"train800\.txt is larger than"):
+        read_split(tmp_path, "train800", 20)
