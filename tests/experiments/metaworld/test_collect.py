@@ -80,8 +80,10 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (
             OSError(28, "No space left on device"),
             2,
-            "error: the disk is full ([Errno 28] No space left on device): what was done stays; make room, then run it "
-            "again\n",
+            (
+                "error: the disk is full ([Errno 28] No space left on device): what was done stays; make room, "
+                "then run it again\n"
+            ),
         ),
     ],
 )
