@@ -193,12 +193,17 @@ def _run(comparison: Comparison, hold: Hold, open_: Callable[[], Pool]) -> Resul
         "%s: %d runs in %s: %d done, %d failed, %d to do",
         comparison.name, counts.total(), comparison.options.output, counts["done"], counts["failed"], to_do,
     )  # fmt: skip
+    write_choices(_choices_file(comparison), schedule.choices())
     if counts["pending"]:
         _run_pending(comparison, schedule, hold, open_)
     results = Results.of(schedule)
     _say_what_is_done(results, schedule)
     _report(comparison, results)
     return results
+
+
+def _choices_file(comparison: Comparison) -> Path:
+    return Path(comparison.options.output) / "choices.json"
 
 
 def _run_pending(comparison: Comparison, schedule: Schedule, hold: Hold, open_: Callable[[], Pool]) -> None:
@@ -272,7 +277,7 @@ class _Loop:
         for name, choice in new.items():
             _LOGGER.info("%s: %s, by %s in tuning", name, choice.point, self._comparison.in_words(choice.score))
         if new:
-            write_choices(Path(self._comparison.options.output) / "choices.json", new)
+            write_choices(_choices_file(self._comparison), new)
         self._chosen |= set(new)
 
     def _stop_if_all_fail(self, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -80,14 +81,21 @@ def _frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def write_choices(file: Path, choices: Mapping[str, Choice]) -> None:
-    """Note what was chosen, and keep what earlier comparisons in this folder have chosen."""
+    """Note what was chosen, where the file lacks it, and keep what earlier comparisons in this folder have chosen.
+
+    A damaged file is set aside.
+    """
     known = {}
     if file.is_file():
         try:
             known = read_sealed_json(file)
         except DamagedFileError as error:
             set_aside(file, str(error), "writing the choices of this comparison alone")
-    for name, choice in choices.items():
-        candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
-        known[name] = {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
-    write_sealed_json(file, known)
+    noted = {name: _as_noted(choice) for name, choice in choices.items()}
+    if any(known.get(name) != entry for name, entry in noted.items()):
+        write_sealed_json(file, {**known, **noted})
+
+
+def _as_noted(choice: Choice) -> dict[str, Any]:
+    candidates = [{**point.as_dict(), "score": list(score)} for point, score in choice.candidates.items()]
+    return {**choice.point.as_dict(), "score": list(choice.score), "candidates": candidates}
