@@ -67,6 +67,7 @@ def filling(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
         DiskFullError, UnwritableError: As :func:`replacing`.
     """
     target = Path(folder)
+    is_new = not target.exists()
     with _beside(target, target, lambda: tempfile.mkdtemp(dir=target, prefix=_TEMPORARY)) as temporary:
         try:
             with _saying_no_room(target):
@@ -80,6 +81,9 @@ def filling(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
                     _settle(file, target / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    target.rmdir()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

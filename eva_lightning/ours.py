@@ -80,7 +80,9 @@ def delete(folder: Path, patterns: Collection[str]) -> None:
         path = file.relative_to(folder).as_posix()
         if any(_path_fits(path, pattern) for pattern in patterns):
             file.unlink(missing_ok=True)
-            folders.update(parent for parent in file.parents if parent.is_relative_to(folder) and parent != folder)
+            folders.update(_parents(file, folder))
+    for place in [place for place in _folders(folder) if _is_inside(place.relative_to(folder).as_posix(), patterns)]:
+        folders.update((place, *_parents(place, folder)))
     for empty in sorted(folders, key=lambda each: len(each.parts), reverse=True):
         if _is_empty(empty):
             empty.rmdir()
@@ -99,6 +101,21 @@ def _files(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         yield from (Path(place) / name for name in names)
         yield from (link for name in folders if (link := Path(place) / name).is_symlink())
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """All folders below `folder`, but not what links to folders lead to."""
+    for place, names, _ in os.walk(folder):
+        yield from (below for name in names if not (below := Path(place) / name).is_symlink())
+
+
+def _parents(path: Path, folder: Path) -> list[Path]:
+    """The folders between `path` and `folder`."""
+    return [parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]
+
+
+def _is_inside(path: str, patterns: Collection[str]) -> bool:
+    return any(_path_fits(path, pattern) for pattern in patterns if pattern.endswith("/**"))
 
 
 def _listed(folder: Path) -> set[str]:

@@ -36,7 +36,7 @@ class OneMachine(LightningEnvironment):
     @property
     @override
     def main_port(self) -> int:
-        if self._main_port == -1 and "MASTER_PORT" not in os.environ:
+        if self._main_port == -1 and "LOCAL_RANK" not in os.environ:
             # torch finds this server, and starts none of its own: stores of one port and process share it
             server = socket.create_server((_LOOPBACK, 0))
             self._main_port = server.getsockname()[1]

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.files import is_disk_full, only_process, write_json
+from eva_lightning.files import only_process, write_json
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
 from experiments.runner.cli import in_terminal
 from experiments.runner.ending import leave, was_interrupted
@@ -291,7 +291,6 @@ def command_line(args: Sequence[str] | None = None) -> int:
         status = in_terminal(lambda words: statuses.extend(main(words)), args)
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        reason = "the disk is full" if is_disk_full(error) else reason
         print(f"error: {reason}; what was finished is kept, rerun to continue", file=sys.stderr)
         return 1
     if was_interrupted(status):

@@ -46,7 +46,7 @@ def test_file_and_command_line(tmp_path: Path) -> None:
         ("tune_seeds: [-1]", "tune_seeds must be a whole number of at least 0, got -1"),
         ("rank: [2]", "unknown key 'rank': did you mean ranks"),
         ("- 1", "must be a mapping with any of lrs, ranks, tune_seeds, final_seeds"),
-        ("a: [", "is no YAML"),
+        ("a: [", r"g\.yaml is damaged \(line 2"),
     ],
 )
 def test_wrong_grid_file(tmp_path: Path, text: str, message: str) -> None:

@@ -271,7 +271,7 @@ def test_an_output_that_is_a_file_is_one_sentence(
 ) -> None:
     (tmp_path / "runs").write_text("a file")
     assert command_line(arguments) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'runs/run'} cannot be written: not a directory\n"
+    assert capsys.readouterr().err == f"error: cannot write to {tmp_path / 'runs/run'}: not a directory\n"
 
 
 def test_damaged_run_folder_is_named(arguments: list[str], tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_damaged_run_folder_is_named(arguments: list[str], tmp_path: Path) -> No
     (run / "config.yaml").write_text(yaml.safe_dump(asdict(parse(arguments))))
     (run / "metrics.json").write_text("{}")
     (run / "config.yaml").write_text("{[")
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged .*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds a config\.yaml that this program has not written: move it away"):
         main(arguments)
 
 
