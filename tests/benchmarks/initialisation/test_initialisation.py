@@ -156,7 +156,6 @@ def test_memory_is_the_difference_of_peaks(runner: Runner, monkeypatch: pytest.M
     assert calls == ["reset", "forward 2", "reset", "ours {'max_batches': 2}"] * 4
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 PEAKS = """
 import torch
 from benchmarks.initialisation import memory
@@ -169,6 +168,7 @@ for n in (200, 10):
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_the_peak_sees_torch_and_can_be_reset() -> None:
     # a process of its own: one that has freed much may give out what it still holds
     done = subprocess.run([sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, check=True)
