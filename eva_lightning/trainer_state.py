@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eva_lightning.namespaces import NAMES, is_overridden, lightning_classes
 
-# WeightAveraging came with Lightning 2.5.3
+# WeightAveraging came with Lightning 2.6
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 

@@ -615,6 +615,9 @@ class Weights(pl.Callback):
         self.seen.append(find_adapters(pl_module)["net.0"].b.detach().clone())
 
 
+needs_weight_averaging = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "WeightAveraging"), reason="WeightAveraging came with Lightning 2.6"
+)
 AVERAGES: dict[str, dict[str, Any]] = {
     "WeightAveraging": {},
     "EMAWeightAveraging": {"decay": 0.5},
@@ -677,6 +680,7 @@ def test_a_fresh_module_is_tested_from_a_checkpoint_under_an_averaging_callback(
     assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
 
 
+@needs_weight_averaging
 @pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_weight_averages_of_modules_that_are_built_late(kind: Any, first: bool) -> None:
@@ -687,6 +691,7 @@ def test_weight_averages_of_modules_that_are_built_late(kind: Any, first: bool) 
     assert all(layer.b.any() for layer in find_adapters(module).values())
 
 
+@needs_weight_averaging
 @pytest.mark.parametrize("rho", [1, 2])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_weight_averages_are_resumed(first: bool, rho: int, tmp_path: Any) -> None:
