@@ -52,7 +52,8 @@ def as_of_0_1_0(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_cli(folder: Path, name: str, **options: Any) -> torch.Tensor:
-    cli_module = pytest.importorskip("lightning.pytorch.cli")
+    from lightning.pytorch import cli as cli_module
+
     model = {"width": 40}
     if options:
         model = {"class_path": "tests.fresh_modules.Plain", "init_args": model}
