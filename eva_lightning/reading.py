@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -183,7 +184,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and all(_fits(entry, inside[0]) for entry in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        # a whole number of JSON may be beyond all floats
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

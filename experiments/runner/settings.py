@@ -216,7 +216,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     try:
         values = _parser(cast(Any, kind), prog, description).parse_args(words).as_dict()
     except InputError as error:
-        raise _reworded(error, hints) from error.__cause__
+        raise _in_one_line(_reworded(error, hints)) from error.__cause__
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
         raise InputError(f"the command line cannot be read: {in_short(error)}") from error
     values.pop("config", None)
@@ -356,6 +356,19 @@ def _described(hint: Any) -> str:
 _GIVEN = re.compile(r"(?:Got value|Given value): (.*?)(?: - Expected|$)")
 
 
+#: Characters of the longest message about a command line: those of jsonargparse quote whatever was given.
+_LONGEST_MESSAGE = 1000
+
+
+def _in_one_line(error: InputError) -> InputError:
+    text = " ".join(str(error).split())
+    if text == str(error) and len(text) <= _LONGEST_MESSAGE:
+        return error
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE - 100]}...{text[-90:]}"
+    return type(error)(text, setting=error.setting)
+
+
 def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     """jsonargparse's words as ours."""
     text = str(error)
@@ -371,7 +384,7 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     if text.startswith("Option '") and text.endswith("is not accepted"):
         return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
     if text.startswith("unrecognized arguments:"):
-        return InputError(f"unexpected words on the command line:{text.partition(':')[2]}")
+        return InputError(f"unexpected words on the command line: {shown(text.partition(': ')[2], 200)[1:-1]}")
     if text.startswith("the following arguments are required: "):
         return InputError(f"{flag(text.rpartition(' ')[2])} is required")
     if text.startswith("argument --") and "expected one argument" in text:

@@ -154,6 +154,7 @@ def test_entries_of_the_right_types() -> None:
         ("n", [1]),
         ("x", float("nan")),
         ("x", float("inf")),
+        ("x", 10**400),
     ],
 )
 def test_entries_of_wrong_types_are_refused(name: str, value: Any) -> None:

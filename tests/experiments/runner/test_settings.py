@@ -99,6 +99,10 @@ def test_files(tmp_path: Path) -> None:
         ("--methods eva,lorra", "unknown method 'lorra': did you mean lora?"),
         ("--progress maybe", "--progress must be true or false, got maybe"),
         ("stray", "unexpected words on the command line: stray"),
+        pytest.param("[" * 5000, "unexpected words on the command line: [[[", id="long words"),
+        pytest.param(
+            "--given " + "x" * 5000, "--given must be a mapping, each value a number or none", id="long value"
+        ),
         ("--given lora=x", "--given must be a mapping, each value a number or none, got"),
     ],
 )
@@ -108,6 +112,7 @@ def test_mistakes_are_one_sentence(text: str, message: str, capsys: pytest.Captu
     assert message in error
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
+    assert len(error) < 1100
 
 
 def test_what_is_required() -> None:
