@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
 from eva_lightning.vision.data.image_cache import cached_images
-from eva_lightning.vision.data.splits import Split, read_split
+from eva_lightning.vision.data.split_files import Split, read_split
 from eva_lightning.vision.data.tasks import get_task
 
 TASK = "caltech101"

@@ -13,7 +13,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import format_bytes
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
-from eva_lightning.vision.data.tasks import TASKS, TRAIN_SIZES
+from eva_lightning.vision.data.tasks import expected_size
 from experiments.runner.comparison import Comparison
 from experiments.runner.jobs import Job
 from experiments.runner.schedule import Schedule
@@ -69,8 +69,9 @@ class Plan:
     def _training(self, job: Job) -> float:
         """One run without its EVA state, at the official sizes or the limits given."""
         shared, single = self.settings, job.settings
-        images = TRAIN_SIZES[single.split]
-        test = TRAIN_SIZES["val200"] if job.phase == "tune" else TASKS[single.task].test_size
+        task = shared.task(single.task)
+        images = expected_size(task, single.split)
+        test = expected_size(task, "val200" if job.phase == "tune" else "test")
         images, test = min(images, shared.limit_train or images), min(test, shared.limit_test or test)
         steps = shared.epochs * shared.rules.batches_per_epoch(images, shared.batch_size)
         start = _PER_RUN + _PER_BYTE * 4 * self.size.parameters
@@ -150,7 +151,7 @@ class Plan:
 
     def _disk(self) -> str:
         settings, use = self.settings, DiskUse.of(self.settings, self.size)
-        whole = sum(cache_bytes(task, settings.image_size) for task in settings.task_names)
+        whole = sum(cache_bytes(settings.task(name), settings.image_size) for name in settings.task_names)
         folder = settings.base.cache_dir
         images = f"decoded images {format_bytes(use.cache)} of {format_bytes(whole)} in {folder}"
         return (

@@ -13,7 +13,7 @@ from torch import nn
 from eva_lightning.adapters.targets import find_targets
 from eva_lightning.methods.registry import MethodKey
 from eva_lightning.vision.backbone.timm_models import classifier_name, create_backbone
-from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size
+from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 from experiments.vtab.grid import Grid
 from experiments.vtab.settings import Settings
 
@@ -89,12 +89,12 @@ def _widths(layer: Any) -> list[tuple[int, int]]:
     return [(layer.weight[0].numel(), len(layer.weight))]
 
 
-def cache_bytes(task: str, image_size: int, splits: Iterable[str] = SPLITS) -> int:
+def cache_bytes(task: VTABTask, image_size: int, splits: Iterable[str] = SPLITS) -> int:
     """Of a task's decoded images, each of whose splits is cached by itself."""
-    return sum(expected_size(TASKS[task], split) for split in splits) * 3 * image_size**2
+    return sum(expected_size(task, split) for split in splits) * 3 * image_size**2
 
 
-def missing_cache_bytes(tasks: Iterable[str], image_size: int, folder: Path | None) -> int:
+def missing_cache_bytes(tasks: Iterable[VTABTask], image_size: int, folder: Path | None) -> int:
     """Of the decoded images that are not on disk yet."""
     if folder is None:
         return 0
@@ -102,12 +102,12 @@ def missing_cache_bytes(tasks: Iterable[str], image_size: int, folder: Path | No
         cache_bytes(task, image_size, [split])
         for task in tasks
         for split in SPLITS
-        if not any(folder.glob(f"{task}-{split}-{image_size}px-*.npy"))
+        if not any(folder.glob(f"{task.name}-{split}-{image_size}px-*.npy"))
     )
 
 
-def runs_bytes(size: ModelSize, key: MethodKey, task: str, grid: Grid) -> int:
+def runs_bytes(size: ModelSize, key: MethodKey, task: VTABTask, grid: Grid) -> int:
     """Of the folders of a task's and method's runs, at the grid's largest rank."""
     tuning, final = grid.sizes(key.adapts)
-    adapter = 4 * size.trained(key, max(grid.ranks), TASKS[task].classes) if key.adapts else 0
+    adapter = 4 * size.trained(key, max(grid.ranks), task.classes) if key.adapts else 0
     return tuning * _TUNING_FOLDER + final * (adapter + _FINAL_FOLDER)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.methods.registry import MethodKey
-from eva_lightning.vision.data.tasks import TASKS
+from eva_lightning.names import check_name
+from eva_lightning.vision.data.own_tasks import find_task
+from eva_lightning.vision.data.tasks import TASKS, VTABTask
 from experiments.runner.command import SettingsCommand
 from experiments.runner.options import RunnerOptions
 from experiments.runner.settings import Role, option
@@ -61,16 +64,27 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks, in the order of the paper's tables; groups and ``all`` written out."""
+        """The tasks, in the order of the paper's tables, then other folders; groups and ``all`` written out."""
         groups = {word: {name for name, task in TASKS.items() if word in (task.group, "all", name)}
                   for word in ("all", *sorted({task.group for task in TASKS.values()}), *TASKS)}  # fmt: skip
-        for word in self.tasks:
-            if word not in groups:
-                raise InputError(unknown("VTAB-1K task", word, groups), setting="tasks")
-        wanted = set().union(*(groups[word] for word in self.tasks))
-        if not wanted:
+        own = tuple(dict.fromkeys(word for word in self.tasks if word not in groups))
+        for word in own:
+            check_name("tasks", word, setting="tasks")
+            if not (Path(self.root) / word).is_dir():
+                message = f"{unknown('VTAB-1K task', word, groups)} (nor is it a folder of images in {self.root})"
+                raise InputError(message, setting="tasks")
+        wanted = set().union(*(groups.get(word, set()) for word in self.tasks))
+        if not wanted and not own:
             raise InputError("tasks must name at least one task", setting="tasks")
-        return tuple(name for name in TASKS if name in wanted)
+        return (*(name for name in TASKS if name in wanted), *own)
+
+    def task(self, name: str) -> VTABTask:
+        """What is known of one of the tasks.
+
+        Raises:
+            MissingInputError, InputError: A folder that is none of VTAB-1K's tasks cannot be used.
+        """
+        return find_task(self.root, name)
 
     @cached_property
     def keys(self) -> tuple[MethodKey, ...]:

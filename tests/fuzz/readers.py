@@ -25,7 +25,7 @@ from eva_lightning.tensor_files import read_tensors, write_tensors
 from eva_lightning.vision.backbone.weight_files import read_weights
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.images import image_damage, load_image
-from eva_lightning.vision.data.splits import Split, read_split
+from eva_lightning.vision.data.split_files import Split, read_split
 from experiments.metaworld.history import StepHistory
 from experiments.report.learning_rates import write_choice
 from experiments.runner.holder import Holder, read_holder

@@ -19,7 +19,8 @@ from eva_lightning.files import write_text
 from eva_lightning.sealed import read_sealed_json, write_sealed_json
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import image_damage
-from eva_lightning.vision.data.splits import Split, files_digest, read_split
+from eva_lightning.vision.data.split_files import Split, read_split
+from eva_lightning.vision.data.splits import files_digest
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask, expected_size, get_task
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from eva_lightning.errors import check_choice, check_number
 
 from eva_lightning.vision.data.image_cache import cached_images, decode_all
 from eva_lightning.vision.data.images import load_image
-from eva_lightning.vision.data.splits import Split, open_task
+from eva_lightning.vision.data.split_files import Split
+from eva_lightning.vision.data.splits import open_task
 
 Batch = tuple[Tensor, Tensor]
 

@@ -29,7 +29,8 @@ from eva_lightning.errors import DiskFullError, InputError, UnwritableError
 from eva_lightning.files import format_bytes, free_bytes, is_disk_full, replacing
 from eva_lightning.threads import ordered_map
 from eva_lightning.vision.data.images import load_image
-from eva_lightning.vision.data.splits import Split, files_digest
+from eva_lightning.vision.data.split_files import Split
+from eva_lightning.vision.data.splits import files_digest
 
 logger = logging.getLogger(__name__)
 

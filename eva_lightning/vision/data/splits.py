@@ -2,50 +2,23 @@
 
 Layout: ``<root>/<task>/{train800,val200,train800val200,test}.txt``, each line ``relative_path int_label``, paths
 relative to the task folder. Only text files are read, and images are only found to exist: 7,000 of them take about
-0.1 s.
+0.1 s. A folder that is none of VTAB-1K's tasks may have other layouts (:mod:`eva_lightning.vision.data.own_tasks`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-from eva_lightning.names import check_path, shown
-from eva_lightning.reading import LARGEST_TEXT, read_bytes
-from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size, get_task
-
-ARCHIVE = (
-    "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub; "
-    "python -m experiments.vtab prepare gets and unpacks it)"
-)
+from eva_lightning.vision.data.own_tasks import find_task, has_split_files, read_own_task
+from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split
+from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 
 #: Training split -> the split it is judged on: the final protocol and the tuning protocol of the paper (section D.3).
 PROTOCOLS: dict[str, str] = {"train800val200": "test", "train800": "val200"}
-
-#: Python's own rule takes 1_0 and the digits of all scripts.
-_LABEL = re.compile(r"[-+]?[0-9]{1,9}")
-
-
-@dataclass(frozen=True)
-class Split:
-    """The images of one split: `paths` relative to `folder`, `labels` in ``[0, classes)``, in the order of the file."""
-
-    name: str
-    folder: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def first(self, n: int | None) -> Split:
-        """The first `n` images (all for None)."""
-        return self if n is None else replace(self, paths=self.paths[:n], labels=self.labels[:n])
-
 
 @dataclass(frozen=True)
 class TaskData:
@@ -66,51 +39,17 @@ class TaskData:
     comparable: bool
 
 
-def read_split(folder: Path, split: str, classes: int) -> Split:
-    """Read ``<folder>/<split>.txt``; images are not touched.
+def split_reader(task: VTABTask, folder: Path) -> Callable[[str], Split]:
+    """What gives the splits of a task by name: of its files, or drawn where another folder has no such files."""
+    if task.is_official or has_split_files(folder):
+        return lambda split: read_split(folder, split, task.classes)
+    own = read_own_task(folder)
 
-    Raises:
-        MissingInputError: The file is missing; says how to get it.
-        InputError: A line is not ``relative_path int_label``, a path leaves the folder, a label is outside
-            ``[0, classes)``, or there is no line.
-    """
-    file = folder / f"{split}.txt"
-    if not file.is_file():
-        if split == "train800val200" and all((folder / f"{part}.txt").is_file() for part in ("train800", "val200")):
-            remedy = (
-                "join train800.txt and val200.txt, in this order, into it (python -m experiments.vtab prepare does)"
-            )
-        else:
-            remedy = f"take it from {ARCHIVE}"
-        raise MissingInputError(f"split file {file} is missing: {remedy}")
-    paths: list[str] = []
-    labels: list[int] = []
-    try:
-        lines = read_bytes(file, LARGEST_TEXT).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not a text file of lines 'relative_path int_label' ({error.reason})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            path, label = line.strip().rsplit(maxsplit=1)
-            if _LABEL.fullmatch(label) is None:
-                raise ValueError(label)
-            value = int(label)
-        except ValueError:
-            raise InputError(
-                f"{file} line {number}: expected 'relative_path int_label', got {shown(line.strip())}"
-            ) from None
-        if not 0 <= value < classes:
-            raise InputError(
-                f"{file} line {number}: label must be in 0..{classes - 1} for {folder.name}, got {shown(value)}"
-            )
-        check_path(f"{file} line {number}: the path", path)
-        paths.append(path)
-        labels.append(value)
-    if not paths:
-        raise InputError(f"{file} lists no image: take it again from {ARCHIVE}")
-    return Split(split, folder, tuple(paths), tuple(labels))
+    def drawn(split: str) -> Split:
+        paths, labels = zip(*own.splits[split], strict=True)
+        return Split(split, folder, paths, labels)
+
+    return drawn
 
 
 def files_digest(folder: Path, paths: Iterable[str], first: str = "") -> str:
@@ -138,7 +77,7 @@ def open_task(
 
     Args:
         root: Folder that holds the task folders.
-        task: Task name, see :data:`~eva_lightning.vision.data.tasks.TASKS`.
+        task: Task name, see :data:`~eva_lightning.vision.data.tasks.TASKS`, or another folder in `root`.
         split: ``"train800val200"`` (evaluated on test) or ``"train800"`` (evaluated on val200).
         limit_train: Use only the first so many training images.
         limit_test: Use only the first so many evaluation images.
@@ -149,7 +88,7 @@ def open_task(
         InputError: Unknown task or split, bad line, label outside the range, label gap, limit below 1, or evaluation on
             images that are trained on.
     """
-    spec = get_task(task)
+    spec = find_task(root, task)
     check_choice("split", split, PROTOCOLS)
     evaluated_on = PROTOCOLS[split] if evaluation is None else evaluation
     check_choice("evaluation", evaluated_on, PROTOCOLS.values())
@@ -159,10 +98,11 @@ def open_task(
         if limit is not None:
             check_number(option, limit, at_least=1, whole=True)
     folder = _task_folder(Path(root), task)
-    complete = {name: read_split(folder, name, spec.classes) for name in (split, evaluated_on)}
+    read = split_reader(spec, folder)
+    complete = {name: read(name) for name in (split, evaluated_on)}
     warnings = _size_warnings(spec, complete.values())
     comparable = not warnings
-    warnings += _class_warnings(spec, folder, complete[split], complete[evaluated_on])
+    warnings += _class_warnings(spec, folder, read, complete[split], complete[evaluated_on])
     train = complete[split].first(limit_train)
     evaluated = complete[evaluated_on].first(limit_test)
     for part in (train, evaluated):
@@ -193,6 +133,8 @@ def _task_folder(root: Path, task: str) -> Path:
 
 
 def _size_warnings(spec: VTABTask, splits: Iterable[Split]) -> list[str]:
+    if not spec.is_official:
+        return [f"{spec.name} is none of VTAB-1K's tasks: {spec.classes} classes and the splits are those of its folder"]
     return [
         f"{split.folder.name}/{split.name}.txt lists {len(split)} images where VTAB-1K has "
         f"{expected_size(spec, split.name)}: results are not comparable with published VTAB-1K numbers"
@@ -201,11 +143,13 @@ def _size_warnings(spec: VTABTask, splits: Iterable[Split]) -> list[str]:
     ]
 
 
-def _class_warnings(spec: VTABTask, folder: Path, train: Split, evaluation: Split) -> list[str]:
+def _class_warnings(
+    spec: VTABTask, folder: Path, read: Callable[[str], Split], train: Split, evaluation: Split
+) -> list[str]:
     everywhere = set(train.labels) | set(evaluation.labels)
     for name in SPLITS:
         if name not in (train.name, evaluation.name) and (folder / f"{name}.txt").is_file():
-            everywhere |= set(read_split(folder, name, spec.classes).labels)
+            everywhere |= set(read(name).labels)
     lost = sorted(set(range(spec.classes)) - everywhere)
     if lost and (folder / "test.txt").is_file():
         raise InputError(

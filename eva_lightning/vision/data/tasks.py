@@ -1,4 +1,4 @@
-"""The 19 tasks of VTAB-1K as data: folder name, group, number of classes, size of the test set.
+"""The 19 tasks of VTAB-1K as data: folder name, group, number of classes, sizes. Other tasks: ``own_tasks.py``.
 
 Zhai et al., "A Large-scale Study of Representation Learning with the Visual Task Adaptation Benchmark", 2019;
 groups and classes as in Table 19 of the EVA paper, test sizes as in the folder layout in common use
@@ -7,22 +7,40 @@ groups and classes as in Table 19 of the EVA paper, test sizes as in the folder 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from eva_lightning.errors import InputError, unknown
 
-Group = Literal["natural", "specialized", "structured"]
+Group = Literal["natural", "specialized", "structured", "other"]
+
+TRAIN_SIZES: Mapping[str, int] = {"train800": 800, "val200": 200, "train800val200": 1000}
+SPLITS: tuple[str, ...] = (*TRAIN_SIZES, "test")
 
 
 @dataclass(frozen=True)
 class VTABTask:
-    """One task: `name` is its folder, `classes` the number of labels, `test_size` the size of the official test set."""
+    """One task.
+
+    Attributes:
+        name: Its folder.
+        group: Of VTAB-1K; "other" for a folder that is none of its tasks.
+        classes: Number of labels.
+        test_size: Size of the official test set, or of that of another folder.
+        sizes: Those of the other splits.
+    """
 
     name: str
     group: Group
     classes: int
     test_size: int
+    sizes: Mapping[str, int] = field(default_factory=lambda: TRAIN_SIZES, hash=False)
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is one of the 19."""
+        return self.group != "other"
 
 
 TASKS: dict[str, VTABTask] = {
@@ -50,9 +68,6 @@ TASKS: dict[str, VTABTask] = {
     )
 }
 
-TRAIN_SIZES: dict[str, int] = {"train800": 800, "val200": 200, "train800val200": 1000}
-SPLITS: tuple[str, ...] = (*TRAIN_SIZES, "test")
-
 
 def get_task(name: str) -> VTABTask:
     """The task called `name`.
@@ -66,5 +81,5 @@ def get_task(name: str) -> VTABTask:
 
 
 def expected_size(task: VTABTask, split: str) -> int:
-    """Number of images the official `split` of `task` holds."""
-    return task.test_size if split == "test" else TRAIN_SIZES[split]
+    """Number of images that `split` of `task` holds: officially, or in a folder that is none of VTAB-1K's."""
+    return task.test_size if split == "test" else task.sizes[split]

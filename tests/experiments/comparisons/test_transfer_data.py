@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eva_lightning.vision.data.datamodule import SplitDataset
-from eva_lightning.vision.data.splits import Split
+from eva_lightning.vision.data.split_files import Split
 from experiments.comparisons import transfer_data
 from tests.eva_lightning.vision.fakes import make_task
 

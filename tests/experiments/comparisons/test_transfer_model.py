@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.data.datamodule import SplitDataset
-from eva_lightning.vision.data.splits import Split
+from eva_lightning.vision.data.split_files import Split
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_model
 from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, Pretraining, evaluate, pretrain

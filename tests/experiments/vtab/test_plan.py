@@ -9,6 +9,7 @@ import pytest
 
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import apply_method
+from eva_lightning.vision.data.tasks import TASKS
 from eva_lightning.vision.module import ImageClassifier
 from experiments.runner.jobs import Job, Outcome
 from experiments.runner.progress import span
@@ -67,10 +68,10 @@ def test_state_on_disk_is_as_large_as_said(tmp_path: Path) -> None:
 
 def test_cache_by_official_sizes(tmp_path: Path) -> None:
     one = 3 * 224 * 224
-    assert cache_bytes("kitti", 224) == (800 + 200 + 1000 + 711) * one
-    assert missing_cache_bytes(["kitti"], 224, None) == 0
+    assert cache_bytes(TASKS["kitti"], 224) == (800 + 200 + 1000 + 711) * one
+    assert missing_cache_bytes([TASKS["kitti"]], 224, None) == 0
     (tmp_path / "kitti-test-224px-0123.npy").touch()
-    assert missing_cache_bytes(["kitti", "dtd"], 224, tmp_path) == (2000 + 2000 + 1880) * one
+    assert missing_cache_bytes([TASKS["kitti"], TASKS["dtd"]], 224, tmp_path) == (2000 + 2000 + 1880) * one
 
 
 def test_methods_cost_what_their_kind_costs() -> None:

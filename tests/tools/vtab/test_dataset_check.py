@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_lightning.vision.data.splits import read_split
+from eva_lightning.vision.data.split_files import read_split
 from eva_lightning.vision.data.tasks import TASKS
 from tests.eva_lightning.vision.fakes import make_task, write_lines
 from tools.vtab import dataset_check as status

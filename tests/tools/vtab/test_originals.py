@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eva_lightning.vision.data.splits import read_split
+from eva_lightning.vision.data.split_files import read_split
 from eva_lightning.vision.data.tasks import TASKS
 from tests.tools.vtab import original_fakes as fakes
 from tests.tools.vtab.original_fakes import Content, Examples

@@ -19,7 +19,7 @@ from eva_lightning.files import is_temporary
 from eva_lightning.vision.data import image_cache as cache
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.images import load_image
-from eva_lightning.vision.data.splits import Split, read_split
+from eva_lightning.vision.data.split_files import Split, read_split
 from tests.eva_lightning.vision.fakes import make_task
 from tests.paths import ROOT
 
@@ -138,7 +138,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from eva_lightning.vision.data import image_cache as cache
-from eva_lightning.vision.data.splits import read_split
+from eva_lightning.vision.data.split_files import read_split
 count = Path(sys.argv[3])
 def counted(path, size, load=cache.load_image):
     with count.open("a") as stream:

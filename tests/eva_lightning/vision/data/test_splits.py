@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from eva_lightning.errors import InputError
-from eva_lightning.vision.data.splits import open_task, read_split
+from eva_lightning.vision.data.split_files import read_split
+from eva_lightning.vision.data.splits import open_task
 from eva_lightning.vision.data.tasks import TASKS
 from tests.eva_lightning.vision.fakes import make_task, write_lines
 
