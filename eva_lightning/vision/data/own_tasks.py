@@ -1,0 +1,186 @@
+"""Any folder of images as a task: classes and, where there are no split files, splits are read from the folder.
+
+Layouts, the first that fits:
+
+- ``train800.txt``, ``val200.txt``, ``train800val200.txt`` and ``test.txt``, as VTAB-1K's tasks have them; the number of
+  classes is that of the lines of ``classes.txt``, else the largest label and one;
+- ``train/CLASS/``, ``test/CLASS/`` and perhaps ``val/CLASS/`` with images;
+- ``CLASS/`` with images, here or below ``images/``: a quarter of every class is test.
+
+Without ``val/``, a fifth of every class's training images validates. Images are drawn by the digest of their paths, so
+that the same folder gives the same splits everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eva_lightning.errors import InputError, MissingInputError, unknown
+from eva_lightning.names import check_name
+from eva_lightning.reading import read_text
+from eva_lightning.vision.data.split_files import read_split
+from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask
+
+#: What Pillow reads of what data sets hold.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+#: The names of the folders of other layouts, by what they are for.
+_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+#: Bound of the labels in split files, before the number of classes is known.
+_MOST_CLASSES = 100_000
+
+#: One image in so many of a class is test, and of the rest one in so many validates.
+_TEST_SHARE, _VAL_SHARE = 4, 5
+
+Labelled = tuple[str, int]
+"""Path of an image relative to the task's folder, and its label."""
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A folder without split files, read.
+
+    Attributes:
+        classes: Names of the classes, in the order of their labels.
+        splits: Split -> its images.
+    """
+
+    classes: tuple[str, ...]
+    splits: Mapping[str, tuple[Labelled, ...]]
+
+
+def find_task(root: str | Path, name: str) -> VTABTask:
+    """The task called `name`: one of VTAB-1K, or a folder of images in `root`.
+
+    Raises:
+        InputError: Neither; suggests the nearest name. Or it has less than two classes, or a class with too few images.
+        MissingInputError: The folder holds no images in a layout that is known.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    check_name("task", name, setting="task")
+    folder = Path(root) / name
+    if not folder.is_dir():
+        raise InputError(f"{unknown('VTAB-1K task', name, TASKS)} (nor is it a folder of images in {root})")
+    if has_split_files(folder):
+        return _with_split_files(folder)
+    own = read_own_task(folder)
+    test = len(own.splits["test"])
+    sizes = {split: len(images) for split, images in own.splits.items() if split != "test"}
+    return VTABTask(name, "other", len(own.classes), test, sizes)
+
+
+def has_split_files(folder: Path) -> bool:
+    """Whether a task's folder has any of VTAB-1K's split files."""
+    return any((folder / f"{split}.txt").is_file() for split in SPLITS)
+
+
+def read_own_task(folder: Path) -> OwnTask:
+    """The classes of a folder without split files, and splits drawn from it.
+
+    Raises:
+        MissingInputError: It holds no images in a layout that is known.
+        InputError: Less than two classes, or a class with too few images.
+    """
+    places = {part: [folder / name for name in names if (folder / name).is_dir()] for part, names in _PARTS.items()}
+    parts = {part: found[0] for part, found in places.items() if found}
+    if "train" in parts and not parts.keys().isdisjoint({"test", "val"}):
+        return _of_parts(folder, parts)
+    base = folder / "images" if (folder / "images").is_dir() else folder
+    images = _images(folder, base)
+    _check_classes(folder, images)
+    train, val, test = [], [], []
+    for label, (name, paths) in enumerate(images.items()):
+        if len(paths) < 3:
+            raise InputError(
+                f"class {name} of {folder} has {len(paths)} image{'s' * (len(paths) != 1)}, and 3 are needed: one each "
+                "to train, to validate and to test"
+            )
+        tested, others = _share(paths, _TEST_SHARE)
+        validated, trained = _share(others, _VAL_SHARE)
+        for part, chosen in ((train, trained), (val, validated), (test, tested)):
+            part += [(path, label) for path in chosen]
+    return _task(images, train, val, test)
+
+
+def _of_parts(folder: Path, parts: Mapping[str, Path]) -> OwnTask:
+    """Of the layout train/CLASS, test/CLASS; val/CLASS stands in for test where there is none."""
+    named = {part: _images(folder, place) for part, place in parts.items()}
+    tests = named.pop("test") if "test" in named else named.pop("val")
+    training = named["train"]
+    _check_classes(folder, training)
+    labels = {name: label for label, name in enumerate(training)}
+    for part in (tests, named.get("val", {})):
+        strange = next((name for name in part if name not in labels), None)
+        if strange is not None:
+            raise InputError(f"class {strange} of {folder} has images to test or validate, but none to train")
+    lacking = [name for name in labels if name not in tests]
+    if lacking:
+        raise InputError(
+            f"class {lacking[0]} of {folder} has no test image ({len(lacking)} of its {len(labels)} classes have none)"
+        )
+    train, val = [], [(path, labels[name]) for name, paths in named.get("val", {}).items() for path in paths]
+    for name, paths in training.items():
+        validated, trained = ([], list(paths)) if "val" in named else _share(paths, _VAL_SHARE)
+        if not trained:
+            raise InputError(f"class {name} of {folder} has {len(paths)} image to train and validate, and 2 are needed")
+        train += [(path, labels[name]) for path in trained]
+        val += [(path, labels[name]) for path in validated]
+    return _task(training, train, val, [(path, labels[name]) for name, paths in tests.items() for path in paths])
+
+
+def _task(
+    classes: Iterable[str], train: list[Labelled], val: list[Labelled], test: list[Labelled]
+) -> OwnTask:
+    splits = {"train800": train, "val200": val, "train800val200": train + val, "test": test}
+    # by digest: the first images of a split are a fair part of it
+    return OwnTask(tuple(classes), {name: tuple(sorted(part, key=lambda x: _digest(x[0]))) for name, part in splits.items()})
+
+
+def _with_split_files(folder: Path) -> VTABTask:
+    parts = {name: read_split(folder, name, _MOST_CLASSES) for name in SPLITS if (folder / f"{name}.txt").is_file()}
+    classes = 1 + max(max(split.labels) for split in parts.values())
+    listed = folder / "classes.txt"
+    if listed.is_file():
+        named = len([line for line in read_text(listed).splitlines() if line.strip()])
+        if classes > named:
+            raise InputError(f"{listed} names {named} classes, but a label is {classes - 1}")
+        classes = named
+    if classes < 2:
+        raise InputError(f"{folder} has one class: there is nothing to tell apart")
+    sizes = {name: len(split) for name, split in parts.items() if name != "test"}
+    return VTABTask(folder.name, "other", classes, len(parts["test"]) if "test" in parts else 0, sizes)
+
+
+def _images(folder: Path, base: Path) -> dict[str, list[str]]:
+    """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth."""
+    found = {}
+    for place in sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        paths = [path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        if paths:
+            found[place.name] = sorted((path.relative_to(folder).as_posix() for path in paths), key=_digest)
+    if not found:
+        raise MissingInputError(
+            f"{folder} holds no images that are sorted by class: a folder for each class, train/CLASS and test/CLASS, or "
+            "train800.txt, val200.txt, train800val200.txt and test.txt with lines 'relative_path int_label' are read"
+        )
+    return found
+
+
+def _check_classes(folder: Path, images: Mapping[str, list[str]]) -> None:
+    if len(images) < 2:
+        raise InputError(f"{folder} has one class, {next(iter(images))}: there is nothing to tell apart")
+
+
+def _share(paths: list[str], part: int) -> tuple[list[str], list[str]]:
+    """One in `part` of `paths`, at least one, and the others."""
+    count = max(1, round(len(paths) / part))
+    return paths[:count], paths[count:]
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()

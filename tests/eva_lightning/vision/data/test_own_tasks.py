@@ -1,0 +1,128 @@
+"""Folders of images that are none of VTAB-1K's tasks, in every layout that is read, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.vision.data.datamodule import VTAB1K
+from eva_lightning.vision.data.own_tasks import find_task, read_own_task
+from eva_lightning.vision.data.splits import open_task
+from eva_lightning.vision.data.tasks import TASKS
+from tests.eva_lightning.vision.fakes import make_task
+
+
+def images(folder: Path, count: int, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = np.full((8, 8, 3), (9 * index) % 256, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03d}{suffix}")
+
+
+def test_official_names_stay_official(tmp_path: Path) -> None:
+    assert find_task(tmp_path, "kitti") is TASKS["kitti"]
+
+
+@pytest.mark.parametrize("below", [".", "images"], ids=["here", "images"])
+def test_class_folders_give_a_quarter_for_test_and_a_fifth_of_the_rest_for_validation(
+    tmp_path: Path, below: str
+) -> None:
+    for name, count in {"cat": 40, "dog": 20, "owl": 3}.items():
+        images(tmp_path / "pets" / below / name, count)
+    (tmp_path / "pets" / below / "empty").mkdir()
+    own = read_own_task(tmp_path / "pets")
+    assert own.classes == ("cat", "dog", "owl")
+    per_class = {
+        split: [sum(label == wanted for _, label in part) for wanted in range(3)] for split, part in own.splits.items()
+    }
+    assert per_class == {
+        "test": [10, 5, 1],
+        "val200": [6, 3, 1],
+        "train800": [24, 12, 1],
+        "train800val200": [30, 15, 2],
+    }
+    parts = [{path for path, _ in own.splits[name]} for name in ("train800", "val200", "test")]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 63
+    assert set(own.splits["train800val200"]) == {*own.splits["train800"], *own.splits["val200"]}
+
+
+def test_a_copy_elsewhere_has_the_same_splits(tmp_path: Path) -> None:
+    for root in ("a", "b"):
+        for name in ("x", "y"):
+            images(tmp_path / root / "t" / name, 12)
+    assert read_own_task(tmp_path / "a" / "t") == read_own_task(tmp_path / "b" / "t")
+
+
+@pytest.mark.parametrize("with_val", [True, False], ids=["val", "no val"])
+def test_train_and_test_folders_are_kept_apart(tmp_path: Path, with_val: bool) -> None:
+    for name in ("x", "y"):
+        images(tmp_path / "t" / "train" / name, 10)
+        images(tmp_path / "t" / "test" / name, 4)
+        if with_val:
+            images(tmp_path / "t" / "val" / name, 3)
+    own = read_own_task(tmp_path / "t")
+    sizes = {split: len(part) for split, part in own.splits.items()}
+    assert sizes == (
+        {"train800": 20, "val200": 6, "train800val200": 26, "test": 8}
+        if with_val
+        else {"train800": 16, "val200": 4, "train800val200": 20, "test": 8}
+    )
+    assert all(path.startswith("test/") for path, _ in own.splits["test"])
+    assert not any(path.startswith("test/") for path, _ in own.splits["train800val200"])
+
+
+def test_split_files_and_the_classes_they_name(tmp_path: Path) -> None:
+    folder = make_task(tmp_path, "mine", classes=3)
+    assert (find_task(tmp_path, "mine").classes, find_task(tmp_path, "mine").group) == (3, "other")
+    (folder / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert find_task(tmp_path, "mine").classes == 4
+    (folder / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match=r"classes\.txt names 2 classes, but a label is 2"):
+        find_task(tmp_path, "mine")
+
+
+def test_a_data_module_reads_any_folder_and_says_that_it_is_not_comparable(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        images(tmp_path / "mine" / name, 12, ".jpg")
+    data = VTAB1K(tmp_path, "mine", image_size=8, batch_size=6, progress=False)
+    data.setup("fit")
+    pixels, labels = next(iter(data.train_dataloader()))
+    assert (pixels.shape, set(labels.tolist())) == ((6, 3, 8, 8), {0, 1})
+    assert (data.num_classes, data.data.comparable) == (2, False)
+    assert data.data.warnings == (
+        "mine is none of VTAB-1K's tasks: 2 classes and the splits are those of its folder",
+    )
+    tuning = open_task(tmp_path, "mine", "train800")
+    assert not set(tuning.train.paths) & set(data.data.evaluation.paths)
+
+
+def test_what_cannot_be_a_task_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown VTAB-1K task 'kiti': did you mean kitti.*nor is it a folder"):
+        find_task(tmp_path, "kiti")
+    with pytest.raises(InputError, match="task must be"):
+        find_task(tmp_path, "../mine")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MissingInputError, match="none holds no images that are sorted by class"):
+        find_task(tmp_path, "none")
+    images(tmp_path / "one" / "x", 9)
+    with pytest.raises(InputError, match="one has one class, x: there is nothing to tell apart"):
+        find_task(tmp_path, "one")
+    images(tmp_path / "few" / "x", 9)
+    images(tmp_path / "few" / "y", 2)
+    with pytest.raises(InputError, match="class y of .*few has 2 images, and 3 are needed"):
+        find_task(tmp_path, "few")
+    for name in ("x", "y"):
+        images(tmp_path / "gap" / "train" / name, 5)
+    images(tmp_path / "gap" / "test" / "x", 5)
+    with pytest.raises(InputError, match="class y of .*gap has no test image"):
+        find_task(tmp_path, "gap")
+    images(tmp_path / "strange" / "train" / "x", 5)
+    images(tmp_path / "strange" / "train" / "y", 5)
+    for name in ("x", "y", "z"):
+        images(tmp_path / "strange" / "test" / name, 5)
+    with pytest.raises(InputError, match="class z of .*strange has images to test or validate, but none to train"):
+        find_task(tmp_path, "strange")
