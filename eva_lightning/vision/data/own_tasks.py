@@ -93,7 +93,9 @@ def read_own_task(folder: Path) -> OwnTask:
     base = folder / "images" if (folder / "images").is_dir() else folder
     images = _images(folder, base)
     _check_classes(folder, images)
-    train, val, test = [], [], []
+    train: list[Labelled] = []
+    val: list[Labelled] = []
+    test: list[Labelled] = []
     for label, (name, paths) in enumerate(images.items()):
         if len(paths) < 3:
             raise InputError(
@@ -123,7 +125,8 @@ def _of_parts(folder: Path, parts: Mapping[str, Path]) -> OwnTask:
         raise InputError(
             f"class {lacking[0]} of {folder} has no test image ({len(lacking)} of its {len(labels)} classes have none)"
         )
-    train, val = [], [(path, labels[name]) for name, paths in named.get("val", {}).items() for path in paths]
+    train: list[Labelled] = []
+    val = [(path, labels[name]) for name, paths in named.get("val", {}).items() for path in paths]
     for name, paths in training.items():
         validated, trained = ([], list(paths)) if "val" in named else _share(paths, _VAL_SHARE)
         if not trained:
