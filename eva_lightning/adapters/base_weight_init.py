@@ -44,6 +44,10 @@ INITIALISATIONS: dict[str, Start] = {
     "olora": Start("taken", peft="olora"),
     "corda": Start("taken", from_data=True),
     "lora-ga": Start("taken", from_data=True, directions=2),
+    "lora-ga-peft": Start("taken", from_data=True, directions=2),
+    "lora-da": Start("added", from_data=True),
+    "lora-one": Start("added", from_data=True),
+    "gora": Start("added", from_data=True),
 }
 """Every way in which an adapter can start; "lora" is A random and B = 0."""
 
@@ -157,13 +161,13 @@ def corda(layer: AdapterLayer, covariance: Tensor) -> tuple[Tensor, Tensor]:
     return _made_by_peft(layer, lambda: layer.module.corda_init(layer.adapter, "corda"), "eigens")
 
 
-def lora_ga(layer: AdapterLayer, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as PEFT's LoRA-GA with its default settings makes them (Wang et al., 2024): along the gradient.
+def lora_ga_peft(layer: AdapterLayer, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT's LoRA-GA with its default settings makes them.
 
-    A takes the first ``rank`` right singular vectors of the gradient and B the next ``rank`` left ones. PEFT (0.21)
-    also multiplies B by their singular values and scales B alone, where the authors' code scales both by
-    ``(out_features ** 0.25) / sqrt(gamma)`` and leaves the singular values out: PEFT's B starts smaller. PEFT finds
-    the directions by a randomized SVD: the global generator decides the last digits.
+    A takes the first ``rank`` right singular vectors of the gradient and B the next ``rank`` left ones. Unlike the
+    authors (:func:`eva_lightning.methods.gradient_starts.lora_ga`) PEFT (0.21) multiplies B by their singular values
+    and scales B alone: its A is larger or smaller by ``sqrt(gamma) / out_features ** 0.25`` and its B, for gradients
+    below 1, smaller. PEFT finds the directions by a randomized SVD: the global generator decides the last digits.
 
     Args:
         layer: A fresh adapter.

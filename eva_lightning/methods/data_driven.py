@@ -135,6 +135,9 @@ class DataDrivenStart(Callback):
         )
         if started < len(layers):
             line += f"; {len(layers) - started} layers did not run and stay as they are"
+        if KINDS[self.kind].ranks is not None:
+            ranks = [layer.rank for layer in layers.values()]
+            line += f"; ranks {min(ranks)} to {max(ranks)}, sum {sum(ranks)}"
         if started and INITIALISATIONS[self.kind].product == "added":
             line += (
                 "; the function is as before (keep_function)"

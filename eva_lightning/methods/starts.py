@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
-from eva_lightning.adapters.base_weight_init import corda, lora_ga
+from eva_lightning.adapters.base_weight_init import corda, lora_ga_peft
+from eva_lightning.methods.gradient_starts import gora, gora_ranks, lora_da, lora_ga, lora_one
 from eva_lightning.methods.training_statistics import Statistic
 
 Means = Mapping[Statistic, Tensor]
@@ -55,8 +56,17 @@ class Kind:
     injection: Mapping[str, Any] = field(default_factory=dict)
 
 
+_RSLORA = {"use_rslora": True}
+
 KINDS: dict[str, Kind] = {
-    # CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128; the VTAB protocol has 64 images in a minibatch
+    # numbers of minibatches are for the VTAB protocol's 64 images in each. CorDA's paper takes 256 samples, PEFT's
+    # example of LoRA-GA 128, LoRA-DA's authors 256, LoRA-One's 8 to 64, GoRA's 32 steps of 32
     "corda": Kind(("scaled_inputs",), 4, lambda layer, means, _: corda(layer, means["scaled_inputs"])),
-    "lora-ga": Kind(("gradient",), 2, lambda layer, means, _: lora_ga(layer, means["gradient"])),
+    "lora-ga": Kind(("gradient",), 2, lora_ga, injection=_RSLORA),
+    "lora-ga-peft": Kind(("gradient",), 2, lambda layer, means, _: lora_ga_peft(layer, means["gradient"])),
+    "lora-da": Kind(
+        ("gradient", "inputs", "output_gradients"), 4, lora_da, needs_training_size=True, injection=_RSLORA
+    ),
+    "lora-one": Kind(("gradient",), 1, lora_one, injection=_RSLORA),
+    "gora": Kind(("gradient",), 16, gora, ranks=gora_ranks, injection=_RSLORA),
 }

@@ -83,12 +83,12 @@ def test_corda_is_pefts_preprocess_corda_on_the_same_samples() -> None:
         torch.testing.assert_close(layer.base.weight, reference.base_layer.weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_lora_ga_is_pefts_preprocess_loraga_on_the_same_batches() -> None:
+def test_lora_ga_peft_is_pefts_preprocess_loraga_on_the_same_batches() -> None:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    module, callbacks = prepared("lora-ga")
+    module, callbacks = prepared("lora-ga-peft")
     fit(module, callbacks)
     net = build().net
     config = LoraConfig(
@@ -96,7 +96,7 @@ def test_lora_ga_is_pefts_preprocess_loraga_on_the_same_batches() -> None:
     )
 
     def train_step() -> None:
-        for x, y in batches(STARTS["lora-ga"].batches):
+        for x, y in batches(STARTS["lora-ga-peft"].batches):
             nn.functional.cross_entropy(net(x), y).backward()
 
     preprocess_loraga(net, config, train_step)
