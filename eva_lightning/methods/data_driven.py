@@ -25,7 +25,8 @@ from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
-from eva_lightning.methods.starts import KINDS, Given, Means
+from eva_lightning.methods.start_inputs import Given, Means
+from eva_lightning.methods.starts import KINDS
 from eva_lightning.methods.training_statistics import Statistic, Sums, layer_statistics
 from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
@@ -167,6 +168,7 @@ class DataDrivenStart(Callback):
                 mask_fn=self.mask_fn,
                 context=trainer.precision_plugin.forward_context,
                 progress=progress,
+                dtype=KINDS[self.kind].dtype,
             )
 
     @staticmethod
@@ -177,7 +179,7 @@ class DataDrivenStart(Callback):
             found: dict[Statistic, torch.Tensor] = {}
             for statistic, mean in of_layer.items():
                 total: Any = trainer.strategy.reduce(mean.total, reduce_op="sum")
-                count: Any = torch.tensor(float(mean.count), device=total.device)
+                count: Any = torch.tensor(mean.count, device=total.device)
                 count = trainer.strategy.reduce(count, reduce_op="sum")
                 if count > 0 and bool(total.any()):
                     found[statistic] = total / count

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.base_weight_init import as_linear
-
-if TYPE_CHECKING:
-    from eva_lightning.methods.starts import Given, Means
+from eva_lightning.methods.start_inputs import Given, Means
 
 LORA_GA_GAMMA = 16.0
 """LoRA-GA's γ (``stable_gamma`` of the authors' configuration; PEFT's default too)."""
@@ -76,14 +74,15 @@ def lora_da(layer: AdapterLayer, means: Means, given: Given) -> tuple[Tensor, Te
     the loss depends on its number of tokens, samples count by that weight here and alike there.
     """
     gradient, moment, squares = (_double(means[name]) for name in ("gradient", "inputs", "output_gradients"))
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    factor = torch.linalg.cholesky((moment + moment.T) / 2 + LORA_DA_DAMPING * identity)
+    # by eigenvalues, which rounding may have made negative where there are fewer tokens than inputs
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    moment_inverse = vectors / (values.clamp(min=0) + LORA_DA_DAMPING) @ vectors.T
     inverse = 1 / (squares + LORA_DA_DAMPING)
-    step = -torch.cholesky_solve(as_linear(layer, gradient).T, factor) * inverse
+    step = -moment_inverse @ as_linear(layer, gradient).T * inverse
     largest = torch.linalg.matrix_norm(step, ord=2)
     step = step / largest
     variance = LORA_DA_BETA * inverse.sum() / (given.training_samples * largest**2)
-    guidance = variance * torch.cholesky_inverse(factor) - step @ step.T
+    guidance = variance * moment_inverse - step @ step.T
     directions = torch.linalg.eigh((guidance + guidance.T) / 2).eigenvectors[:, : layer.rank]
     scale = 1 / math.sqrt(LORA_DA_GAMMA)
     return directions.T * scale, (directions.T @ step).T * scale

@@ -9,28 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.base_weight_init import corda, lora_ga_peft
 from eva_lightning.methods.gradient_starts import gora, gora_ranks, lora_da, lora_ga, lora_one
+from eva_lightning.methods.start_inputs import Given, Means
 from eva_lightning.methods.training_statistics import Statistic
 
-Means = Mapping[Statistic, Tensor]
-"""What :mod:`eva_lightning.methods.training_statistics` found for a layer, averaged over all processes."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a start may know besides the statistics.
-
-    Attributes:
-        seed: Of its random parts.
-        training_samples: Size of the whole training set, for kinds that need it, else 0.
-    """
-
-    seed: int = 0
-    training_samples: int = 0
+__all__ = ["KINDS", "Given", "Kind", "Means"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,7 @@ class Kind:
             for B = 0. The global generators are those of ``given.seed`` when it is called.
         ranks: ``ranks(layers, means, given)``: a rank of at least 1 for every one of these layers; None keeps them. A
             layer that gets another rank keeps its scaling.
+        dtype: Of the statistics; float32 on devices without float64.
         needs_training_size: ``given.training_samples`` is there.
         injection: Further arguments for :func:`eva_lightning.adapters.inject`: what the method's source sets.
     """
@@ -52,6 +41,7 @@ class Kind:
     batches: int
     make: Callable[[AdapterLayer, Means, Given], tuple[Tensor, Tensor | None]]
     ranks: Callable[[Mapping[str, AdapterLayer], Mapping[str, Means], Given], Mapping[str, int]] | None = None
+    dtype: torch.dtype = torch.float32
     needs_training_size: bool = False
     injection: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,8 +55,13 @@ KINDS: dict[str, Kind] = {
     "lora-ga": Kind(("gradient",), 2, lora_ga, injection=_RSLORA),
     "lora-ga-peft": Kind(("gradient",), 2, lambda layer, means, _: lora_ga_peft(layer, means["gradient"])),
     "lora-da": Kind(
-        ("gradient", "inputs", "output_gradients"), 4, lora_da, needs_training_size=True, injection=_RSLORA
-    ),
+        ("gradient", "inputs", "output_gradients"),
+        4,
+        lora_da,
+        dtype=torch.float64,
+        needs_training_size=True,
+        injection=_RSLORA,
+    ),  # float32 is too coarse for the inverse of second moments that are nearly singular
     "lora-one": Kind(("gradient",), 1, lora_one, injection=_RSLORA),
     "gora": Kind(("gradient",), 16, gora, ranks=gora_ranks, injection=_RSLORA),
 }

@@ -99,7 +99,7 @@ def layer_statistics(
             loss's, which masks its tokens itself.
         context: Entered around each forward pass (autocast).
         progress: Called after every minibatch.
-        dtype: Of the sums.
+        dtype: Of the sums; float32 on devices without float64 (MPS).
 
     Returns:
         Sums per layer and statistic, and of how many: 0 for layers that never ran or that the loss does not depend on.
@@ -109,7 +109,7 @@ def layer_statistics(
         InputError, InputTypeError: ``training_step`` gives no loss; the number of samples of a minibatch is unknown.
     """
     collector = _Collector(layers, needs, dtype)
-    masks = TokenMasks(mask_fn)
+    masks = TokenMasks(mask_fn if set(needs) - {"gradient"} else None)
     with ExitStack() as stack:
         modes = [(m, m.training) for m in module.modules()]
         stack.enter_context(observing(module))
@@ -168,7 +168,8 @@ class _Collector:
             width = self.inputs[name].width
             for need in needs:
                 shapes = {"gradient": tuple(weight.shape), "output_gradients": (weight.numel() // width,)}
-                of_layer[need] = Mean(torch.zeros(shapes.get(need, (width, width)), dtype=dtype, device=weight.device))
+                exact = torch.float32 if weight.device.type == "mps" else dtype
+                of_layer[need] = Mean(torch.zeros(shapes.get(need, (width, width)), dtype=exact, device=weight.device))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -319,6 +319,17 @@ def test_bf16_mixed_and_accumulation_start_alike(kind: str) -> None:
         assert torch.cosine_similarity(product, reference, dim=0) > 0.9
 
 
+def test_lora_da_copes_with_fewer_tokens_than_inputs() -> None:
+    module = build()
+    x = 1e3 * dataset(2, tokens=4).tensors[0]
+    loader = DataLoader(torch.utils.data.TensorDataset(x, torch.tensor([0, 1])), 2)
+    started("lora-da", module, loader)
+    for layer in find_adapters(module).values():
+        assert torch.isfinite(layer.a).all()
+        assert torch.isfinite(layer.b).all()
+        assert layer.b.any()
+
+
 def test_lora_da_needs_the_size_of_the_training_set() -> None:
     class Endless(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:

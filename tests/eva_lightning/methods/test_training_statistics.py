@@ -111,6 +111,13 @@ def test_tokens_that_do_not_count_change_nothing() -> None:
             torch.testing.assert_close(one.total, other.total)
 
 
+def test_a_mask_that_no_statistic_needs_is_not_asked_for() -> None:
+    module = build()
+    asked: list[Any] = []
+    layer_statistics(module, minibatches(), layers_of(module), ["gradient"], mask_fn=asked.append)
+    assert asked == []
+
+
 class Checkpointed(TokenNet):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.embed(x)).requires_grad_()
