@@ -36,9 +36,11 @@ class AdapterOptions:
         rescale_alpha: α follows a layer's rank under EVA, so that α/r stays; if False α stays.
         init, metric, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
         lora_plus_ratio: LoRA+: learning rate of B over that of A and everything else (its authors' λ = 2⁴).
-        max_batches: Most minibatches that EVA streams, or CorDA and LoRA-GA read; None for their defaults.
+        max_batches: Most minibatches that EVA streams, or CorDA, LoRA-GA and the like read; None for their defaults.
         state: An :class:`~eva_lightning.state.EVAState` to start EVA from instead of streaming, or its path.
-        seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
+        seed: Seed of the random parts of initialisations, and of scratch's weights.
+        keep_function: Methods whose adapters move the function when they start (`Method.moves_function`) take
+            ``scaling * B A`` out of the base weight, so that it stays; the others keep it anyway.
 
     Raises:
         InputError, InputTypeError: A value is out of range.
@@ -59,6 +61,7 @@ class AdapterOptions:
     max_batches: int | None = None
     state: EVAState | str | os.PathLike[str] | None = None
     seed: int = 0
+    keep_function: bool = False
 
     def __post_init__(self) -> None:
         self._callback(Where())  # which checks its values; a state is read when it is used
@@ -132,9 +135,10 @@ def apply_method(
 ) -> list[L.Callback]:
     """Prepare `module` for `method` and return the callbacks to train with.
 
-    All but ``"scratch"`` start from the function the module computes. EVA's methods put their adapters in at the start
-    of ``fit``, the others at once; ``"corda"`` and ``"lora-ga"`` set theirs at the start of ``fit``. What else differs
-    is in :data:`~eva_lightning.methods.registry.METHODS`.
+    All but ``"scratch"``, and those whose ``moves_function`` says so, start from the function the module computes.
+    EVA's methods put their adapters in at the start of ``fit``, the others at once; those that start from data
+    (:data:`eva_lightning.methods.starts.KINDS`) set theirs at the start of ``fit``. What else differs is in
+    :data:`~eva_lightning.methods.registry.METHODS`.
 
     A module may have what some methods use: ``head_name``, the name of its output layer; ``train_only_head()`` for
     ``"linear"``; ``layer_decay``, a factor on the learning rate per layer, which ``"fft"`` sets; ``lr_multipliers``

@@ -20,6 +20,9 @@ Half = Literal["vision", "rl"]
 StateKind = Literal["major", "minor"]
 """Which end of the spectrum of a layer's inputs an EVA state holds: components of most, or of least, variance."""
 
+Needs = Literal["nothing", "inputs", "gradients", "inputs and gradients"]
+"""What a method asks of training data before training starts: inputs of layers, gradients of their weights."""
+
 DEFAULT_RHO = 2.0
 """EVA's ρ where nothing is said (paper, section 4.1: ρ = 2 gives the better results)."""
 
@@ -32,10 +35,11 @@ class Method:
         name: What users type.
         label: What tables and figures print, as the paper's tables do (Tables 8, 10, 12, 20 and 25).
         trains: What is trained. With adapters, the head and (by default) all biases train too.
-        needs: What the method asks of training data before training starts: the inputs of layers, the gradients of
-            their weights, or nothing.
+        needs: What the method asks of training data before training starts.
         redistributes: Spreads the rank budget unevenly, and so has a ρ.
         changes_base: The base weights are other ones when training starts.
+        moves_function: Adapters change what the module computes when they start, unless the user asks to keep it: then
+            the base weights are other ones.
         state_kind: Which EVA state it can start from, or None.
         prepare: Where its prepare function is, ``"module:function"``.
         fixed: Keyword arguments of that function: what the user does not choose.
@@ -45,9 +49,10 @@ class Method:
     name: str
     label: str
     trains: Literal["adapters", "everything", "head"] = "adapters"
-    needs: Literal["nothing", "inputs", "gradients"] = "nothing"
+    needs: Needs = "nothing"
     redistributes: bool = False
     changes_base: bool = False
+    moves_function: bool = False
     state_kind: StateKind | None = None
     prepare: str = "eva_lightning.methods.lora:prepare"
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -73,9 +78,10 @@ def _weight_based(name: str, label: str) -> Method:
     return Method(name, label, changes_base=True, fixed={"initialisation": name})
 
 
-def _data_driven(name: str, label: str, needs: Literal["inputs", "gradients"]) -> Method:
+def _data_driven(name: str, label: str, needs: Needs, *, moves: bool = False) -> Method:
     prepare = "eva_lightning.methods.data_driven:prepare"
-    return Method(name, label, needs=needs, changes_base=True, prepare=prepare, fixed={"kind": name})
+    traits: dict[str, Any] = {"moves_function": True} if moves else {"changes_base": True}
+    return Method(name, label, needs=needs, prepare=prepare, fixed={"kind": name}, **traits)
 
 
 def _eva(name: str, label: str, *, state_kind: StateKind = "major", redistributes: bool = True, **rest: Any) -> Method:
@@ -104,6 +110,10 @@ _TABLE = (
     _weight_based("olora", "OLoRA"),
     _data_driven("corda", "CorDA", needs="inputs"),
     _data_driven("lora-ga", "LoRA-GA", needs="gradients"),
+    _data_driven("lora-ga-peft", "LoRA-GA (PEFT)", needs="gradients"),
+    _data_driven("lora-da", "LoRA-DA", needs="inputs and gradients", moves=True),
+    _data_driven("lora-one", "LoRA-One", needs="gradients", moves=True),
+    _data_driven("gora", "GoRA", needs="gradients", moves=True),
     _eva("eva", "EVA"),
     _eva("eva-dora", "EVA+DoRA", fixed={"use_dora": True}),
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),

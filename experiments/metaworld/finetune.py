@@ -52,6 +52,10 @@ class Settings:
         None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear in a block",
         RESULT, omit_default=True,
     )  # fmt: skip
+    keep_function: bool = option(
+        False, "LoRA-DA, LoRA-One, GoRA: take B A out of the base weight, so that the start moves nothing", RESULT,
+        omit_default=True,
+    )  # fmt: skip
     head: str = option("train", "action head: in full, frozen, or like other layers", RESULT, choices=HEADS)
     seeds: int = option(3, "number of seeds, one run each", SELECTION, at_least=1)
     first_seed: int = option(0, "the first of them", PER_RUN, at_least=0)

@@ -118,6 +118,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         bias=bias,
         rho=settings.rho,
         seed=settings.seed,
+        keep_function=settings.keep_function,
     )
     callbacks = apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
     for callback in callbacks:

@@ -77,8 +77,15 @@ class SharedOptions:
         1.0, "EVA: share of the layers that must have converged, in (0, 1]", INITIALISATION, above=0, at_most=1
     )
     lora_plus_ratio: float = option(16.0, "LoRA+: learning rate of B over that of A", RESULT, above=0)
+    keep_function: bool = option(
+        False, "LoRA-DA, LoRA-One, GoRA: take B A out of the base weight, so that the start moves nothing", RESULT,
+        omit_default=True,
+    )  # fmt: skip
     max_batches: int | None = option(
-        None, "EVA, CorDA and LoRA-GA: most minibatches to look at before training", INITIALISATION, at_least=1
+        None,
+        "EVA, CorDA, LoRA-GA and the like: most minibatches to look at before training",
+        INITIALISATION,
+        at_least=1,
     )
     epochs: int = option(30, "training epochs", RESULT, at_least=1)
     warmup_epochs: float = option(3.0, "epochs of linear warm-up", RESULT, at_least=0)

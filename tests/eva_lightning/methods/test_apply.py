@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,9 @@ def fit(module: Classifier, callbacks: list[pl.Callback], **kwargs: Any) -> pl.T
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "scratch"])
 def test_starts_from_the_pretrained_function(method: str) -> None:
-    module, callbacks = prepared(method, lr=0.0)
+    # asked for where it would move
+    options = replace(OPTIONS, keep_function=ALL[method].moves_function)
+    module, callbacks = prepared(method, options, lr=0.0)
     with torch.no_grad():
         expected = build()(inputs())
         fit(module, callbacks, max_steps=1)
@@ -203,8 +207,8 @@ def test_rank_is_capped_where_the_weight_has_fewer_directions(method: str) -> No
     fit(module, callbacks, max_steps=1)
     narrow: Any = module.net.narrow
     # LoRA-GA takes the directions of B after those of A
-    assert narrow.lora_A["default"].weight.shape == (2 if method == "lora-ga" else 4, 24)
-    assert narrow.scaling["default"] == 0.25
+    assert narrow.lora_A["default"].weight.shape == (2 if method.startswith("lora-ga") else 4, 24)
+    assert narrow.scaling["default"] == pytest.approx(2 / math.sqrt(8) if method == "lora-ga" else 0.25)
     assert narrow.lora_B["default"].weight.abs().sum() > 0
     with torch.no_grad():
         torch.testing.assert_close(module(inputs()), build()(inputs()), rtol=1e-4, atol=1e-5)

@@ -11,7 +11,8 @@ from eva_lightning.methods import METHODS, MethodKey, method_names
 
 IN_THE_ORDER_OF_REPORTS = [
     "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda",
-    "lora-ga", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
+    "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva", "eva-dora", "eva-whiten", "eva-rotate",
+    "eva-permute", "eva-minor", "lora-redistribute",
 ]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_bad_keys_are_named(text: str, sentence: str) -> None:
 def test_every_method_in_the_order_of_reports() -> None:
     assert list(METHODS) == [method.name for method in METHODS.values()] == IN_THE_ORDER_OF_REPORTS
     assert list(method_names("vision")) == IN_THE_ORDER_OF_REPORTS[1:]
-    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:15]]
+    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:19]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,7 +96,8 @@ def test_which_methods_need_which_state() -> None:
 def test_what_methods_ask_of_training_data() -> None:
     needs = {name: method.needs for name, method in METHODS.items() if method.needs != "nothing"}
     eva = {name: "inputs" for name, method in METHODS.items() if method.state_kind}
-    assert needs == {"corda": "inputs", "lora-ga": "gradients", **eva}
+    gradients = dict.fromkeys(("lora-ga", "lora-ga-peft", "lora-one", "gora"), "gradients")
+    assert needs == {"corda": "inputs", "lora-da": "inputs and gradients", **gradients, **eva}
 
 
 def test_names_are_known_before_torch_is() -> None:

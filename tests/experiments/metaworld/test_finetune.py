@@ -57,9 +57,17 @@ def test_every_method_runs_and_its_checkpoints_evaluate(method: str, root: Path)
         assert result.returns.tolist() == pytest.approx(metrics["returns"], rel=1e-3)
 
 
-def test_all_methods_but_scratch_start_from_the_same_loss(root: Path) -> None:
+def test_all_methods_but_scratch_and_those_that_move_start_from_the_same_loss(root: Path) -> None:
     start = {m: finetune.main(command(root, m))[0]["val_loss"][0]["val_loss"] for m in ("fft", "lora", "eva", "pissa")}
     assert list(start.values()) == pytest.approx([start["fft"]] * 4, rel=1e-4)
+    moved, kept = (
+        finetune.main(command(root, "lora-one", f"--keep-function={keep}", f"--name={keep}"))[0]["val_loss"][0][
+            "val_loss"
+        ]
+        for keep in ("false", "true")
+    )
+    assert kept == pytest.approx(start["fft"], rel=1e-4)
+    assert moved != pytest.approx(start["fft"], rel=1e-4)
     (scratch,) = finetune.main(command(root, "scratch"))
     assert scratch["val_loss"][0]["val_loss"] != pytest.approx(start["fft"], rel=1e-4)
 

@@ -35,13 +35,18 @@ def test_every_method_can_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "trained_ranks"), [("lora+", {2}), ("lora-ga", {4}), ("corda", {4}), ("eva-minor", {2})]
-)
+    ("method", "trained_ranks"),
+    [
+        ("lora+", {2}), ("lora-ga", {4}), ("corda", {4}), ("lora-da", {2}), ("lora-one --keep-function", {4}),
+        ("eva-minor", {2}),
+    ],
+)  # fmt: skip
 def test_records_and_exports(method: str, trained_ranks: set[int], arguments: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    metrics = main([*arguments, "--method", method, "--name", "run", "--lora-plus-ratio=4", "--max-batches=1"])
-    assert metrics["method"] == method
+    chosen = ["--method", *method.split(), "--name", "run", "--lora-plus-ratio=4", "--max-batches=1"]
+    metrics = main([*arguments, *chosen])
+    assert metrics["method"] == method.split()[0]
     assert metrics["rank"] == 2
     assert "rho" not in metrics
     tensors = load_file(tmp_path / "runs/run/adapter/adapter_model.safetensors")
