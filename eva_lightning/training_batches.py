@@ -52,6 +52,24 @@ def training_batches(trainer: pl.Trainer, limit: int) -> Iterator[Any]:
             del iterator
 
 
+def training_samples(trainer: pl.Trainer) -> int:
+    """The size of the whole training set: of several loaders, all of theirs together.
+
+    Raises:
+        InputError: a loader's data set has no length.
+    """
+    total = 0
+    for part in _parts(trainer.train_dataloader):
+        data = getattr(part, "dataset", part)
+        try:
+            total += len(data)
+        except TypeError:
+            raise InputError(
+                f"the size of the training set is needed, but {type(data).__name__} has no length; give it a __len__"
+            ) from None
+    return total
+
+
 def _combined(loaders: Any) -> Iterator[Any]:
     combined = CombinedLoader(loaders, "max_size_cycle")
     yield from combined

@@ -1,7 +1,7 @@
-"""Adapters that start as a part of the base weight: PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA.
+"""Adapters that start with a B that is not zero: PiSSA, MiLoRA, OLoRA, CorDA, LoRA-GA and others.
 
-Their B is not zero at the start. So that the function stays, ``scaling * B A`` is taken out of the base weight, and the
-layer's change is ``B A`` less what it started as: an export to plain LoRA has to take that off.
+So that the function stays, most of them take ``scaling * B A`` out of the base weight, and the layer's change is
+``B A`` less what it started as: an export to plain LoRA has to take that off.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,19 +18,43 @@ from torch import Tensor, nn
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.errors import InputError
 
-Initialisation = Literal["lora", "pissa", "milora", "olora", "corda", "lora-ga"]
-"""How an adapter starts: "lora" with A random and B = 0, the others as a part of the base weight."""
 
-PEFT_NAMES: dict[str, Any] = {
-    "lora": True, "pissa": "pissa", "milora": True, "olora": "olora", "corda": True, "lora-ga": True,
-}  # fmt: skip
-"""PEFT's ``init_lora_weights`` while layers are made; where that is True, what is not "lora" is written later."""
+@dataclass(frozen=True)
+class Start:
+    """How an adapter starts, as far as its layers have to know.
 
-FROM_DATA = frozenset({"corda", "lora-ga"})
-"""Initialisations that wait for statistics of training minibatches (:mod:`eva_lightning.methods.data_driven`)."""
+    Attributes:
+        product: What ``scaling * B A`` is at the start: "zero"; "taken" out of the base weight, so that the function
+            stays; or "added", which moves the function (unless it is to be kept: then it is taken, too).
+        peft: PEFT's ``init_lora_weights`` while layers are made; where that is True, all but "lora" is written later.
+        from_data: Waits for statistics of training minibatches (:mod:`eva_lightning.methods.data_driven`).
+        directions: Singular directions of a matrix of the weight's shape that it takes per rank; 0: ranks are free.
+    """
+
+    product: Literal["zero", "taken", "added"]
+    peft: Any = True
+    from_data: bool = False
+    directions: int = 1
+
+
+INITIALISATIONS: dict[str, Start] = {
+    "lora": Start("zero", directions=0),
+    "pissa": Start("taken", peft="pissa"),
+    "milora": Start("taken"),
+    "olora": Start("taken", peft="olora"),
+    "corda": Start("taken", from_data=True),
+    "lora-ga": Start("taken", from_data=True, directions=2),
+}
+"""Every way in which an adapter can start; "lora" is A random and B = 0."""
 
 INITIAL_A, INITIAL_B = "initial_lora_A", "initial_lora_B"
 """Buffers of such layers, in checkpoints too: the A and B that left the base weight."""
+
+
+def takes_from_base(initialisation: str, keep_function: bool = False) -> bool:
+    """Whether ``scaling * B A`` leaves the base weight when an adapter starts."""
+    product = INITIALISATIONS[initialisation].product
+    return product == "taken" or (product == "added" and keep_function)
 
 
 def capped(
@@ -37,16 +62,15 @@ def capped(
 ) -> dict[str, Any]:
     """PEFT's patterns of rank and alpha for layers whose weight has too few singular directions; the scaling stays.
 
-    LoRA-GA takes B from other directions than A, and so needs twice as many as the rank.
-
     Raises:
         InputError: There is not even one direction; names the layer.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for name in targets:
+    per_rank = INITIALISATIONS[initialisation].directions
+    for name in targets if per_rank else ():
         weight: Any = module.get_submodule(name).weight
-        rank = min(r, min(weight.shape) // (2 if initialisation == "lora-ga" else 1))
+        rank = min(r, min(weight.shape) // per_rank)
         if rank < 1:
             raise InputError(
                 f"{initialisation} needs layers of at least 2 inputs and outputs, but {name!r} has a weight of shape "
@@ -66,7 +90,7 @@ def remember_start(layer: AdapterLayer) -> None:
         layer.module.register_buffer(INITIAL_B, layer.b.detach().clone())
 
 
-def start_at(layer: AdapterLayer, a: Tensor, b: Tensor) -> None:
+def start_at(layer: AdapterLayer, a: Tensor, b: Tensor, take: bool = True) -> None:
     """Write A and B into a fresh adapter and take ``scaling * B A`` out of the base weight.
 
     A and B are rounded to the adapter's precision first, so that what leaves the weight is what the adapter gives
@@ -76,11 +100,14 @@ def start_at(layer: AdapterLayer, a: Tensor, b: Tensor) -> None:
         layer: With B = 0 and its whole base weight.
         a: Shape ``(rank, in_features)``.
         b: Shape ``(out_features, rank)``.
+        take: Out of the base weight; otherwise the weight stays and the layer's function moves by B A.
     """
     weight: Any = layer.base.weight
     with torch.no_grad():
         layer.a.copy_(a)
         layer.b.copy_(b)
+        if not take:
+            return
         delta = layer.module.scaling[layer.adapter] * layer.b.float() @ layer.a.float()
         delta = delta.T if layer.module.fan_in_fan_out else delta
         weight.copy_(weight.float() - delta)
@@ -166,11 +193,16 @@ def _made_by_peft(layer: AdapterLayer, initialise: Callable[[], None], statistic
         vars(base).pop(statistic, None)
 
 
+def as_linear(layer: AdapterLayer, matrix: Tensor) -> Tensor:
+    """A matrix in the shape of the base weight as ``(out_features, in_features)``; transformers' Conv1D transposes."""
+    return matrix.T if layer.module.fan_in_fan_out else matrix
+
+
 @contextmanager
-def put_back_on_failure(layers: Iterable[AdapterLayer]) -> Iterator[None]:
-    """Undo what :func:`start_at` did to these layers if the body raises, Ctrl-C included."""
+def put_back_on_failure(layers: Iterable[AdapterLayer], take: bool = True) -> Iterator[None]:
+    """Undo what :func:`start_at` did to these layers if the body raises, Ctrl-C included; `take` is as there."""
     chosen = list(layers)
-    bases: list[Any] = [layer.base.weight for layer in chosen]
+    bases: list[Any] = [layer.base.weight for layer in chosen] if take else []
     parameters = [*bases, *(layer.a for layer in chosen), *(layer.b for layer in chosen)]
     before = [p.detach().clone() for p in parameters]
     try:
@@ -180,5 +212,6 @@ def put_back_on_failure(layers: Iterable[AdapterLayer]) -> Iterator[None]:
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
         for layer in chosen:
-            remember_start(layer)
+            if hasattr(layer.module, INITIAL_A):
+                remember_start(layer)
         raise

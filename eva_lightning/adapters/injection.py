@@ -13,13 +13,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import (
-    FROM_DATA,
-    PEFT_NAMES,
-    Initialisation,
+    INITIALISATIONS,
     capped,
     milora,
     remember_start,
     start_at,
+    takes_from_base,
 )
 from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
 from eva_lightning.adapters.quantised import announce_quantisation
@@ -99,7 +98,8 @@ def inject(
     exclude: str | Iterable[str] | None = None,
     head: str | Sequence[str] | None = "auto",
     bias: Bias = "none",
-    initialisation: Initialisation = "lora",
+    initialisation: str = "lora",
+    keep_function: bool = False,
     adalora: Mapping[str, Any] | None = None,
     adapt_frozen: bool = False,
     **lora_options: Any,
@@ -122,8 +122,10 @@ def inject(
         bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
         initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
-            (its least ones), "olora" (its first columns after a QR decomposition). "corda" and "lora-ga" start like
-            "lora" and wait for :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
+            (its least ones), "olora" (its first columns after a QR decomposition). Those from data ("corda",
+            "lora-ga", ...) start like "lora" and wait for
+            :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
+        keep_function: have initialisations that would move the function take B A out of the base weight too.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the
             rank they start with.
         adapt_frozen: adapt layers that are frozen also where other layers than the head train; by default a frozen
@@ -134,7 +136,8 @@ def inject(
         InputError: the module has adapters already or lazy layers without shapes, a name matches nothing, there is
             nothing to adapt, or the initialisation is unknown or not possible on a layer.
     """
-    check_choice("initialisation", initialisation, PEFT_NAMES)
+    check_choice("initialisation", initialisation, INITIALISATIONS)
+    start, takes = INITIALISATIONS[initialisation], takes_from_base(initialisation, keep_function)
     if find_adapters(module):
         raise InputError(f"{type(module).__name__} has LoRA layers already; inject() is for modules without them")
     unwrap_empty(module)
@@ -161,10 +164,10 @@ def inject(
     }
     if initialisation != "lora":
         patterns = capped(module, targets, initialisation, r, alpha, bool(options.get("use_rslora")))
-        options |= {"init_lora_weights": PEFT_NAMES[initialisation], **patterns}
+        options |= {"init_lora_weights": start.peft, **patterns}
         weights: list[Any] = [module.get_submodule(name).weight for name in targets]
         _refuse_weights(dict(zip(targets, weights, strict=True)), initialisation)
-        if initialisation not in FROM_DATA:
+        if takes and not start.from_data:
             injection._weights = [(w, w.data.clone()) for w in weights]
     try:
         config = _inject(module, targets, r, alpha, options, adalora)
@@ -176,7 +179,7 @@ def inject(
             layer.config.bias = bias
             if initialisation == "milora":
                 start_at(layer, *milora(layer))
-            elif initialisation != "lora":
+            elif takes:
                 remember_start(layer)
             elif adalora is None and layer.rank > layer.in_features:
                 layer.resize(layer.in_features)
@@ -292,20 +295,18 @@ def _inject(
 
 
 def _refuse_weights(weights: Mapping[str, Tensor], initialisation: str) -> None:
-    """A base weight that is to give up a part must be whole, and of one layer only."""
+    """A base weight that is to give up a part, or whose gradient is read, must be whole, and of one layer only."""
     owners: dict[int, str] = {}
+    gives = INITIALISATIONS[initialisation].product == "taken"
+    does = f"{initialisation} {'takes a part out of' if gives else 'starts from the gradient of'} the base weight"
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise InputError(
-                f"{initialisation} takes a part out of the base weight, but that of {name!r} is quantised "
-                f"({weight.dtype}); use lora, or weights in full precision"
+                f"{does}, but that of {name!r} is quantised ({weight.dtype}); use lora, or weights in full precision"
             )
         owner = owners.setdefault(id(weight), name)
         if owner != name:
-            raise InputError(
-                f"{initialisation} takes a part out of the base weight, but {owner!r} and {name!r} share theirs; leave "
-                "one of them out"
-            )
+            raise InputError(f"{does}, but {owner!r} and {name!r} share theirs; leave one of them out")
 
 
 def _adapt_aliases(module: nn.Module) -> None:

@@ -38,7 +38,9 @@ class AdapterOptions:
         lora_plus_ratio: LoRA+: learning rate of B over that of A and everything else (its authors' λ = 2⁴).
         max_batches: Most minibatches that EVA streams, or CorDA and LoRA-GA read; None for their defaults.
         state: An :class:`~eva_lightning.state.EVAState` to start EVA from instead of streaming, or its path.
-        seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
+        seed: Seed of the random parts of initialisations, and of scratch's weights.
+        keep_function: Methods whose adapters move the function when they start (`Method.moves_function`) take
+            ``scaling * B A`` out of the base weight, so that it stays; the others keep it anyway.
 
     Raises:
         InputError, InputTypeError: A value is out of range.
@@ -59,6 +61,7 @@ class AdapterOptions:
     max_batches: int | None = None
     state: EVAState | str | os.PathLike[str] | None = None
     seed: int = 0
+    keep_function: bool = False
 
     def __post_init__(self) -> None:
         self._callback(Where())  # which checks its values; a state is read when it is used

@@ -1,86 +1,93 @@
-"""DataDrivenStart: CorDA and LoRA-GA in a Trainer, started from the first training minibatches."""
+"""DataDrivenStart: CorDA, LoRA-GA and the like in a Trainer, started from the first training minibatches."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
-from eva_lightning.adapters.base_weight_init import corda, lora_ga, put_back_on_failure, start_at
-from eva_lightning.adapters.registry import disabled
+from eva_lightning.adapters.base_weight_init import (
+    INITIALISATIONS,
+    put_back_on_failure,
+    start_at,
+    takes_from_base,
+)
+from eva_lightning.adapters.registry import disabled, restored_on_failure, sync_configs
 from eva_lightning.batch_forward import MaskFn
 from eva_lightning.callback_base import Callback
 from eva_lightning.done import mark_done, without_mark
-from eva_lightning.errors import InputError, check_number
+from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
-from eva_lightning.methods.training_statistics import Mean, input_moments, weight_gradients
+from eva_lightning.methods.starts import KINDS, Given, Means
+from eva_lightning.methods.training_statistics import Statistic, Sums, layer_statistics
 from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
-from eva_lightning.training_batches import set_up_loader, training_batches
-
-Kind = Literal["corda", "lora-ga"]
-
-#: Minibatches to read by default. CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128: at the
-#: VTAB protocol's 64 images a minibatch, these.
-DEFAULT_BATCHES: dict[Kind, int] = {"corda": 4, "lora-ga": 2}
+from eva_lightning.training_batches import set_up_loader, training_batches, training_samples
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
-def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: Kind) -> list[pl.Callback]:
+def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: str) -> list[pl.Callback]:
     """Adapters that are plain LoRA, and the callback that starts them."""
-    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed)
-    return [*lora.prepare(module, options, where, initialisation=kind), start]
+    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed, options.keep_function)
+    keep = {"keep_function": True} if options.keep_function else {}
+    return [*lora.prepare(module, options, where, initialisation=kind, **keep, **KINDS[kind].injection), start]
 
 
 class DataDrivenStart(Callback):
-    """Gives adapters the start of CorDA or LoRA-GA before the first training step.
+    """Gives adapters a start from data, one of :data:`eva_lightning.methods.starts.KINDS`, before training.
 
     The module has adapters made by ``inject(module, initialisation=kind)``, which are plain LoRA up to then. At the
-    start of ``fit`` some training minibatches go through the model (CorDA: second moments of every layer's inputs;
-    LoRA-GA: gradients of the module's own training loss), PEFT turns these statistics into A and B, and
-    ``scaling * B A`` is subtracted from the base weight, so that the function stays. Statistics are averaged over the
-    processes of a distributed job.
+    start of ``fit`` some training minibatches go through the model, which gives statistics of every layer
+    (:func:`eva_lightning.methods.training_statistics.layer_statistics`), averaged over the processes of a distributed
+    job. From them come A, B and, for some kinds, ranks. ``scaling * B A`` is subtracted from the base weight, so that
+    the function stays, unless the kind moves it.
 
     Batch order, random state, train/eval flags, buffers, metrics and logs stay as they would be without it. A second
     ``fit`` of the same module, or one resumed from a checkpoint, keeps its adapters. If anything fails or is
     interrupted the module is left as it was.
 
     Args:
-        kind: ``"corda"`` or ``"lora-ga"``.
-        max_batches: Most minibatches to read; None for `DEFAULT_BATCHES`.
-        mask_fn: ``mask_fn(batch)``: True for the tokens that count; CorDA only, as a loss masks its tokens itself.
-        seed: Of LoRA-GA's randomized SVD.
+        kind: A name in ``KINDS``.
+        max_batches: Most minibatches to read; None for the kind's default.
+        mask_fn: ``mask_fn(batch)``: True for the tokens that count in statistics of inputs and outputs; gradients of
+            weights are those of the loss, which masks its tokens itself.
+        seed: Of random parts.
+        keep_function: Subtract ``scaling * B A`` from the base weight for kinds that would move the function, too; as
+            given to ``inject``.
         verbose: Print what was done, in one line.
 
     Raises:
-        InputError: `max_batches` is below 1; in ``setup``: a strategy that shards weights.
+        InputError: Unknown kind, or `max_batches` is below 1; in ``setup``: a strategy that shards weights.
     """
 
     def __init__(
         self,
-        kind: Kind,
+        kind: str,
         max_batches: int | None = None,
         mask_fn: MaskFn | None = None,
         seed: int = 0,
+        keep_function: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        check_choice("kind", kind, KINDS)
         if max_batches is not None:
             check_number("max_batches", max_batches, at_least=1, whole=True)
         self.kind = kind
-        self.max_batches = DEFAULT_BATCHES[kind] if max_batches is None else max_batches
+        self.max_batches = KINDS[kind].batches if max_batches is None else max_batches
         self.mask_fn = mask_fn
         self.seed = seed
+        self.keep_function = keep_function
         self.verbose = verbose
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -108,22 +115,33 @@ class DataDrivenStart(Callback):
         try:
             # this draws random numbers too, those that training would otherwise draw here a moment later
             limit = int(min(self.max_batches, set_up_loader(trainer)))
+            samples = training_samples(trainer) if KINDS[self.kind].needs_training_size else 0
             with isolated_rng():
                 means = self._average(trainer, self._statistics(trainer, pl_module, layers, limit))
-                self._write(trainer, layers, means)
+                resized = self._write(trainer, pl_module, layers, means, Given(self.seed, samples))
         except BaseException:
             restore_rng()
             raise
         mark_done(layers.values(), "initialised")
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or resized:
             rebuild_optimizers(trainer, pl_module)  # which sends the weights of the first process to the others
         refresh_averages(trainer, pl_module)
         if self.verbose:
-            untouched = f"; {len(layers) - len(means)} layers did not run and stay as they are"
-            rank_zero_info(
-                f"{METHODS[self.kind].label}: {len(means)} adapters started from {limit} minibatches in "
-                f"{time.perf_counter() - started:.1f} s{untouched if len(means) < len(layers) else ''}"
+            self._report(layers, len(means), limit, time.perf_counter() - started)
+
+    def _report(self, layers: Mapping[str, AdapterLayer], started: int, minibatches: int, seconds: float) -> None:
+        line = (
+            f"{METHODS[self.kind].label}: {started} adapters started from {minibatches} minibatches in {seconds:.1f} s"
+        )
+        if started < len(layers):
+            line += f"; {len(layers) - started} layers did not run and stay as they are"
+        if started and INITIALISATIONS[self.kind].product == "added":
+            line += (
+                "; the function is as before (keep_function)"
+                if self.keep_function
+                else "; the function has moved by scaling * B A (keep_function=True keeps it)"
             )
+        rank_zero_info(line)
 
     def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: nothing but the weights."""
@@ -135,40 +153,66 @@ class DataDrivenStart(Callback):
 
     def _statistics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int
-    ) -> dict[str, Mean]:
-        batches = training_batches(trainer, limit)
-        context = trainer.precision_plugin.forward_context
+    ) -> Sums:
         description = f"{METHODS[self.kind].label}: reading minibatches"
         with disabled(layers.values()), counting_progress(trainer, description, limit) as progress:
-            if self.kind == "lora-ga":
-                weights: dict[str, Any] = {name: layer.base.weight for name, layer in layers.items()}
-                return weight_gradients(pl_module, batches, weights, context=context, progress=progress)
-            bases = {name: layer.base for name, layer in layers.items()}
-            return input_moments(pl_module, batches, bases, mask_fn=self.mask_fn, context=context, progress=progress)
+            return layer_statistics(
+                pl_module,
+                training_batches(trainer, limit),
+                {name: layer.base for name, layer in layers.items()},
+                KINDS[self.kind].needs,
+                mask_fn=self.mask_fn,
+                context=trainer.precision_plugin.forward_context,
+                progress=progress,
+            )
 
     @staticmethod
-    def _average(trainer: pl.Trainer, sums: Mapping[str, Mean]) -> dict[str, torch.Tensor]:
+    def _average(trainer: pl.Trainer, sums: Sums) -> dict[str, dict[Statistic, torch.Tensor]]:
         """Means over all processes; without layers that none of them ran, or that saw nothing but zeros."""
-        means: dict[str, torch.Tensor] = {}
-        for name, mean in sums.items():
-            total: Any = trainer.strategy.reduce(mean.total, reduce_op="sum")
-            count: Any = trainer.strategy.reduce(torch.tensor(float(mean.count), device=total.device), reduce_op="sum")
-            if count > 0 and bool(total.any()):
-                means[name] = total / count
+        means: dict[str, dict[Statistic, torch.Tensor]] = {}
+        for name, of_layer in sums.items():
+            found: dict[Statistic, torch.Tensor] = {}
+            for statistic, mean in of_layer.items():
+                total: Any = trainer.strategy.reduce(mean.total, reduce_op="sum")
+                count: Any = torch.tensor(float(mean.count), device=total.device)
+                count = trainer.strategy.reduce(count, reduce_op="sum")
+                if count > 0 and bool(total.any()):
+                    found[statistic] = total / count
+            if len(found) == len(of_layer):
+                means[name] = found
         return means
 
     def _write(
-        self, trainer: pl.Trainer, layers: Mapping[str, AdapterLayer], means: Mapping[str, torch.Tensor]
-    ) -> None:
-        make = corda if self.kind == "corda" else lora_ga
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, AdapterLayer],
+        means: Mapping[str, Means],
+        given: Given,
+    ) -> bool:
+        """A, B and ranks into the layers that have statistics; returns whether any rank changed."""
+        kind = KINDS[self.kind]
+        take = takes_from_base(self.kind, self.keep_function)
         chosen = {name: layers[name] for name in means}
         description = f"{METHODS[self.kind].label}: decomposing weights"
         with (
             counting_progress(trainer, description, len(chosen)) as progress,
             torch.autocast(trainer.strategy.root_device.type, enabled=False),
-            put_back_on_failure(chosen.values()),
+            put_back_on_failure(chosen.values(), take),
+            restored_on_failure(pl_module),
         ):
+            ranks = {} if kind.ranks is None else kind.ranks(chosen, means, given)
+            changed = {name: rank for name, rank in ranks.items() if rank != chosen[name].rank}
             for name, layer in chosen.items():
+                if name in changed:
+                    layer.resize(changed[name])
                 torch.manual_seed(self.seed)  # for each: what a layer gets does not depend on the others
-                start_at(layer, *make(layer, means[name]))
+                a, b = kind.make(layer, means[name], given)
+                if b is None:
+                    layer.write(a)
+                else:
+                    start_at(layer, a, b, take)
                 progress()
+            if changed:
+                sync_configs(pl_module)
+        return bool(changed)

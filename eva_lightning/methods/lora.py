@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from eva_lightning.adapters import inject
+from eva_lightning.adapters.base_weight_init import takes_from_base
 from eva_lightning.callback_base import Callback
 from eva_lightning.checkpoint import describe_on_save, watch_loading
 from eva_lightning.errors import InputError
@@ -60,7 +61,8 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
     }
     # a fresh module gets the same layers, whatever is frozen in it
     arguments |= {"target_modules": inject(module, **arguments).targets, "exclude": None}
-    return [AdapterCheckpoints(arguments, adapter_only="initialisation" not in injection)]
+    changes_base = takes_from_base(injection.get("initialisation", "lora"), injection.get("keep_function", False))
+    return [AdapterCheckpoints(arguments, adapter_only=not changes_base)]
 
 
 def prepare_plus(module: Any, options: AdapterOptions, where: Where) -> list[L.Callback]:

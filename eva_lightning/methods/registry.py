@@ -36,6 +36,8 @@ class Method:
             their weights, or nothing.
         redistributes: Spreads the rank budget unevenly, and so has a ρ.
         changes_base: The base weights are other ones when training starts.
+        moves_function: Adapters change what the module computes when they start, unless the user asks to keep it: then
+            the base weights are other ones.
         state_kind: Which EVA state it can start from, or None.
         prepare: Where its prepare function is, ``"module:function"``.
         fixed: Keyword arguments of that function: what the user does not choose.
@@ -48,6 +50,7 @@ class Method:
     needs: Literal["nothing", "inputs", "gradients"] = "nothing"
     redistributes: bool = False
     changes_base: bool = False
+    moves_function: bool = False
     state_kind: StateKind | None = None
     prepare: str = "eva_lightning.methods.lora:prepare"
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -73,9 +76,10 @@ def _weight_based(name: str, label: str) -> Method:
     return Method(name, label, changes_base=True, fixed={"initialisation": name})
 
 
-def _data_driven(name: str, label: str, needs: Literal["inputs", "gradients"]) -> Method:
+def _data_driven(name: str, label: str, needs: Literal["inputs", "gradients"], *, moves: bool = False) -> Method:
     prepare = "eva_lightning.methods.data_driven:prepare"
-    return Method(name, label, needs=needs, changes_base=True, prepare=prepare, fixed={"kind": name})
+    traits: dict[str, Any] = {"moves_function": True} if moves else {"changes_base": True}
+    return Method(name, label, needs=needs, prepare=prepare, fixed={"kind": name}, **traits)
 
 
 def _eva(name: str, label: str, *, state_kind: StateKind = "major", redistributes: bool = True, **rest: Any) -> Method:

@@ -1,169 +1,267 @@
-"""What CorDA and LoRA-GA ask of the training data: second moments of layers' inputs, gradients of their weights.
+"""What initialisations from data ask of the training data: moments of layers' inputs, gradients of their weights.
 
-Both walk over minibatches and leave the model as it was: modes, buffers, metrics, ``requires_grad``, gradients.
+One pass over minibatches collects all of it, and leaves the model as it was: modes, buffers, metrics,
+``requires_grad``, gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from eva_lightning.batch_forward import MaskFn, no_grad_forward, training_loss
+from eva_lightning.errors import InputError
 from eva_lightning.layer_inputs import LayerInputs, fit_mask
 from eva_lightning.side_effects import observing
 from eva_lightning.token_masks import TokenMasks
 
 Context = Callable[[], AbstractContextManager[Any]]
 
+Statistic = Literal["gradient", "inputs", "scaled_inputs", "output_gradients"]
+"""What can be collected for a layer of weight (out, in), and what it is the mean of:
+
+- ``gradient``: of the training loss with respect to the weight, over minibatches. Shape of the weight.
+- ``inputs``: the second moment ``x x^T`` of the layer's inputs, over tokens that count. ``(in, in)``.
+- ``scaled_inputs``: CorDA's ``X^T X`` of a sample that was divided by its largest value, over samples. ``(in, in)``.
+- ``output_gradients``: the square of the loss's gradient with respect to the layer's outputs, over tokens that count.
+  ``(out,)``. Of a sample's own loss, as if it had gone through the model alone: the gradient of the minibatch's loss is
+  multiplied by the number of samples, a loss being their mean.
+"""
+
+FROM_LOSS: frozenset[Statistic] = frozenset({"gradient", "output_gradients"})
+"""Statistics that need the training loss and a backward pass."""
+
 
 @dataclass
 class Mean:
-    """A running sum of matrices and the number of what was summed.
+    """A running sum and the number of what was summed.
 
     Attributes:
-        total: fp32, on the device of the layer.
+        total: On the device of the layer.
         count: 0 where nothing was seen.
     """
 
     total: Tensor
     count: int = 0
 
+    def add(self, amount: Tensor, count: int) -> None:
+        """Take `amount`, the sum over `count` more."""
+        self.total += amount
+        self.count += count
 
-def input_moments(
-    model: nn.Module,
+    def add_moment(self, rows: Tensor, count: int | None = None) -> None:
+        """Take ``rows^T rows``, of as many as there are rows unless said otherwise."""
+        rows = rows.to(self.total.dtype)
+        self.total.addmm_(rows.T, rows)
+        self.count += len(rows) if count is None else count
+
+
+Sums = dict[str, dict[Statistic, Mean]]
+"""By name of the layer."""
+
+
+def layer_statistics(
+    module: Any,
     batches: Iterable[Any],
     layers: Mapping[str, nn.Module],
+    needs: Collection[Statistic],
     *,
     mask_fn: MaskFn | None = None,
     context: Context = nullcontext,
     progress: Callable[[], None] = lambda: None,
-) -> dict[str, Mean]:
-    """Second moments ``X^T X`` of the inputs of linear layers, summed over samples, as PEFT's CorDA takes them.
+    dtype: torch.dtype = torch.float32,
+) -> Sums:
+    """Walk over minibatches once and collect what is asked for, for all layers together.
 
-    Every sample is divided by its largest value first, and the mean is not taken off. PEFT goes through the samples one
-    by one (its hook takes minibatches of one only); here they go through the model together.
+    If a statistic of the loss is asked for, every minibatch goes through ``training_step`` and back, in the modes that
+    the module has in training (dropout is on). What it logs and the metrics it updates are discarded, no other
+    parameter gets a gradient, and ``grad`` is not touched. Otherwise minibatches go through the model in eval mode
+    without gradients.
+
+    Memory: for every layer the floats of what is asked for, ``out * in`` (gradient), ``in * in`` (each kind of inputs)
+    and ``out`` (output gradients), and with the gradient that of one more weight: gradients are added up and dropped as
+    the backward pass finds them, and never all held at once.
 
     Args:
-        model: Run in eval mode without gradients.
-        batches: Minibatches, on the model's device.
-        layers: Name -> the layer that is called on the inputs.
-        mask_fn: ``mask_fn(batch)``: True for the tokens that count.
+        module: The LightningModule; any module where no statistic of the loss is asked for.
+        batches: Minibatches, on the module's device.
+        layers: Name -> linear layer that is called on the inputs.
+        needs: What to collect.
+        mask_fn: ``mask_fn(batch)``: True for the tokens that count in inputs and output gradients. The gradient is the
+            loss's, which masks its tokens itself.
         context: Entered around each forward pass (autocast).
         progress: Called after every minibatch.
+        dtype: Of the sums.
 
     Returns:
-        Per layer the sum, shape ``(in_features, in_features)``, and the number of samples: 0 for layers that never ran.
+        Sums per layer and statistic, and of how many: 0 for layers that never ran or that the loss does not depend on.
 
     Raises:
-        FloatingPointError: NaN or infinite inputs; names the layer.
+        FloatingPointError: NaN or infinite inputs or gradients; names the layer.
+        InputError, InputTypeError: ``training_step`` gives no loss; the number of samples of a minibatch is unknown.
     """
-    moments: dict[str, Mean] = {}
-    mask: Tensor | None = None
-
-    def observe(name: str, inputs: LayerInputs) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, counted = inputs.read(name, args, kwargs, mask)
-            _add_samples(moments[name], x, fit_mask(counted, x.shape[:-1], x.device))
-
-        return hook
-
+    collector = _Collector(layers, needs, dtype)
+    masks = TokenMasks(mask_fn)
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            inputs = LayerInputs(layer)
-            weight: Any = layer.weight
-            moments[name] = Mean(torch.zeros(inputs.width, inputs.width, device=weight.device))
-            stack.enter_context(_hooked(layer, observe(name, inputs)))
-        stack.enter_context(observing(model))
-        masks = TokenMasks(mask_fn)
+        modes = [(m, m.training) for m in module.modules()]
+        stack.enter_context(observing(module))
+        if FROM_LOSS.intersection(needs):
+            stack.enter_context(_only_these_require_grad(module, collector.weights))
+            for m, mode in modes:
+                m.training = mode
+        stack.enter_context(collector.watching())
         for batch in stack.enter_context(_closed(batches)):
-            mask = masks.begin(batch)
-            with context():
-                no_grad_forward(None, model, batch)
+            collector.mask = masks.begin(batch)
+            if FROM_LOSS.intersection(needs):
+                collector.samples = samples_in(batch) if "output_gradients" in needs else 0
+                with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
+                    loss = training_loss(module, batch)
+                loss.backward()  # of no other parameter: none requires a gradient now
+                collector.end_of_batch()
+                del loss
+            else:
+                with context():
+                    no_grad_forward(None, module, batch)
             masks.end()
             progress()
-    for name, moment in moments.items():
-        _check_finite(name, moment.total, "inputs")
-    return moments
+    collector.check_finite()
+    return collector.sums
 
 
-def weight_gradients(
-    module: Any,
-    batches: Iterable[Any],
-    weights: Mapping[str, nn.Parameter],
-    *,
-    context: Context = nullcontext,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Mean]:
-    """Gradients of a LightningModule's training loss with respect to `weights`, summed over minibatches.
-
-    The module computes as in training, in the modes it has; what ``training_step`` logs, and metrics it updates, are
-    discarded. No other parameter gets a gradient, and ``grad`` is not touched.
-
-    Args:
-        module: The LightningModule.
-        batches: Minibatches, on the module's device.
-        weights: Name -> parameter.
-        context: Entered around each forward pass (autocast).
-        progress: Called after every minibatch.
-
-    Returns:
-        Per weight the sum, in its shape, and the number of minibatches: 0 where the loss does not depend on it.
+def samples_in(batch: Any) -> int:
+    """The number of samples of a minibatch: the first dimension of its tensors.
 
     Raises:
-        FloatingPointError: NaN or infinite gradients; names the layer.
-        InputError, InputTypeError: ``training_step`` gives no loss.
+        InputError: it has no tensor.
     """
-    gradients = {name: Mean(torch.zeros_like(p, dtype=torch.float32)) for name, p in weights.items()}
-    modes = [(m, m.training) for m in module.modules()]
-    parameters = list(weights.values())
-    with observing(module), _only_these_require_grad(module, parameters), _closed(batches) as iterator:
-        for m, mode in modes:
-            m.training = mode
-        for batch in iterator:
-            with torch.enable_grad(), torch.compiler.set_stance("force_eager"), context():
-                loss = training_loss(module, batch)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for mean, gradient in zip(gradients.values(), found, strict=True):
-                if gradient is not None:
-                    mean.total += gradient
-                    mean.count += 1
-            progress()
-    for name, mean in gradients.items():
-        _check_finite(name, mean.total, "gradients")
-    return gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensors that disagree: Lightning takes the first, and so do we
+        try:
+            return extract_batch_size(batch)
+        except Exception:
+            raise InputError(
+                f"the number of samples of a minibatch of type {type(batch).__name__} is unknown: it holds no tensor"
+            ) from None
 
 
-@torch.no_grad()
+class _Collector:
+    """The hooks on layers and weights, and what they add up."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], needs: Collection[Statistic], dtype: torch.dtype) -> None:
+        self.layers = layers
+        self.needs = needs
+        self.inputs = {name: LayerInputs(layer) for name, layer in layers.items()}
+        self.weights: list[Any] = [layer.weight for layer in layers.values()]
+        self.sums: Sums = {name: {} for name in layers}
+        self.mask: Tensor | None = None
+        self.samples = 0
+        self._seen: set[str] = set()
+        for (name, of_layer), weight in zip(self.sums.items(), self.weights, strict=True):
+            width = self.inputs[name].width
+            for need in needs:
+                shapes = {"gradient": tuple(weight.shape), "output_gradients": (weight.numel() // width,)}
+                of_layer[need] = Mean(torch.zeros(shapes.get(need, (width, width)), dtype=dtype, device=weight.device))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Add up what the layers do in the body; ``grad`` of the weights is as before afterwards."""
+        before = [weight.grad for weight in self.weights]
+        handles = []
+        try:
+            for (name, layer), weight in zip(self.layers.items(), self.weights, strict=True):
+                if {"inputs", "scaled_inputs"}.intersection(self.needs):
+                    handles.append(layer.register_forward_pre_hook(partial(self._see_inputs, name), with_kwargs=True))
+                if "output_gradients" in self.needs:
+                    handles.append(layer.register_forward_hook(partial(self._see_output, name)))
+                if FROM_LOSS.intersection(self.needs):
+                    weight.grad = None
+                    handles.append(weight.register_post_accumulate_grad_hook(partial(self._see_gradient, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for weight, gradient in zip(self.weights, before, strict=True):
+                weight.grad = gradient
+
+    def end_of_batch(self) -> None:
+        """Count the minibatch for the weights that had a gradient: checkpointed blocks give theirs in pieces."""
+        if "gradient" in self.needs:
+            for name in self._seen:
+                self.sums[name]["gradient"].count += 1
+        self._seen.clear()
+
+    def check_finite(self) -> None:
+        """Make sure that all sums are numbers.
+
+        Raises:
+            FloatingPointError: One is not; names the layer.
+        """
+        for name, of_layer in self.sums.items():
+            for statistic, mean in of_layer.items():
+                if not torch.isfinite(mean.total).all():
+                    what = "gradients" if statistic in FROM_LOSS else "inputs"
+                    raise FloatingPointError(
+                        f"layer {name!r}: its {what} are NaN or infinite; check the data and the precision"
+                    )
+
+    def _see_inputs(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            x, mask = self.inputs[name].read(name, args, kwargs, self.mask)
+            mask = fit_mask(mask, x.shape[:-1], x.device)
+            with torch.autocast(x.device.type, enabled=False):
+                if "inputs" in self.needs:
+                    self.sums[name]["inputs"].add_moment(_counted_tokens(x, mask))
+                if "scaled_inputs" in self.needs:
+                    _add_samples(self.sums[name]["scaled_inputs"], x, mask)
+
+    def _see_output(self, name: str, _: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:  # not so where a checkpointed block runs ahead without gradients
+            output.register_hook(partial(self._see_output_gradient, name))
+
+    def _see_output_gradient(self, name: str, gradient: Tensor) -> None:
+        mean = self.sums[name]["output_gradients"]
+        mask = fit_mask(self.mask, gradient.shape[:-1], gradient.device)
+        tokens = _counted_tokens(gradient, mask).to(mean.total.dtype)
+        mean.add((self.samples * tokens).square().sum(0), len(tokens))
+
+    def _see_gradient(self, name: str, weight: Tensor) -> None:
+        if "gradient" in self.needs and weight.grad is not None:
+            self.sums[name]["gradient"].total += weight.grad
+            self._seen.add(name)
+        weight.grad = None  # of the next layer only when this one's memory is free
+
+
+def _counted_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that count, as rows."""
+    tokens = x.detach().reshape(-1, x.shape[-1])
+    return tokens if mask is None else tokens[mask.reshape(-1)]
+
+
 def _add_samples(moment: Mean, x: Tensor, mask: Tensor | None) -> None:
-    with torch.autocast(x.device.type, enabled=False):
-        samples = x.detach().float().reshape(1 if x.dim() == 1 else len(x), -1, x.shape[-1])
-        if mask is not None:
-            counted = mask.reshape(samples.shape[:2])
-            samples = samples[counted.any(1)]
-            left_out = ~counted[counted.any(1)].unsqueeze(-1)
-            # tokens that do not count neither set the scale nor add to the sum
-            largest = samples.masked_fill(left_out, -torch.inf).flatten(1).amax(1).abs()
-            samples = samples.masked_fill(left_out, 0.0)
-        else:
-            largest = samples.flatten(1).amax(1).abs()
-        samples = samples / torch.where(largest > 0, largest, 1.0)[:, None, None]
-        tokens = samples.flatten(0, 1)
-        moment.total.addmm_(tokens.T, tokens)
-        moment.count += len(samples)
+    """``X^T X`` of every sample over its largest value, as PEFT's CorDA takes it; the mean is not taken off.
 
-
-@contextmanager
-def _hooked(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    PEFT goes through the samples one by one (its hook takes minibatches of one only); here they come together.
+    """
+    samples = x.detach().float().reshape(1 if x.dim() == 1 else len(x), -1, x.shape[-1])
+    if mask is not None:
+        counted = mask.reshape(samples.shape[:2])
+        samples = samples[counted.any(1)]
+        left_out = ~counted[counted.any(1)].unsqueeze(-1)
+        # tokens that do not count neither set the scale nor add to the sum
+        largest = samples.masked_fill(left_out, -torch.inf).flatten(1).amax(1).abs()
+        samples = samples.masked_fill(left_out, 0.0)
+    else:
+        largest = samples.flatten(1).amax(1).abs()
+    samples = samples / torch.where(largest > 0, largest, 1.0)[:, None, None]
+    moment.add_moment(samples.flatten(0, 1), count=len(samples))
 
 
 @contextmanager
@@ -185,8 +283,3 @@ def _only_these_require_grad(module: nn.Module, parameters: Iterable[nn.Paramete
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _check_finite(name: str, total: Tensor, what: str) -> None:
-    if not torch.isfinite(total).all():
-        raise FloatingPointError(f"layer {name!r}: its {what} are NaN or infinite; check the data and the precision")

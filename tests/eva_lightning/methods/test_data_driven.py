@@ -19,11 +19,12 @@ from torchmetrics import MeanMetric
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.methods import data_driven
 from eva_lightning.methods.apply import AdapterOptions, apply_method
-from eva_lightning.methods.data_driven import DEFAULT_BATCHES, DataDrivenStart, Kind
-from eva_lightning.methods.training_statistics import input_moments, weight_gradients
+from eva_lightning.methods.data_driven import DataDrivenStart
+from eva_lightning.methods.starts import KINDS as STARTS
+from eva_lightning.methods.training_statistics import layer_statistics
 from tests.modules import IN, Classifier, TokenNet, dataset, loader, trainer
 
-KINDS: tuple[Kind, ...] = ("corda", "lora-ga")
+KINDS = ("corda", "lora-ga")
 TARGETS = ["q", "k", "v", "out", "narrow", "wide"]
 RANK = 2
 
@@ -33,7 +34,7 @@ def build(**kwargs: Any) -> Classifier:
     return Classifier(TokenNet(), **kwargs)
 
 
-def prepared(kind: Kind, module: Classifier | None = None, **options: Any) -> tuple[Classifier, list[pl.Callback]]:
+def prepared(kind: str, module: Classifier | None = None, **options: Any) -> tuple[Classifier, list[pl.Callback]]:
     module = build(lr=0.0) if module is None else module
     torch.manual_seed(1)
     chosen = AdapterOptions(rank=RANK, alpha=3.0, bias="none", **options)
@@ -64,7 +65,7 @@ def test_corda_is_pefts_preprocess_corda_on_the_same_samples() -> None:
     config = LoraConfig(
         r=RANK, lora_alpha=3, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig()
     )
-    samples = torch.cat([x for x, _ in batches(DEFAULT_BATCHES["corda"])])
+    samples = torch.cat([x for x, _ in batches(STARTS["corda"].batches)])
 
     def run_model() -> None:
         for sample in samples:  # PEFT's hook takes one sample at a time
@@ -95,16 +96,16 @@ def test_lora_ga_is_pefts_preprocess_loraga_on_the_same_batches() -> None:
     )
 
     def train_step() -> None:
-        for x, y in batches(DEFAULT_BATCHES["lora-ga"]):
+        for x, y in batches(STARTS["lora-ga"].batches):
             nn.functional.cross_entropy(net(x), y).backward()
 
     preprocess_loraga(net, config, train_step)
     their_gradients = {name: m._peft_loraga_grad for name, m in net.named_modules() if hasattr(m, "_peft_loraga_grad")}
     own = build()
-    weights: Any = {name: own.net.get_submodule(name).weight for name in their_gradients}
-    ours = weight_gradients(own, batches(2), weights)
+    sums = layer_statistics(own, batches(2), {n: own.net.get_submodule(n) for n in their_gradients}, ["gradient"])
     for name, gradient in their_gradients.items():
-        torch.testing.assert_close(ours[name].total / ours[name].count, gradient, msg=name)
+        mean = sums[name]["gradient"]
+        torch.testing.assert_close(mean.total / mean.count, gradient, msg=name)
     theirs: Any = get_peft_model(net, config).base_model.model
     for name, layer in find_adapters(module).items():
         reference = theirs.get_submodule(name.removeprefix("net."))
@@ -122,7 +123,8 @@ def test_lora_ga_is_pefts_preprocess_loraga_on_the_same_batches() -> None:
 def test_second_moments_are_those_of_the_samples_each_over_its_largest_value() -> None:
     module = build()
     x = dataset(24, tokens=4).tensors[0]
-    (moment,) = input_moments(module, [(x[:16], 0), (x[16:], 0)], {"embed": module.net.embed}).values()  # type: ignore[dict-item]
+    layers: Any = {"embed": module.net.embed}
+    moment = layer_statistics(module, [(x[:16], 0), (x[16:], 0)], layers, ["scaled_inputs"])["embed"]["scaled_inputs"]
     expected = sum((s / s.max().abs()).T.double() @ (s / s.max().abs()).double() for s in x)
     torch.testing.assert_close(moment.total.double(), expected, rtol=1e-5, atol=1e-5)
     assert moment.count == 24
@@ -143,7 +145,8 @@ def test_tokens_that_do_not_count_change_nothing() -> None:
 
     def look(values: Tensor) -> Any:
         batch = {"x": values, "mask": mask}
-        return input_moments(net, [batch], layers, mask_fn=lambda b: b["mask"])["embed"]
+        sums = layer_statistics(net, [batch], layers, ["scaled_inputs"], mask_fn=lambda b: b["mask"])
+        return sums["embed"]["scaled_inputs"]
 
     kept = [s[m] for s, m in zip(x, mask, strict=True) if m.any()]
     expected = sum((s / s.max().abs()).T.double() @ (s / s.max().abs()).double() for s in kept)
@@ -208,7 +211,7 @@ def traces(method: str) -> Traces:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_leaves_no_trace(kind: Kind) -> None:
+def test_leaves_no_trace(kind: str) -> None:
     ours, plain = traces(kind), traces("lora")
     assert torch.equal(ours.rng, plain.rng)
     assert torch.equal(torch.stack(ours.batches), torch.stack(plain.batches))
@@ -235,7 +238,7 @@ def test_lora_ga_is_deterministic_with_dropout() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_optimizer_holds_the_final_parameters(kind: Kind) -> None:
+def test_the_optimizer_holds_the_final_parameters(kind: str) -> None:
     module, callbacks = prepared(kind, build(lr=0.1))
     before: dict[str, Tensor] = {}
 
@@ -251,7 +254,7 @@ def test_the_optimizer_holds_the_final_parameters(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_bad_ending_leaves_the_module_as_it_was(
-    kind: Kind, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    kind: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, callbacks = prepared(kind)
     before = copy.deepcopy(module.state_dict())
@@ -283,7 +286,7 @@ def test_a_bad_ending_leaves_the_module_as_it_was(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_looks_at_the_data_once(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_at_the_data_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
     real = DataDrivenStart._statistics
 
@@ -326,7 +329,7 @@ class Saving(pl.Callback):
         found |= {f"weight of {n}": layer.base.weight.detach() for n, layer in layers.items()}
         other = DataDrivenStart("lora-ga")
         gradients = other._average(trainer, other._statistics(trainer, pl_module, layers, self.max_batches))
-        found |= {f"gradient of {n}": gradient for n, gradient in gradients.items()}
+        found |= {f"gradient of {n}": means["gradient"] for n, means in gradients.items()}
         torch.save(found, self.folder / f"{trainer.global_rank}-of-{trainer.world_size}.pt")
 
 
@@ -377,7 +380,7 @@ def test_lora_ga_needs_a_loss(kind: type[Classifier], error: type[Exception], se
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_infinite_data_are_named(kind: Kind) -> None:
+def test_infinite_data_are_named(kind: str) -> None:
     module, callbacks = prepared(kind)
     x, y = dataset(32, tokens=4).tensors
     data = DataLoader(torch.utils.data.TensorDataset(torch.full_like(x, float("nan")), y), 16)
