@@ -44,6 +44,7 @@ class Kind:
         ranks: ``ranks(layers, means, given)``: a rank of at least 1 for every one of these layers; None keeps them. A
             layer that gets another rank keeps its scaling.
         needs_training_size: ``given.training_samples`` is there.
+        knowledge: Reads the user's knowledge data (``AdapterOptions.knowledge``), where there are any, instead.
         injection: Further arguments for :func:`eva_lightning.adapters.inject`: what the method's source sets.
     """
 
@@ -52,11 +53,15 @@ class Kind:
     make: Callable[[AdapterLayer, Means, Given], tuple[Tensor, Tensor | None]]
     ranks: Callable[[Mapping[str, AdapterLayer], Mapping[str, Means], Given], Mapping[str, int]] | None = None
     needs_training_size: bool = False
+    knowledge: bool = False
     injection: Mapping[str, Any] = field(default_factory=dict)
 
 
 KINDS: dict[str, Kind] = {
     # CorDA's paper takes 256 samples, PEFT's example of LoRA-GA 128; the VTAB protocol has 64 images in a minibatch
     "corda": Kind(("scaled_inputs",), 4, lambda layer, means, _: corda(layer, means["scaled_inputs"])),
+    "corda-kpm": Kind(
+        ("scaled_inputs",), 4, lambda layer, means, _: corda(layer, means["scaled_inputs"], least=True), knowledge=True
+    ),
     "lora-ga": Kind(("gradient",), 2, lambda layer, means, _: lora_ga(layer, means["gradient"])),
 }
