@@ -32,4 +32,8 @@ def folder_loader(
         raise InputError(f"{folder} and the folders below it hold no image ({', '.join(sorted(SUFFIXES))})")
     split = Split(root.name, root, tuple(files), (0,) * len(files))
     images = SplitDataset(split, image_size, normalization=normalization)
-    return DataLoader(images, batch_size, sampler=EpochShuffle(len(files), seed))
+    return DataLoader(images, batch_size, sampler=EpochShuffle(len(files), seed), collate_fn=_as_fetched)
+
+
+def _as_fetched(batch: Batch) -> Batch:
+    return batch  # SplitDataset fetches a whole batch at once
