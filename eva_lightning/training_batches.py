@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,6 +51,21 @@ def training_batches(trainer: pl.Trainer, limit: int) -> Iterator[Any]:
         finally:
             # worker processes end with the iterator that owns them
             del iterator
+
+
+def batches_of(trainer: pl.Trainer, source: Iterable[Any], limit: int) -> Iterator[Any]:
+    """The first ``limit`` minibatches of other data on the training device; generators are as before afterwards.
+
+    Raises:
+        InputError: there is none.
+    """
+    with isolated_rng(), restored_sources(source):
+        empty = True
+        for batch in itertools.islice(source, limit):
+            empty = False
+            yield _delivered(trainer, batch)
+    if empty:
+        raise InputError(f"the data given ({type(source).__name__}) hold no minibatch, and one at least is needed")
 
 
 def training_samples(trainer: pl.Trainer) -> int:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
+from eva_lightning.adapters.attention_roles import attention_role
 from eva_lightning.errors import InputError
+from eva_lightning.layer_inputs import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,37 @@ class Start:
         peft: PEFT's ``init_lora_weights`` while layers are made; where that is True, all but "lora" is written later.
         from_data: Waits for statistics of training minibatches (:mod:`eva_lightning.methods.data_driven`).
         directions: Singular directions of a matrix of the weight's shape that it takes per rank; 0: ranks are free.
+        make: ``make(layer)``: A and B from the base weight, for starts that PEFT does not have.
+        even: Ranks are even numbers.
     """
 
     product: Literal["zero", "taken", "added"]
     peft: Any = True
     from_data: bool = False
     directions: int = 1
+    make: Callable[[AdapterLayer], tuple[Tensor, Tensor]] | None = None
+    even: bool = False
+
+    @property
+    def uses(self) -> str:
+        """What it does with the base weight, as words before "the base weight"; empty for nothing."""
+        if self.product == "taken":
+            return "takes a part out of"
+        if self.from_data:
+            return "starts from the gradient of"
+        return "makes A and B in the precision of" if self.even else ""
 
 
 INITIALISATIONS: dict[str, Start] = {
     "lora": Start("zero", directions=0),
     "pissa": Start("taken", peft="pissa"),
-    "milora": Start("taken"),
+    "milora": Start("taken", make=lambda layer: milora(layer)),
     "olora": Start("taken", peft="olora"),
+    "ailora": Start("taken", make=lambda layer: ailora(layer)),
+    "gaussian": Start("zero", peft="gaussian", directions=0),
+    "orthogonal": Start("zero", peft="orthogonal", directions=0, even=True),
     "corda": Start("taken", from_data=True),
+    "corda-kpm": Start("taken", from_data=True),
     "lora-ga": Start("taken", from_data=True, directions=2),
     "lora-ga-peft": Start("taken", from_data=True, directions=2),
     "lora-da": Start("added", from_data=True),
@@ -64,21 +83,25 @@ def takes_from_base(initialisation: str, keep_function: bool = False) -> bool:
 def capped(
     module: nn.Module, targets: Iterable[str], initialisation: str, r: int, alpha: float, use_rslora: bool
 ) -> dict[str, Any]:
-    """PEFT's patterns of rank and alpha for layers whose weight has too few singular directions; the scaling stays.
+    """PEFT's patterns of rank and alpha for layers with too few singular directions or inputs; the scaling stays.
 
     Raises:
-        InputError: There is not even one direction; names the layer.
+        InputError: There is not even one direction (names the layer), or `r` is odd and the initialisation needs an
+            even one.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    per_rank = INITIALISATIONS[initialisation].directions
-    for name in targets if per_rank else ():
-        weight: Any = module.get_submodule(name).weight
-        rank = min(r, min(weight.shape) // per_rank)
+    start = INITIALISATIONS[initialisation]
+    if start.even and r % 2:
+        raise InputError(f"{initialisation} needs an even rank, got {r}")
+    for name in targets:
+        layer: Any = module.get_submodule(name)
+        limit = min(layer.weight.shape) // start.directions if start.directions else LayerInputs(layer).width
+        rank = min(r, max(2, limit // 2 * 2) if start.even else limit)
         if rank < 1:
             raise InputError(
                 f"{initialisation} needs layers of at least 2 inputs and outputs, but {name!r} has a weight of shape "
-                f"{tuple(weight.shape)}; leave it out"
+                f"{tuple(layer.weight.shape)}; leave it out"
             )
         if rank < r:
             pattern = "^" + re.escape(f"module.{name}")
@@ -127,21 +150,50 @@ def milora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     Returns:
         Shapes ``(rank, in_features)`` and ``(out_features, rank)``, fp32.
     """
+    return _singular_part(layer, slice(-layer.rank, None))
+
+
+def ailora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """A and B of AILoRA (arXiv 2510.08034): PiSSA's for an attention's queries, MiLoRA's for its values.
+
+    Queries adapt to a task and start from what the weight does most; values carry what pre-training has learned, which
+    stays in the base weight.
+
+    Returns:
+        Shapes ``(rank, in_features)`` and ``(out_features, rank)``, fp32.
+
+    Raises:
+        InputError: The layer's name is neither that of queries nor that of values.
+    """
+    role = attention_role(layer.name)
+    if role not in ("query", "value"):
+        raise InputError(
+            f"ailora adapts an attention's queries and values, and {layer.name!r} is not named like one (q, q_proj, "
+            "query, v, v_proj, value, ...); leave it out"
+        )
+    return _singular_part(layer, slice(0, layer.rank)) if role == "query" else milora(layer)
+
+
+def _singular_part(layer: AdapterLayer, chosen: slice) -> tuple[Tensor, Tensor]:
+    """A and B whose ``scaling * B A`` are these singular directions of the base weight, half of each in either."""
     weight: Any = layer.base.weight
-    matrix = weight.detach().float()
-    u, s, vh = torch.linalg.svd(matrix.T if layer.module.fan_in_fan_out else matrix, full_matrices=False)
-    root = (s[-layer.rank :] / layer.module.scaling[layer.adapter]).sqrt()
-    return root[:, None] * vh[-layer.rank :], u[:, -layer.rank :] * root
+    u, s, vh = torch.linalg.svd(as_linear(layer, weight.detach().float()), full_matrices=False)
+    root = (s[chosen] / layer.module.scaling[layer.adapter]).sqrt()
+    return root[:, None] * vh[chosen], u[:, chosen] * root
 
 
-def corda(layer: AdapterLayer, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as PEFT's CorDA in its instruction-previewed mode makes them (Yang et al., 2024).
+def corda(layer: AdapterLayer, covariance: Tensor, least: bool = False) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT's CorDA makes them (Yang et al., 2024).
 
-    They are the top directions of the weight seen through its inputs, ``svd(W C) C^-1``.
+    They are directions of the weight seen through its inputs, ``svd(W C) C^-1``: the top ones in the
+    instruction-previewed mode, where the inputs are the task's; the least ones in the knowledge-preserving mode, where
+    the inputs are those of data that the model is to remain good at: what it does most on them stays in the base
+    weight.
 
     Args:
         layer: A fresh adapter.
         covariance: Second moments of the layer's inputs, shape ``(in_features, in_features)``, finite and not all zero.
+        least: The knowledge-preserving mode.
 
     Returns:
         Shapes ``(rank, in_features)`` and ``(out_features, rank)``, fp32.
@@ -154,9 +206,9 @@ def corda(layer: AdapterLayer, covariance: Tensor) -> tuple[Tensor, Tensor]:
         found = collect_eigens_for_layer(base, layer.config)
     finally:
         del base.covariance_matrix
-    r, device = layer.rank, base.weight.device
+    chosen, device = slice(-layer.rank, None) if least else slice(layer.rank), base.weight.device
     base.eigens = CordaEigens(
-        S_WC=found.S_WC[:r].clone(), U_WC=found.U_WC[:, :r].to(device), V_WC=found.V_WC[:, :r].to(device)
+        S_WC=found.S_WC[chosen].clone(), U_WC=found.U_WC[:, chosen].to(device), V_WC=found.V_WC[:, chosen].to(device)
     )
     return _made_by_peft(layer, lambda: layer.module.corda_init(layer.adapter, "corda"), "eigens")
 

@@ -15,7 +15,6 @@ from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.base_weight_init import (
     INITIALISATIONS,
     capped,
-    milora,
     remember_start,
     start_at,
     takes_from_base,
@@ -122,7 +121,9 @@ def inject(
         bias: "none", "all" (every bias in the module trains) or "lora_only" (those of adapted layers).
         initialisation: "lora" (A random, B = 0), or one that moves ``alpha/r B A`` out of the base weight, so that the
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
-            (its least ones), "olora" (its first columns after a QR decomposition). Those from data ("corda",
+            (its least ones), "olora" (its first columns after a QR decomposition), "ailora" (the top directions of an
+            attention's queries, the least ones of its values). With "gaussian" A is normal of standard deviation 1/r,
+            with "orthogonal" neither A nor B is zero, but their product is; r is even. Those from data ("corda",
             "lora-ga", ...) start like "lora" and wait for
             :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
         keep_function: have initialisations that would move the function take B A out of the base weight too.
@@ -177,8 +178,8 @@ def inject(
         _set_trainable(module, layers, heads, bias, flags, named_head=head != "auto")
         for layer in layers.values():
             layer.config.bias = bias
-            if initialisation == "milora":
-                start_at(layer, *milora(layer))
+            if start.make is not None:
+                start_at(layer, *start.make(layer), takes)
             elif takes:
                 remember_start(layer)
             elif adalora is None and layer.rank > layer.in_features:
@@ -297,15 +298,17 @@ def _inject(
 def _refuse_weights(weights: Mapping[str, Tensor], initialisation: str) -> None:
     """A base weight that is to give up a part, or whose gradient is read, must be whole, and of one layer only."""
     owners: dict[int, str] = {}
-    gives = INITIALISATIONS[initialisation].product == "taken"
-    does = f"{initialisation} {'takes a part out of' if gives else 'starts from the gradient of'} the base weight"
+    start = INITIALISATIONS[initialisation]
+    if not start.uses:
+        return
+    does = f"{initialisation} {start.uses} the base weight"
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise InputError(
                 f"{does}, but that of {name!r} is quantised ({weight.dtype}); use lora, or weights in full precision"
             )
         owner = owners.setdefault(id(weight), name)
-        if owner != name:
+        if owner != name and not start.even:
             raise InputError(f"{does}, but {owner!r} and {name!r} share theirs; leave one of them out")
 
 

@@ -8,7 +8,7 @@ module and returns the callbacks for its Trainer. Methods that PEFT has come fro
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -41,6 +41,9 @@ class AdapterOptions:
         seed: Seed of the random parts of initialisations, and of scratch's weights.
         keep_function: Methods whose adapters move the function when they start (`Method.moves_function`) take
             ``scaling * B A`` out of the base weight, so that it stays; the others keep it anyway.
+        knowledge: Minibatches, such as a DataLoader's, of the data that a model adapted by "corda-kpm" (CorDA's
+            knowledge-preserving mode) is to remain good at; of `max_batches` of them layers' inputs are read, labels
+            are not. None: the training data, of which its directions are then the least.
 
     Raises:
         InputError, InputTypeError: A value is out of range.
@@ -62,6 +65,7 @@ class AdapterOptions:
     state: EVAState | str | os.PathLike[str] | None = None
     seed: int = 0
     keep_function: bool = False
+    knowledge: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         self._callback(Where())  # which checks its values; a state is read when it is used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,14 +32,15 @@ from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
 from eva_lightning.summary import counting_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
-from eva_lightning.training_batches import set_up_loader, training_batches, training_samples
+from eva_lightning.training_batches import batches_of, set_up_loader, training_batches, training_samples
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: str) -> list[pl.Callback]:
     """Adapters that are plain LoRA, and the callback that starts them."""
-    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed, options.keep_function)
+    knowledge = options.knowledge if KINDS[kind].knowledge else None
+    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed, options.keep_function, knowledge)
     keep = {"keep_function": True} if options.keep_function else {}
     return [*lora.prepare(module, options, where, initialisation=kind, **keep, **KINDS[kind].injection), start]
 
@@ -65,6 +66,8 @@ class DataDrivenStart(Callback):
         seed: Of random parts.
         keep_function: Subtract ``scaling * B A`` from the base weight for kinds that would move the function, too; as
             given to ``inject``.
+        knowledge: Minibatches to read instead of training minibatches, anything that can be iterated over; every
+            process of a distributed job reads the same.
         verbose: Print what was done, in one line.
 
     Raises:
@@ -78,6 +81,7 @@ class DataDrivenStart(Callback):
         mask_fn: MaskFn | None = None,
         seed: int = 0,
         keep_function: bool = False,
+        knowledge: Iterable[Any] | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -89,6 +93,7 @@ class DataDrivenStart(Callback):
         self.mask_fn = mask_fn
         self.seed = seed
         self.keep_function = keep_function
+        self.knowledge = knowledge
         self.verbose = verbose
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -115,7 +120,8 @@ class DataDrivenStart(Callback):
         restore_rng = snapshot_rng()
         try:
             # this draws random numbers too, those that training would otherwise draw here a moment later
-            limit = int(min(self.max_batches, set_up_loader(trainer)))
+            limit = set_up_loader(trainer)
+            limit = self.max_batches if self.knowledge is not None else int(min(self.max_batches, limit))
             samples = training_samples(trainer) if KINDS[self.kind].needs_training_size else 0
             with isolated_rng():
                 means = self._average(trainer, self._statistics(trainer, pl_module, layers, limit))
@@ -131,9 +137,8 @@ class DataDrivenStart(Callback):
             self._report(layers, len(means), limit, time.perf_counter() - started)
 
     def _report(self, layers: Mapping[str, AdapterLayer], started: int, minibatches: int, seconds: float) -> None:
-        line = (
-            f"{METHODS[self.kind].label}: {started} adapters started from {minibatches} minibatches in {seconds:.1f} s"
-        )
+        label, of = METHODS[self.kind].label, "" if self.knowledge is None else " of the knowledge data"
+        line = f"{label}: {started} adapters started from {minibatches} minibatches{of} in {seconds:.1f} s"
         if started < len(layers):
             line += f"; {len(layers) - started} layers did not run and stay as they are"
         if KINDS[self.kind].ranks is not None:
@@ -159,10 +164,12 @@ class DataDrivenStart(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int
     ) -> Sums:
         description = f"{METHODS[self.kind].label}: reading minibatches"
+        given = self.knowledge
+        batches = training_batches(trainer, limit) if given is None else batches_of(trainer, given, limit)
         with disabled(layers.values()), counting_progress(trainer, description, limit) as progress:
             return layer_statistics(
                 pl_module,
-                training_batches(trainer, limit),
+                batches,
                 {name: layer.base for name, layer in layers.items()},
                 KINDS[self.kind].needs,
                 mask_fn=self.mask_fn,

@@ -1,14 +1,16 @@
-"""LoRA and its relatives whose adapters are there before ``fit``: DoRA, rsLoRA, LoRA+, PiSSA, MiLoRA, OLoRA."""
+"""LoRA and its relatives whose adapters are there before ``fit``: DoRA, rsLoRA, LoRA+, PiSSA, MiLoRA, AILoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning as L
 
-from eva_lightning.adapters import inject
+from eva_lightning.adapters import choose_layers, inject
+from eva_lightning.adapters.attention_roles import queries_and_values
 from eva_lightning.adapters.base_weight_init import takes_from_base
 from eva_lightning.callback_base import Callback
 from eva_lightning.checkpoint import describe_on_save, watch_loading
@@ -63,6 +65,19 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
     arguments |= {"target_modules": inject(module, **arguments).targets, "exclude": None}
     changes_base = takes_from_base(injection.get("initialisation", "lora"), injection.get("keep_function", False))
     return [AdapterCheckpoints(arguments, adapter_only=not changes_base)]
+
+
+def prepare_ailora(module: L.LightningModule, options: AdapterOptions, where: Where) -> list[L.Callback]:
+    """AILoRA (arXiv 2510.08034): adapters on queries and values alone, PiSSA's on the former, MiLoRA's on the latter.
+
+    Of ``options.target_modules`` those that are queries or values.
+
+    Raises:
+        InputError: The module computes them in one layer, or names them otherwise.
+    """
+    candidates = choose_layers(module, options.target_modules, where.exclude, where.head).targets
+    chosen = queries_and_values(module, candidates, "ailora")
+    return prepare(module, replace(options, target_modules=chosen), where, initialisation="ailora")
 
 
 def prepare_plus(module: Any, options: AdapterOptions, where: Where) -> list[L.Callback]:

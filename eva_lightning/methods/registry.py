@@ -74,8 +74,8 @@ def _full(name: str, label: str, **traits: Any) -> Method:
     return Method(name, label, prepare=f"eva_lightning.methods.full:{name}", **traits)
 
 
-def _weight_based(name: str, label: str) -> Method:
-    return Method(name, label, changes_base=True, fixed={"initialisation": name})
+def _weight_based(name: str, label: str, **rest: Any) -> Method:
+    return Method(name, label, changes_base=True, **{"fixed": {"initialisation": name}, **rest})
 
 
 def _data_driven(name: str, label: str, needs: Needs, *, moves: bool = False) -> Method:
@@ -108,7 +108,11 @@ _TABLE = (
     _weight_based("pissa", "PiSSA"),
     _weight_based("milora", "MiLoRA"),
     _weight_based("olora", "OLoRA"),
+    _weight_based("ailora", "AILoRA", prepare="eva_lightning.methods.lora:prepare_ailora", fixed={}),
+    Method("gaussian", "LoRA (normal A)", fixed={"initialisation": "gaussian"}),
+    Method("orthogonal", "Orthogonal", fixed={"initialisation": "orthogonal"}),
     _data_driven("corda", "CorDA", needs="inputs"),
+    _data_driven("corda-kpm", "CorDA (KPM)", needs="inputs"),
     _data_driven("lora-ga", "LoRA-GA", needs="gradients"),
     _data_driven("lora-ga-peft", "LoRA-GA (PEFT)", needs="gradients"),
     _data_driven("lora-da", "LoRA-DA", needs="inputs and gradients", moves=True),

@@ -34,6 +34,7 @@ class Kind:
             layer that gets another rank keeps its scaling.
         dtype: Of the statistics; float32 on devices without float64.
         needs_training_size: ``given.training_samples`` is there.
+        knowledge: Reads the user's knowledge data (``AdapterOptions.knowledge``), where there are any, instead.
         injection: Further arguments for :func:`eva_lightning.adapters.inject`: what the method's source sets.
     """
 
@@ -43,6 +44,7 @@ class Kind:
     ranks: Callable[[Mapping[str, AdapterLayer], Mapping[str, Means], Given], Mapping[str, int]] | None = None
     dtype: torch.dtype = torch.float32
     needs_training_size: bool = False
+    knowledge: bool = False
     injection: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +54,9 @@ KINDS: dict[str, Kind] = {
     # numbers of minibatches are for the VTAB protocol's 64 images in each. CorDA's paper takes 256 samples, PEFT's
     # example of LoRA-GA 128, LoRA-DA's authors 256, LoRA-One's 8 to 64, GoRA's 32 steps of 32
     "corda": Kind(("scaled_inputs",), 4, lambda layer, means, _: corda(layer, means["scaled_inputs"])),
+    "corda-kpm": Kind(
+        ("scaled_inputs",), 4, lambda layer, means, _: corda(layer, means["scaled_inputs"], least=True), knowledge=True
+    ),
     "lora-ga": Kind(("gradient",), 2, lora_ga, injection=_RSLORA),
     "lora-ga-peft": Kind(("gradient",), 2, lambda layer, means, _: lora_ga_peft(layer, means["gradient"])),
     "lora-da": Kind(

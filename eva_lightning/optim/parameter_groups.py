@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,9 @@ from eva_lightning.errors import InputError
 
 Multiplier = Callable[[str], float]
 """From a parameter's name in the LightningModule to the factor on its learning rate."""
+
+WITH_LAYER_BEFORE = (99999,)
+"""How timm's ``group_matcher`` marks what belongs to the layer before it (its ``MATCH_PREV_GROUP``)."""
 
 
 def parameter_groups(
@@ -53,8 +57,10 @@ def parameter_groups(
 def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
     """Layer-wise decay of the learning rate: ``factor ** (layers above it)`` for every parameter of a timm model.
 
-    The layers are those of timm's ``group_matcher``: the stem, every block, and the head (with the final norm), whose
-    multiplier is 1 (Clark et al., 2020; EVA paper, section D.2).
+    The layers are those of timm's ``group_matcher``, but that what stands after the blocks (final norms) belongs with
+    the head, as in BEiT's rule and the EVA authors' code, where timm puts it with the last block. Of a ViT of d blocks,
+    patch, position, class and register embeddings have the multiplier ``factor ** (d + 1)``, block i (from 0)
+    ``factor ** (d - i)``, and final norm and head 1 (Clark et al., 2020; EVA paper, section D.2).
 
     Returns:
         Multiplier by name in ``model.named_parameters()``.
@@ -70,6 +76,23 @@ def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:
             f"{type(model).__name__} does not say in which order its layers come (timm's group_matcher), which "
             "layer-wise learning-rate decay needs: use another model or set layer_decay to None"
         )
-    order: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    order: dict[str, int] = group_parameters(model, _without_ends(matcher(coarse=False)), reverse=True)
+    # learned rotary embeddings, which timm's patterns leave to the head
+    order |= {name: 0 for name in order if name.startswith("rope.")}
     last = max(order.values())
     return {name: factor ** (last - layer) for name, layer in order.items()}
+
+
+def _without_ends(matcher: Any) -> Any:
+    """timm's patterns of layers without those of what stands after the blocks: unmatched, it goes with the head.
+
+    Such a pattern says "with the layer before" of something that is not numbered as blocks are.
+    """
+    if not isinstance(matcher, Mapping):
+        return matcher
+    return {
+        group: [p for p in patterns if p[1] != WITH_LAYER_BEFORE or re.compile(p[0]).groups]
+        if isinstance(patterns, (list, tuple))
+        else patterns
+        for group, patterns in matcher.items()
+    }

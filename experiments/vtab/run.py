@@ -27,6 +27,7 @@ from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.datamodule import VTAB1K
+from eva_lightning.vision.data.folder import folder_loader
 from eva_lightning.vision.decomposition import decompose
 from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
@@ -95,6 +96,8 @@ def assemble(settings: Settings) -> Parts:
     )
     if rules.decomposition is not None and settings.key.state_kind == "major" and settings.eva_state is None:
         options = replace(options, state=_decompose(settings, module, rules.decomposition))
+    if settings.knowledge is not None and settings.method == "corda-kpm":
+        options = replace(options, knowledge=_knowledge(settings, settings.knowledge))
     callbacks = apply_method(settings.method, module, options, head=module.head_name)
     for callback in callbacks:
         if not settings.progress and hasattr(callback, "verbose"):
@@ -117,6 +120,11 @@ def _data(settings: Settings, split: str) -> VTAB1K:
         seed=settings.seed,
         progress=settings.progress,
     )
+
+
+def _knowledge(settings: Settings, folder: str) -> Any:
+    size = settings.batch_size // settings.accumulate
+    return folder_loader(folder, settings.image_size, size, normalization=settings.normalization, seed=settings.seed)
 
 
 def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA) -> EVAState:

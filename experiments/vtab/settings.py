@@ -87,6 +87,10 @@ class SharedOptions:
         INITIALISATION,
         at_least=1,
     )
+    knowledge: str | None = option(
+        None, "corda-kpm: folder of images that the model is to remain good at; none: the training images",
+        INITIALISATION, omit_default=True,
+    )  # fmt: skip
     epochs: int = option(30, "training epochs", RESULT, at_least=1)
     warmup_epochs: float = option(3.0, "epochs of linear warm-up", RESULT, at_least=0)
     weight_decay: float = option(0.05, "AdamW's weight decay", RESULT, at_least=0)
@@ -199,7 +203,7 @@ class Settings(SharedOptions):
         # torch, which a mistyped name need not wait for
         from eva_lightning.methods.apply import AdapterOptions
 
-        rules, own = self.rules, ("state", "rho", "rescale_alpha")
+        rules, own = self.rules, ("state", "rho", "rescale_alpha", "knowledge")
         shared = {item.name: getattr(self, item.name) for item in fields(AdapterOptions) if item.name not in own}
         rho = self.rho
         if rules.decomposition is not None and self.key.rho is not None:

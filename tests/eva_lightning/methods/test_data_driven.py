@@ -394,3 +394,65 @@ def test_quantised_weights_cannot_give_up_a_part() -> None:
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"lora-ga takes .* of 'net.narrow' is quantised \(torch.int8\)"):
         inject(module, head="net.head", initialisation="lora-ga")
+
+
+# --- CorDA's knowledge-preserving mode --------------------------------------------------------------------------------
+
+
+def knowledge() -> DataLoader[Any]:
+    """Other data than the training's, in minibatches of which the default reads four."""
+    return DataLoader(dataset(40, tokens=4, seed=9), 8)
+
+
+def test_knowledge_preserving_corda_is_pefts_on_the_knowledge_data() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    module, callbacks = prepared("corda-kpm", knowledge=knowledge())
+    fit(module, callbacks)
+    net = build().net
+    config = LoraConfig(
+        r=RANK, lora_alpha=3, target_modules=TARGETS, init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm"),
+    )  # fmt: skip
+    preprocess_corda(net, config, lambda: [net(sample[None]) for x, _ in list(knowledge())[:4] for sample in x])
+    theirs: Any = get_peft_model(net, config).base_model.model
+    for name, layer in find_adapters(module).items():
+        reference = theirs.get_submodule(name.removeprefix("net."))
+        a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
+        torch.testing.assert_close(layer.b @ layer.a, b @ a, rtol=1e-2, atol=1e-4, msg=name)
+        torch.testing.assert_close(layer.base.weight, reference.base_layer.weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["knowledge data", "training data"])
+def test_knowledge_preserving_corda_takes_the_least_of_what_the_weight_does_on_the_data(given: bool) -> None:
+    """In float64 from the paper's formula: svd(W C) C^-1, of which the adapter has the smallest r."""
+    module, callbacks = prepared("corda-kpm", knowledge=knowledge() if given else None)
+    fit(module, callbacks)
+    net = build().net.double()
+    seen: list[Tensor] = []
+    q: Any = net.get_submodule("attention.q")
+    q.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for x, _ in list(knowledge())[:4] if given else batches(STARTS["corda-kpm"].batches):
+        net(x.double())
+    c = torch.stack([(x / x.max().abs()).T @ (x / x.max().abs()) for x in torch.cat(seen)]).mean(0)
+    c += 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(q.weight @ c)
+    least = u[:, -RANK:] @ torch.diag(s[-RANK:]) @ vh[-RANK:] @ torch.linalg.inv(c)
+    layer = find_adapters(module)["net.attention.q"]
+    scale = float(least.detach().abs().max())
+    torch.testing.assert_close((3 / RANK * layer.b @ layer.a).double(), least, rtol=0, atol=1e-3 * scale)
+    torch.testing.assert_close((layer.base.weight + 3 / RANK * layer.b @ layer.a).double(), q.weight, rtol=0, atol=1e-6)
+
+
+def test_knowledge_data_are_read_no_further_and_stay_as_they_were() -> None:
+    data, generator = dataset(40, tokens=4, seed=9), torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    module, callbacks = prepared("corda-kpm", knowledge=DataLoader(data, 8, shuffle=True, generator=generator))
+    fit(module, callbacks)
+    assert torch.equal(generator.get_state(), state)
+    endless = prepared("corda-kpm", knowledge=itertools.cycle(batches(1)), max_batches=2)
+    fit(*endless)
+    with pytest.raises(ValueError, match=r"the data given \(list\) hold no minibatch"):
+        fit(*prepared("corda-kpm", knowledge=[]))

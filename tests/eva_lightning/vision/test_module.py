@@ -25,6 +25,7 @@ def test_layer_decay_is_a_power_per_layer_counted_from_the_head() -> None:
     for index, block in enumerate(blocks):  # type: ignore[arg-type]
         for parameter in block.parameters():
             assert lr[id(parameter)] == pytest.approx(0.75 ** (depth - index))
+    assert lr[id(model.norm.weight)] == 1.0  # type: ignore[union-attr, index]
     assert lr[id(model.pos_embed)] == pytest.approx(0.75 ** (depth + 1))
     assert {group["weight_decay"] for group in module._parameter_groups()} == {0.05}
 
