@@ -91,13 +91,21 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
         """Components per layer of the shared EVA states that the runs of `key` start from; 0 where they need none.
 
         One number for all methods, so that they share one state: as many as the largest rank of the grid needs by any
-        of them, or as the protocol has.
+        of them, or as the protocol has. (With the paper's algorithm each rank has a state of its own, at most
+        this large.)
 
         Raises:
             InputError: The grid needs more than ``--state-components``, or than the protocol has.
         """
         if key.state_kind is None:
             return 0
+        self.check_algorithm(key)
+        if self.algorithm == "paper" and self.state_components is not None:
+            raise InputError(
+                "state_components has no meaning with algorithm=paper, where each rank, rho and metric has an EVA "
+                "state of its own: leave it out",
+                setting="state_components",
+            )
         rank = max(self.search.ranks)
         decomposition = self.rules.decomposition
         if decomposition is not None and key.state_kind == "major":
