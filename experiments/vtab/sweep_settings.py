@@ -120,6 +120,15 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
             )
         return self.state_components or needed
 
+    def states(self) -> list[int]:
+        """Components of each EVA state that one task and split needs: one per kind, and with the paper's algorithm
+        one per rank and ρ."""
+        keys = [key for key in self.keys if key.state_kind is not None]
+        if self.algorithm == "paper":
+            pairs = {(rank, key.rho): key.components(rank) for key in keys for rank in self.search.ranks}
+            return list(pairs.values())
+        return list({key.state_kind: self.components(key) for key in keys}.values())
+
     def run(self, task: str, key: MethodKey, **changes: object) -> of_a_run.Settings:
         """The settings of a run on `task` by `key`, as the run command takes them."""
         shared = {item.name: getattr(self, item.name) for item in fields(of_a_run.SharedOptions)}
