@@ -80,7 +80,8 @@ class EVAInitCallback(Callback):
             PEFT before ``fit``.
         head: output layers that train in full; "auto" finds them, among those that train if some are frozen.
         adapt_frozen: adapt layers frozen before ``fit`` also if others than the head train, such as a frozen tower.
-        streaming: how minibatches are streamed and decomposed; default: ``StreamingOptions()``.
+        streaming: how minibatches are streamed and decomposed; default: ``StreamingOptions()``. The paper's algorithm
+            to the letter is ``EVAInitCallback(algorithm="paper")``, a single option of it.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
             (:func:`eva_lightning.ranks.explained_variance`).
         init: "eva" or an ablation: "whiten", "rotate", "permute", "minor", "redistribute"
@@ -142,9 +143,12 @@ class EVAInitCallback(Callback):
         ):
             if not isinstance(flag, bool):
                 raise InputTypeError(f"{name} must be True or False, got {flag!r}", setting=name)
-        if init == "minor" and streaming.engine not in ("auto", "exact"):
+        engine = streaming.resolved().engine
+        if init == "minor" and engine not in ("auto", "exact"):
+            by = "algorithm='paper'" if streaming.algorithm == "paper" else f"engine={engine!r}"
             raise InputError(
-                f"init='minor' needs the whole spectrum, which engine={streaming.engine!r} does not keep; use 'exact'"
+                f"init='minor' needs the whole spectrum, which {by} does not keep; "
+                + ("leave it out" if streaming.algorithm == "paper" else "use 'exact'")
             )
         self.initialiser = Initialiser(
             rho=float(rho),

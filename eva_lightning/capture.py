@@ -80,12 +80,14 @@ class InputCapture:
         engines: canonical name -> engine; those of sharing layers stay empty until they stop sharing.
         choice: which tokens to use.
         never_share: layers to decompose on their own.
+        paused: layers whose engines are given nothing for now.
     """
 
     layers: Mapping[str, LayerInputs]
     engines: dict[str, StreamingSVD]
     choice: TokenChoice = field(default_factory=TokenChoice)
     never_share: set[str] = field(default_factory=set)
+    paused: frozenset[str] = frozenset()
     mask: Tensor | None = None
     owner: dict[str, str] = field(default_factory=dict)
     n_batches: int = 0
@@ -157,6 +159,8 @@ class InputCapture:
         if not shared:
             tokens = pieces[0][0] if isinstance(pieces, list) else None
             self._last = _Seen.of(name, call, inputs, x, tokens)
+        if name in self.paused:
+            return
         with self._located(name), _full_precision(x.device):
             for piece in pieces:
                 self.engines[name].update(*piece)

@@ -31,7 +31,7 @@ from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.done import done, mark_done, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
-from eva_lightning.rank_plan import Plan, apply_plan, make_plan
+from eva_lightning.rank_plan import Plan, apply_plan, make_plan, refuse_other_algorithm, selection_of
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import compute_eva_state
@@ -165,6 +165,8 @@ class Initialiser:
         refuse_trained(layers)
         if self.injection is not None:
             refuse_frozen(layers)
+        if self.given is not None and self.streaming.algorithm == "paper":
+            refuse_other_algorithm(self.given, selection_of(layers, self.rho, self.metric, self.init))
         before = count_trainable(pl_module)
         state = self.given or self._stream(trainer, pl_module, layers, before_strategy, verbose)
         plan = self._apply(trainer, pl_module, layers, state)
@@ -174,7 +176,7 @@ class Initialiser:
         plan.state.seconds = time.perf_counter() - started
         if verbose and trainer.is_global_zero:
             after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            print_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.max_batches)
+            print_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
         return plan.state
 
     def _apply(
@@ -209,8 +211,10 @@ class Initialiser:
         before_strategy: bool,
         verbose: bool,
     ) -> EVAState:
-        limit = int(min(self.streaming.max_batches, set_up_loader(trainer)))
-        options = replace(self.streaming, max_batches=limit)
+        options = self.streaming.resolved()
+        limit = int(min(options.limit, set_up_loader(trainer)))
+        if options.algorithm == "fast":  # which does not start over
+            options = replace(options, max_batches=limit)
         k = max(round(layer.rank * self.rho) for layer in layers.values())
         inputs = {name: layer.inputs() for name, layer in layers.items()}
         if verbose:
@@ -224,7 +228,7 @@ class Initialiser:
         with (
             disabled(layers.values()),
             kept_trainable(pl_module),
-            streaming_progress(trainer, limit) as progress,
+            streaming_progress(trainer, options) as progress,
         ):
             state = compute_eva_state(
                 pl_module,
@@ -237,6 +241,7 @@ class Initialiser:
                 context=reads.in_first(context),
                 progress=progress,
                 minor=self.init == "minor",
+                selection=selection_of(layers, self.rho, self.metric, self.init),
             )
         # where a layer did not run, that is said, and its adapter changes nothing
         found = [name for name in reads.found if name in state.components]

@@ -78,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--r", type=int, help="rank per layer on average (default: 16)")
     parser.add_argument("--target-modules", help="names with commas between them, or a regular expression")
     parser.add_argument("--exclude", help="layers to leave out, written likewise")
+    parser.add_argument(
+        "--algorithm", help="fast (default), or paper: Algorithms 1 and 2 of the paper, for just this r, rho and metric"
+    )
+    parser.add_argument("--metric", default="ratio", help="what components are ranked by (default: %(default)s)")
     parser.add_argument("--tau", type=float, help="convergence threshold")
+    parser.add_argument("--delta", type=float, help="share of the layers (paper: components) that must have converged")
     parser.add_argument("--max-batches", type=int, help="most minibatches to stream")
     parser.add_argument("--tokens-per-sample", type=int, help="tokens to use of each sample (default: chosen by width)")
     parser.add_argument("--engine", help="exact, incremental, sketch or auto")
@@ -89,10 +94,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _callback(words: argparse.Namespace) -> EVAInitCallback:
-    names = ("tau", "max_batches", "tokens_per_sample", "engine", "seed")
+    names = ("algorithm", "tau", "delta", "max_batches", "tokens_per_sample", "engine", "seed")
     streaming = {name: getattr(words, name) for name in names if getattr(words, name) is not None}
     return EVAInitCallback(
-        words.rho, words.r, target_modules=_names(words.target_modules), exclude=_names(words.exclude), **streaming
+        words.rho,
+        words.r,
+        target_modules=_names(words.target_modules),
+        exclude=_names(words.exclude),
+        metric=words.metric,
+        **streaming,
     )
 
 

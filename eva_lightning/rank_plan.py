@@ -14,7 +14,7 @@ from eva_lightning.adapters.registry import remove, restored_on_failure, sync_co
 from eva_lightning.adapters.targets import unknown_layer
 from eva_lightning.errors import InputError
 from eva_lightning.initialization import initial_a
-from eva_lightning.ranks import explained_variance, redistribute_ranks
+from eva_lightning.selection import Selection, Spectrum
 from eva_lightning.side_effects import isolated_rng
 from eva_lightning.state import EVAState
 
@@ -43,6 +43,18 @@ class Plan:
         return self.state.ranks != self.uniform
 
 
+def selection_of(layers: Mapping[str, AdapterLayer], rho: float, metric: str, init: str) -> Selection:
+    """How the layers share their ranks.
+
+    The budget is the sum of the layers' ranks; a layer gets at most ``round(r * rho)`` and its input width. EVA-minor
+    keeps uniform ranks, as in the paper (Table 12), and so do layers that PEFT can store with one rank only
+    (nn.MultiheadAttention): those stay out of the budget.
+    """
+    minor = init == "minor"
+    fixed = frozenset(n for n, layer in layers.items() if minor or layer.has_fixed_rank)
+    return Selection({n: layer.rank for n, layer in layers.items()}, 1.0 if minor else rho, metric, fixed)
+
+
 def make_plan(
     layers: Mapping[str, AdapterLayer],
     state: EVAState,
@@ -53,31 +65,24 @@ def make_plan(
     given: bool = False,
     drop_idle: bool = False,
 ) -> Plan:
-    """Ranks from the explained variance (paper section 3.5) and A from the components.
+    """Ranks from the explained variance (paper section 3.5, :func:`selection_of`) and A from the components.
 
-    The budget is the sum of the layers' ranks; a layer gets at most ``round(r * rho)`` and its input width. EVA-minor
-    keeps uniform ranks, as in the paper (Table 12), and so do layers that PEFT can store with one rank only
-    (nn.MultiheadAttention): those stay out of the budget. Layers that never ran lose their adapter with ``drop_idle``.
+    Layers that never ran lose their adapter with ``drop_idle``.
 
     Raises:
         InputError: ``given`` and the state lacks a layer, has another width, holds too few components, or those of the
             other end of the spectrum.
     """
-    if init == "minor":
-        rho = 1.0
+    selection = selection_of(layers, rho, metric, init)
     if given:
-        _check_fits(layers, state, rho, init)
+        _check_fits(layers, state, selection.rho, init)
     measured = {n: layer for n, layer in layers.items() if n in state.components}
-    caps = {n: min(round(layer.rank * rho), layer.in_features) for n, layer in measured.items()}
-    scores = {
-        n: explained_variance(state.singular_values[n][: caps[n]], state.total_variance[n], state.n_samples[n], metric)
-        for n in measured
-    }
-    ranks = {n: min(layer.rank, layer.in_features) for n, layer in measured.items()}
-    if init != "minor":
-        free = {n: layer for n, layer in measured.items() if not layer.has_fixed_rank}
-        budget = sum(layer.rank for layer in free.values())
-        ranks |= redistribute_ranks({n: scores[n] for n in free}, budget, {n: caps[n] for n in free})
+    ranks = selection.of(
+        {
+            n: Spectrum(state.singular_values[n], state.total_variance[n], state.n_samples[n], layer.in_features)
+            for n, layer in measured.items()
+        }
+    )
     generator = torch.Generator().manual_seed(seed)
     a = {
         n: initial_a(
@@ -89,8 +94,8 @@ def make_plan(
     untouched = [n for n in layers if n not in measured]
     ranks |= {n: 0 if drop_idle else layers[n].rank for n in untouched}
     state = dataclasses.replace(state, ranks={n: ranks[n] for n in layers})
-    state.meta = {**state.meta, "rho": rho, "metric": metric, "init": init}
-    capped = [n for n, layer in measured.items() if caps[n] < round(layer.rank * rho)]
+    state.meta = {**state.meta, "rho": selection.rho, "metric": metric, "init": init}
+    capped = [n for n, layer in measured.items() if layer.in_features < round(layer.rank * selection.rho)]
     return Plan(a, state, {n: layer.rank for n, layer in layers.items()}, untouched, capped)
 
 
@@ -155,6 +160,27 @@ def _check_fits(layers: Mapping[str, AdapterLayer], state: EVAState, rho: float,
                 f"r * rho = {layer.rank} * {rho:g} asks for {wanted} components of layer {name!r}, the EVA state holds "
                 f"{held}; compute it with a larger r * rho"
             )
+
+
+def refuse_other_algorithm(state: EVAState, selection: Selection) -> None:
+    """Refuse a state that the paper's algorithm did not compute for just this selection: it stops by it.
+
+    Raises:
+        InputError: The state is of the fast algorithm, or of other ranks, rho or metric.
+    """
+    made = state.meta.get("algorithm", "fast")
+    if made != "paper":
+        raise InputError(
+            f"algorithm='paper' is asked for, but the given EVA state was computed by algorithm={made!r}: compute it "
+            "with algorithm='paper', or leave that out",
+            setting="algorithm",
+        )
+    if state.meta.get("selection") != str(selection):
+        raise InputError(
+            "with algorithm='paper' the stream stops by the components that get a rank: the given EVA state was "
+            f"computed for {state.meta.get('selection')}, this run has {selection}; compute one for it",
+            setting="algorithm",
+        )
 
 
 _OF = {"major": "most", "minor": "least"}

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import nn
 
 from eva_lightning.batch_forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.engine_plan import Allocation
-from eva_lightning.errors import InputError
+from eva_lightning.errors import EVAWarning, InputError
 from eva_lightning.layer_inputs import LayerInputs, inputs_of
+from eva_lightning.selection import Selection, Spectrum
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
-from eva_lightning.svd import ExactSVD, StoppingRule, StreamingSVD, SVDResult, make_stopping_rule, solve
-from eva_lightning.svd.distributed import all_ranks, world_size
+from eva_lightning.svd import (
+    ExactSVD,
+    SelectedCosineRule,
+    StoppingRule,
+    StreamingSVD,
+    SVDResult,
+    make_stopping_rule,
+    solve,
+)
+from eva_lightning.svd.distributed import all_ranks, from_first_rank, world_size
 from eva_lightning.token_masks import TokenMasks
 from eva_lightning.token_subsampling import TokenChoice
 
 
 class Progress(Protocol):
-    """Called after every minibatch with their number so far and the share of layers that have converged."""
+    """Called after every minibatch with their number so far and the share of layers that have converged (of components
+    that get a rank with the paper's algorithm)."""
 
     def __call__(self, n_batches: int, share_converged: float) -> None: ...
 
@@ -43,6 +54,7 @@ def compute_eva_state(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Progress | None = None,
     minor: bool = False,
+    selection: Selection | None = None,
 ) -> EVAState:
     """Decompose the inputs of ``layers`` over the first minibatches (paper, Algorithm 1, lines 1 to 8).
 
@@ -51,7 +63,8 @@ def compute_eva_state(
 
     Args:
         model: what ``forward_fn`` runs.
-        batches: gives the minibatches, from the start at each call (rarely twice: when inputs stop being shared).
+        batches: gives the minibatches, from the start at each call: called again when they end, with the paper's
+            algorithm, and when inputs stop being shared.
         layers: canonical name -> the layer whose inputs to decompose, or how to read them
             (:mod:`eva_lightning.layer_inputs`).
         k: components per layer; narrower layers keep as many as they are wide.
@@ -61,6 +74,7 @@ def compute_eva_state(
         context: entered around each forward pass (autocast).
         progress: called after every minibatch.
         minor: return the directions of least variance instead (EVA-minor, paper Table 12); exact engine only.
+        selection: which components get a rank, with the paper's algorithm; default: all ``k`` of every layer.
 
     Returns:
         A state with up to ``k`` components per layer and no ranks yet. Layers that never ran are left out.
@@ -70,9 +84,10 @@ def compute_eva_state(
         FloatingPointError: NaN or infinite activations; names layer and minibatch.
     """
     started = time.perf_counter()
-    options = StreamingOptions() if options is None else options
+    options = (StreamingOptions() if options is None else options).resolved()
     inputs = {n: x if isinstance(x, LayerInputs) else inputs_of(x) for n, x in layers.items()}
     plan = Allocation.plan(inputs, k, options, minor)
+    selection = Selection(dict.fromkeys(inputs, k)) if selection is None else selection
     width = round(statistics.median(plan.widths.values()))
 
     def run(batch: Any) -> None:
@@ -83,10 +98,11 @@ def compute_eva_state(
     while True:
         choice = TokenChoice(options.tokens_per_sample, options.seed, width)
         capture = InputCapture(inputs, plan.engines(), choice, never_share)
-        stopping = _stopping_rule(options)
+        stopping = _stopping_rule(options, capture, selection)
+        stream = batches() if options.algorithm == "fast" else started_over(batches)
         try:
             with capture.watching(), observing(model):
-                n_batches, converged = _stream(batches(), run, capture, stopping, options, mask_fn, progress)
+                n_batches, converged = _stream(stream, run, capture, stopping, options, mask_fn, progress)
             break
         except SharingChanged as signal:
             never_share |= signal.layers
@@ -97,6 +113,7 @@ def compute_eva_state(
     state.converged = {n: converged.get(capture.owner.get(n, n), False) for n in state.components}
     state.convergence = {n: list(curve) for n, curve in stopping.history.items()}
     state.meta = {
+        "algorithm": options.algorithm,
         "engine": "+".join(sorted(set(plan.kinds.values()))),
         "components": "minor" if minor else "major",
         "tau": options.tau,
@@ -104,7 +121,9 @@ def compute_eva_state(
         "tokens_per_sample": "all" if options.tokens_per_sample is None else options.tokens_per_sample,
         "state_bytes": plan.bytes,
     }
-    state = _same_on_all_ranks(state)
+    if isinstance(stopping, SelectedCosineRule):
+        _say_what_converged(state, stopping, selection, options)
+    state = from_first_rank(state)
     state.seconds = time.perf_counter() - started
     return state
 
@@ -123,7 +142,7 @@ def _stream(
     masks = TokenMasks(mask_fn)
     iterator, n, exhausted = iter(batches), 0, False
     with _closed_at_the_end(iterator):
-        while n < options.max_batches:
+        while n < options.limit:
             batch = None if exhausted else next(iterator, _END)
             exhausted = exhausted or batch is _END
             if all_ranks(exhausted):
@@ -135,15 +154,28 @@ def _stream(
                 capture.end()
                 masks.end()
             if progress is not None:
-                progress(n, sum(converged.values()) / max(1, len(converged)))
+                progress(n, stopping.share(converged))
             if not stopping.due(n):
                 continue
             converged = stopping.check(n, _own_engines(capture), across_ranks=world_size() > 1)
+            capture.paused = stopping.paused
             # for all layers at once: one that went on alone would be measured on other data; and for all ranks at
             # once, whatever the last bit says on unequal machines
-            if all_ranks(bool(converged) and sum(converged.values()) >= options.delta * len(converged)):
+            if all_ranks(bool(converged) and stopping.share(converged) >= options.delta):
                 break
     return n, converged
+
+
+def started_over(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """The minibatches from the start again whenever they end; none if there are none."""
+    found = True
+    while found:
+        found = False
+        iterator = iter(batches())
+        with _closed_at_the_end(iterator):
+            for batch in iterator:
+                found = True
+                yield batch
 
 
 _END = object()
@@ -160,9 +192,41 @@ def _closed_at_the_end(iterator: Iterator[Any]) -> Iterator[None]:
             close()
 
 
-def _stopping_rule(options: StreamingOptions) -> StoppingRule:
+def _stopping_rule(options: StreamingOptions, capture: InputCapture, selection: Selection) -> StoppingRule:
+    if options.algorithm == "paper":
+        return SelectedCosineRule(options.tau, partial(_selected, capture, selection))
     automatic = "cosine" if options.engine == "incremental" else "captured"
     return make_stopping_rule(automatic if options.stopping == "auto" else options.stopping, options.tau)
+
+
+def _selected(capture: InputCapture, selection: Selection, results: Mapping[str, SVDResult]) -> dict[str, list[int]]:
+    """For every decomposition how many of its components get a rank, once for each layer that it stands for."""
+    owners = {n: capture.owner.get(n, n) for n in capture.layers}
+    spectra = {
+        n: Spectrum(r.singular_values, r.total_variance, r.n_samples, r.components.shape[1])
+        for n, owner in owners.items()
+        if (r := results.get(owner)) is not None
+    }
+    ranks = selection.of(spectra)
+    return {owner: [ranks[n] for n in spectra if owners[n] == owner] for owner in results}
+
+
+def _say_what_converged(
+    state: EVAState, stopping: SelectedCosineRule, selection: Selection, options: StreamingOptions
+) -> None:
+    """Note for which ranks the stream stopped, and warn of components that have not converged at the limit."""
+    passed, selected = stopping.counts()
+    state.meta |= {"selection": str(selection), "selected": selected, "selected_converged": passed}
+    if selected == passed or stopping.share(state.converged) >= options.delta:
+        return
+    late = [n for n, done in state.converged.items() if not done]
+    warnings.warn(
+        f"EVA: after {state.n_batches} minibatches, the most allowed, {selected - passed} of the {selected} components "
+        f"that get a rank had not converged to tau={options.tau:g}, in {len(late)} of {len(state.converged)} layers "
+        f"(such as {late[0]}); they are used as they are: raise max_batches, or lower tau or delta",
+        EVAWarning,
+        stacklevel=3,
+    )
 
 
 def _own_engines(capture: InputCapture) -> dict[str, StreamingSVD]:
@@ -199,12 +263,3 @@ def _collect(capture: InputCapture, minor: bool) -> EVAState:
         n_samples={n: result.n_samples for n, result in results.items()},
         shared_with={n: owner for n, owner in of.items() if owner != n},
     )
-
-
-def _same_on_all_ranks(state: EVAState) -> EVAState:
-    """Rank 0's state everywhere: equal sums can still differ in the last bit between unequal machines."""
-    if world_size() == 1:
-        return state
-    box: list[Any] = [state]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -16,6 +16,7 @@ from eva_lightning.adapters.frozen_layers import by_training
 from eva_lightning.adapters.targets import linear_layers, summarised
 from eva_lightning.rank_plan import Plan
 from eva_lightning.state import EVAState
+from eva_lightning.streaming_options import StreamingOptions
 
 
 def print_summary(
@@ -71,18 +72,20 @@ def _add_injection(table: Table, injection: Injection, module: pl.LightningModul
 
 
 def _why_stopped(state: EVAState, max_batches: int) -> str:
-    share = sum(state.converged.values()) / max(1, len(state.converged))
+    share, what = sum(state.converged.values()) / max(1, len(state.converged)), "layers"
+    if state.meta.get("selected"):  # the paper's algorithm
+        share, what = int(state.meta["selected_converged"]) / int(state.meta["selected"]), "components"
     if share == 1:
-        return "all layers converged"
+        return f"all {what} converged"
     reason = "the most allowed" if state.n_batches >= max_batches else "all there are"
-    return f"{share:.0%} of the layers converged" if share >= float(state.meta.get("delta", 1)) else reason
+    return f"{share:.0%} of the {what} converged" if share >= float(state.meta.get("delta", 1)) else reason
 
 
 @contextmanager
-def streaming_progress(trainer: pl.Trainer, total: int) -> Iterator[ReportBatch]:
+def streaming_progress(trainer: pl.Trainer, options: StreamingOptions) -> Iterator[ReportBatch]:
     """A bar over EVA's minibatches; yields what to tell it."""
-    with progress_bar(trainer, "EVA: streaming minibatches", total) as (progress, task):
-        yield ReportBatch(progress, task)
+    with progress_bar(trainer, "EVA: streaming minibatches", options.limit) as (progress, task):
+        yield ReportBatch(progress, task, "components" if options.algorithm == "paper" else "layers")
 
 
 @contextmanager
@@ -104,12 +107,12 @@ def progress_bar(trainer: pl.Trainer, description: str, total: int) -> Iterator[
 class ReportBatch:
     """Moves the bar by one minibatch."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, what: str) -> None:
+        self._progress, self._task, self._what = progress, task, what
 
     def __call__(self, n_batches: int, share_converged: float) -> None:
         self._progress.update(
             self._task,
             completed=n_batches,
-            description=f"EVA: streaming minibatches, {share_converged:.0%} of the layers converged",
+            description=f"EVA: streaming minibatches, {share_converged:.0%} of the {self._what} converged",
         )

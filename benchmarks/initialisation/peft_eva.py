@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import SVDHook, initialize_lora_eva_weights
 from torch import Tensor, nn
 
@@ -58,7 +59,13 @@ def initialise(runner: Runner, max_batches: int, targets: Sequence[str], tau: fl
         prefix + name.removeprefix("base_model.model."): hook.svd.components_.cpu()
         for name, hook in loader.hooks.items()
     }
-    return Outcome(timing, forwards - 1, forwards, not loader.capped, components, fingerprint(model, {}))
+    given = {
+        prefix + name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    ranks = {name: given.get(name, 0) for name in targets}  # those of rank 0 are gone
+    return Outcome(timing, forwards - 1, forwards, not loader.capped, components, ranks, fingerprint(model, {}))
 
 
 class CappedLoader:

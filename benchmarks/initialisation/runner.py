@@ -35,6 +35,7 @@ class Outcome:
         n_forwards: minibatches that went through the model (PEFT looks at one more).
         stopped: whether it stopped by itself, not at the cap.
         components: per layer, up to round(r * rho) rows.
+        ranks: per layer, after the redistribution.
         fingerprint: a checksum of the ranks and of every A.
         streaming_seconds: the part of the wall time that :class:`~eva_lightning.EVAState` reports.
     """
@@ -44,6 +45,7 @@ class Outcome:
     n_forwards: int
     stopped: bool
     components: dict[str, Tensor] = field(repr=False)
+    ranks: dict[str, int] = field(repr=False)
     fingerprint: str
     streaming_seconds: float | None = None
 
@@ -109,6 +111,7 @@ class Runner:
             state.n_batches,
             all(state.converged.values()),
             dict(state.components),
+            dict(state.ranks),
             fingerprint(module, state.ranks),
             state.seconds,
         )

@@ -109,13 +109,7 @@ def add_captured_variance(
     Returns:
         The share of the streamed variance in the top 32 directions, median over layers.
     """
-    classifier, dtype = runner.bare_copy()
-    classifier.eval()
-    layers = {name: classifier.get_submodule(name) for name in targets}
-
-    def add(covariances: Covariances, batch: Batch) -> None:
-        with autocast(runner.device, runner.precision):
-            covariances.add(lambda: classifier(batch[0].to(runner.device, dtype)))
+    layers, add = _measuring(runner, targets)
 
     def note(covariances: Covariances, names: Sequence[str], key: str) -> float:
         values, share = covariances.captured({name: outcomes[name].components for name in names})
@@ -145,3 +139,38 @@ def add_captured_variance(
             add(unseen, batch)
         note(unseen, list(outcomes), "heldout")
     return share
+
+
+def heldout_variance(
+    runner: Runner,
+    targets: Sequence[str],
+    components: Mapping[str, Mapping[str, Tensor]],
+    heldout: Sequence[Batch],
+) -> dict[str, dict[str, float]]:
+    """Captured variance of minibatches that no method saw: method -> layer -> share of the best as many directions.
+
+    Args:
+        runner: Model and device.
+        targets: Names of the adapted layers.
+        components: Method -> layer -> rows.
+        heldout: Those minibatches.
+    """
+    layers, add = _measuring(runner, targets)
+    unseen = Covariances(layers)
+    for batch in heldout:
+        add(unseen, batch)
+    return unseen.captured(components)[0]
+
+
+def _measuring(
+    runner: Runner, targets: Sequence[str]
+) -> tuple[dict[str, nn.Module], Callable[[Covariances, Batch], None]]:
+    """The layers of a copy of the model, and what adds a minibatch to their covariances."""
+    classifier, dtype = runner.bare_copy()
+    classifier.eval()
+
+    def add(covariances: Covariances, batch: Batch) -> None:
+        with autocast(runner.device, runner.precision):
+            covariances.add(lambda: classifier(batch[0].to(runner.device, dtype)))
+
+    return {name: classifier.get_submodule(name) for name in targets}, add

@@ -34,7 +34,7 @@ class AdapterOptions:
         dropout: Dropout on the adapters' inputs.
         rho: EVA's ρ ≥ 1; 1 keeps ranks uniform.
         rescale_alpha: α follows a layer's rank under EVA, so that α/r stays; if False α stays.
-        init, metric, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
+        init, metric, algorithm, tau, delta: See :class:`~eva_lightning.callback.EVAInitCallback`.
         lora_plus_ratio: LoRA+: learning rate of B over that of A and everything else (its authors' λ = 2⁴).
         max_batches: Most minibatches that EVA streams, or CorDA, LoRA-GA and the like read; None for their defaults.
         state: An :class:`~eva_lightning.state.EVAState` to start EVA from instead of streaming, or its path.
@@ -58,6 +58,7 @@ class AdapterOptions:
     rescale_alpha: bool = True
     init: str = "eva"
     metric: str = "ratio"
+    algorithm: str = "fast"
     tau: float = 0.99
     delta: float = 1.0
     lora_plus_ratio: float = 16.0
@@ -80,7 +81,6 @@ class AdapterOptions:
         return self._callback(where, use_dora, self.state)
 
     def _callback(self, where: Where, use_dora: bool = False, state: Any = None) -> EVAInitCallback:
-        batches: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
         return EVAInitCallback(
             rho=self.rho,
             r=self.rank,
@@ -89,7 +89,13 @@ class AdapterOptions:
             exclude=where.exclude,
             lora={"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
             head=where.head,
-            streaming=StreamingOptions(tau=self.tau, delta=self.delta, seed=self.seed, **batches),
+            streaming=StreamingOptions(
+                algorithm=self.algorithm,
+                tau=self.tau,
+                delta=self.delta,
+                max_batches=self.max_batches,
+                seed=self.seed,
+            ),
             metric=self.metric,
             init=self.init,
             rescale_alpha=self.rescale_alpha,

@@ -12,6 +12,7 @@ from eva_lightning.svd.memory import (
     place_engines,
     total_bytes,
 )
+from eva_lightning.svd.selected_cosine import SelectedCosineRule
 from eva_lightning.svd.sketch import SketchSVD
 from eva_lightning.svd.solver import Solution, solve
 from eva_lightning.svd.stopping import CosineRule, DoublingRule, StoppingRule, make_stopping_rule
@@ -23,6 +24,7 @@ __all__ = [
     "ExactSVD",
     "IncrementalSVD",
     "SVDResult",
+    "SelectedCosineRule",
     "SketchSVD",
     "Solution",
     "StoppingRule",

@@ -4,9 +4,13 @@ engines keep their state.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def default_device(group: dist.ProcessGroup | None) -> torch.device:
@@ -28,6 +32,15 @@ def all_ranks(flag: bool) -> bool:
     votes = torch.tensor(int(flag), device=default_device(None))
     dist.all_reduce(votes)
     return int(votes) == world_size()
+
+
+def from_first_rank(value: T) -> T:
+    """What the first rank has, on every rank: equal sums can still differ in the last bit between unequal machines."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def gather_counts(count: int, group: dist.ProcessGroup | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from eva_lightning.errors import check_choice, check_number
@@ -14,11 +15,17 @@ from eva_lightning.svd.solver import solve
 
 
 class StoppingRule(Protocol):
-    """Decides per layer whether its components have converged. No engine stops because its layer has converged: the
-    caller ends the stream for all layers at once, or layers would be biased to the first minibatches.
+    """Decides per layer whether its components have converged. Unless a rule says otherwise no engine stops because its
+    layer has converged: the caller ends the stream for all layers at once, or layers would be biased to the first
+    minibatches.
+
+    Attributes:
+        history: Layer -> ``[(n_batches, value), ...]``, the curve of what is compared with the threshold.
+        paused: Layers whose engines are to be given no tokens for now.
     """
 
     history: dict[str, list[tuple[int, float]]]
+    paused: frozenset[str] = frozenset()
 
     def due(self, n_batches: int) -> bool:
         """Whether :meth:`check` wants to be called after this many minibatches (counted from 1)."""
@@ -32,8 +39,12 @@ class StoppingRule(Protocol):
             across_ranks: Decide about the union of all ranks' tokens; collective, see :func:`eva_lightning.svd.solve`.
         """
 
+    def share(self, converged: Mapping[str, bool]) -> float:
+        """How much has converged by the last :meth:`check`, which returned `converged`: the share of the layers."""
+        return sum(converged.values()) / max(1, len(converged))
 
-class DoublingRule:
+
+class DoublingRule(StoppingRule):
     """Converged when what was found after half the minibatches still captures all the variance.
 
     At t = 2, 4, 8, ... minibatches the value of a layer is ``q(t) = tr(V C V^T) / sum_{j<=k} lambda_j(C)`` with V the
@@ -101,7 +112,7 @@ class DoublingRule:
         return len(last) == 2 and last[1] >= self.tau and last[0] >= 1 - 3 * (1 - self.tau)
 
 
-class CosineRule:
+class CosineRule(StoppingRule):
     """The paper's rule (section 3.2): every component moved less than the threshold in the last update.
 
     Converged when ``|cos(v_j at t-1, v_j at t)| >= tau`` for all k components; the sign of a singular vector is
@@ -138,18 +149,22 @@ class CosineRule:
 
 
 def smallest_cosine(previous: Tensor, result: SVDResult) -> float:
-    """Smallest ``|cos|`` between matching rows, over the rows that have variance; 1 if none has.
+    """Smallest of :func:`cosines`."""
+    return float(cosines(previous, result).min())
+
+
+def cosines(previous: Tensor, result: SVDResult) -> Tensor:
+    """``|cos|`` between matching rows, shape ``(k,)``; 1 for rows without variance, which have no direction.
 
     Args:
         previous: Orthonormal rows, shape ``(k, dim)``.
         result: The decomposition to compare with.
     """
-    cosines = (previous.to(result.components.device) * result.components).sum(dim=1).abs()
-    cosines = cosines[result.singular_values > 0]
-    return float(cosines.min()) if len(cosines) else 1.0
+    found = (previous.to(result.components.device) * result.components).sum(dim=1).abs()
+    return torch.where(result.singular_values > 0, found, 1.0)
 
 
-class NeverRule:
+class NeverRule(StoppingRule):
     """Stream all minibatches there are."""
 
     def __init__(self, tau: float = 0.99) -> None:

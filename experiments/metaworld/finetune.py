@@ -17,6 +17,7 @@ from eva_lightning.files import file_digest
 from eva_lightning.methods import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
+from eva_lightning.streaming_options import ALGORITHMS
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
 
@@ -46,6 +47,10 @@ class Settings:
     method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
     rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)
     rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
+    algorithm: str = option(
+        "fast", "EVA: fast, or paper (its Algorithms 1 and 2 to the letter: docs/engine.md)", RESULT,
+        choices=ALGORITHMS, omit_default=True,
+    )  # fmt: skip
     alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank", RESULT, above=0)
     bias: str = option("none", "biases to train with adapters", RESULT, choices=("all", "lora_only", "none"))
     target_modules: tuple[str, ...] | None = option(

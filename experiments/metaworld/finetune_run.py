@@ -117,6 +117,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         target_modules=settings.target_modules,
         bias=bias,
         rho=settings.rho,
+        algorithm=settings.algorithm,
         seed=settings.seed,
         keep_function=settings.keep_function,
     )

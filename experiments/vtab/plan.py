@@ -123,12 +123,15 @@ class Plan:
         states = [key for key in self.settings.keys if key.state_kind is not None]
         if states:
             kinds = sorted({str(key.state_kind) for key in states})
-            components = sorted({self.settings.components(key) for key in states})
+            components = sorted(set(self.settings.states()))
+            paper = self.settings.algorithm == "paper"
+            shared_by = "serve all learning rates and seeds" if paper else "serve all learning rates, ranks and seeds"
             one = self.settings.rules.decomposition is not None
             yield (
                 f"  EVA states: {'one per task' if one else 'two per task (train800, all 1,000)'}"
-                f"{' and kind (' + ', '.join(kinds) + ')' if len(kinds) > 1 else ''}, of "
-                f"{' and '.join(map(str, components))} components per layer, serve all learning rates, ranks and seeds"
+                f"{' and kind (' + ', '.join(kinds) + ')' if len(kinds) > 1 else ''}"
+                f"{', for each rank and rho' if paper else ''}, of "
+                f"{' and '.join(map(str, components))} components per layer, {shared_by}"
             )
 
     def _missing(self) -> Iterator[str]:

@@ -17,6 +17,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods.registry import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
+from eva_lightning.streaming_options import ALGORITHMS
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
 from experiments.runner.command import SettingsCommand
@@ -74,8 +75,13 @@ class SharedOptions:
     metric: str = option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance", RESULT)
     tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]", INITIALISATION, above=0, at_most=1)
     delta: float = option(
-        1.0, "EVA: share of the layers that must have converged, in (0, 1]", INITIALISATION, above=0, at_most=1
-    )
+        1.0, "EVA: share of the layers (algorithm paper: components) that must have converged, in (0, 1]",
+        INITIALISATION, above=0, at_most=1,
+    )  # fmt: skip
+    algorithm: str = option(
+        "fast", "EVA: fast, or paper (its Algorithms 1 and 2 to the letter: docs/engine.md)", INITIALISATION,
+        choices=ALGORITHMS, omit_default=True,
+    )  # fmt: skip
     lora_plus_ratio: float = option(16.0, "LoRA+: learning rate of B over that of A", RESULT, above=0)
     keep_function: bool = option(
         False, "LoRA-DA, LoRA-One, GoRA: take B A out of the base weight, so that the start moves nothing", RESULT,
@@ -121,7 +127,26 @@ class SharedOptions:
         if self.batch_size % self.accumulate:
             message = f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}"
             raise InputError(message, setting="accumulate")
+        if self.algorithm == "paper" and self.rules.decomposition is not None:
+            raise InputError(
+                f"protocol={self.protocol} decomposes by one pass over the training images, algorithm=paper until "
+                "convergence: choose one of the two",
+                setting="algorithm",
+            )
         parse_loggers(self.logger)
+
+    def check_algorithm(self, key: MethodKey) -> None:
+        """Refuse a method that the algorithm cannot start.
+
+        Raises:
+            InputError: The method needs the whole spectrum, which the paper's algorithm does not keep.
+        """
+        if self.algorithm == "paper" and (key.state_kind == "minor" or self.init == "minor"):
+            name = key if key.state_kind == "minor" else "init=minor"
+            raise InputError(
+                f"{name} needs the whole spectrum, which algorithm=paper does not keep: leave one of the two out",
+                setting="algorithm",
+            )
 
     @property
     def rules(self) -> Protocol:
@@ -169,6 +194,7 @@ class Settings(SharedOptions):
         super().__post_init__()
         if self.name is not None:
             check_name("name", self.name, setting="name")
+        self.check_algorithm(self.key)
 
     @property
     def key(self) -> MethodKey:

@@ -5,6 +5,9 @@ Learning rate, seed, rank and ρ do not change what a layer's inputs look like, 
 run of the sweep needs, and all others read it. Two per task: tuning sees train800, final runs all 1,000 images (the
 protocol of the authors' code decomposes train800 for both: one per task).
 
+With ``--algorithm paper`` the stream stops by the components that get a rank, so each rank, ρ and metric has a state of
+its own, which serves its learning rates, seeds and variants of EVA.
+
 How a run with a shared state differs from one that streams itself: the shared one is streamed in the data order of
 seed 0, and until *its* components have converged, which for a smaller number of components can be sooner or later.
 Where both see the same minibatches (seed 0, the same number of components, or training data of one minibatch) the
@@ -17,6 +20,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from filelock import FileLock
@@ -41,7 +45,8 @@ class SharedState(Shared):
 
     Attributes:
         path: Common stem of its two files.
-        settings: Those of a run that would stream it: its rank is the number of components, ρ is 1, the seed 0.
+        settings: Those of a run that would stream it: its rank is the number of components, ρ is 1, the seed 0. With
+            the paper's algorithm rank and ρ are the run's.
     """
 
     settings: Settings
@@ -53,12 +58,18 @@ class SharedState(Shared):
         if kind is None or not components:
             return None
         method = "eva" if kind == "major" else "eva-minor"
-        settings = replace(single, method=method, init=Settings.init, rank=components, rho=1.0, seed=0, eva_state=None)
+        settings = replace(single, method=method, init=Settings.init, seed=0, eva_state=None)
+        stops_by: dict[str, Any] = {}
+        if single.algorithm == "paper":
+            components = single.key.components(single.rank)
+            stops_by = {"rank": settings.rank, "rho": settings.rho, "metric": settings.metric}
+        else:
+            settings = replace(settings, rank=components, rho=1.0)
         decomposition = settings.rules.decomposition
         if decomposition is not None and kind == "major":
             settings = replace(settings, split=decomposition.split)
         model = settings.model.replace("/", "_").replace(":", "_")
-        inputs = digest(identity(settings, Role.INITIALISATION))
+        inputs = digest(identity(settings, Role.INITIALISATION) | stops_by)
         stem = f"{settings.task}-{settings.split}-{model}-{kind}-{inputs}-k{components}"
         return cls(str(Path(settings.output) / "states" / stem), settings)
 
@@ -95,8 +106,12 @@ class SharedState(Shared):
             if found is None or reason is not None:
                 # a damaged one is computed again under its own name
                 found = path if found is None else _aside(found, reason)
-                _compute(replace(self.settings, rank=int(found.name.rpartition("-k")[2])), found)
+                _compute(self._with_components(int(found.name.rpartition("-k")[2])), found)
         return found
+
+    def _with_components(self, components: int) -> Settings:
+        """The settings of a run that streams so many; those of the paper's algorithm have one number of them."""
+        return self.settings if self.settings.algorithm == "paper" else replace(self.settings, rank=components)
 
 
 _SOUND: set[tuple[str, int, int]] = set()

@@ -105,9 +105,8 @@ class DiskUse:
         images = settings.base.cache_dir
         tasks = [settings.task(name) for name in settings.task_names]
         cache = 0 if limited else missing_cache_bytes(tasks, settings.image_size, images)
-        kinds = {key.state_kind: settings.components(key) for key in settings.keys if key.state_kind is not None}
         splits = 1 if settings.rules.decomposition is not None or not settings.search.final_seeds else 2
-        states = sum(map(size.state_bytes, kinds.values())) * splits * len(settings.task_names)
+        states = sum(map(size.state_bytes, settings.states())) * splits * len(settings.task_names)
         runs = sum(runs_bytes(size, key, task, settings.search) for task in tasks for key in settings.keys)
         return cls(cache, states, runs)
 

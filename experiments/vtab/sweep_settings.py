@@ -105,13 +105,21 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
         """Components per layer of the shared EVA states that the runs of `key` start from; 0 where they need none.
 
         One number for all methods, so that they share one state: as many as the largest rank of the grid needs by any
-        of them, or as the protocol has.
+        of them, or as the protocol has. (With the paper's algorithm each rank has a state of its own, at most
+        this large.)
 
         Raises:
             InputError: The grid needs more than ``--state-components``, or than the protocol has.
         """
         if key.state_kind is None:
             return 0
+        self.check_algorithm(key)
+        if self.algorithm == "paper" and self.state_components is not None:
+            raise InputError(
+                "state_components has no meaning with algorithm=paper, where each rank, rho and metric has an EVA "
+                "state of its own: leave it out",
+                setting="state_components",
+            )
         rank = max(self.search.ranks)
         decomposition = self.rules.decomposition
         if decomposition is not None and key.state_kind == "major":
@@ -125,6 +133,15 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
                 "the EVA states: raise --state-components or leave out the larger ranks"
             )
         return self.state_components or needed
+
+    def states(self) -> list[int]:
+        """Components of each EVA state that one task and split needs: one per kind, and with the paper's algorithm
+        one per rank and ρ."""
+        keys = [key for key in self.keys if key.state_kind is not None]
+        if self.algorithm == "paper":
+            pairs = {(rank, key.rho): key.components(rank) for key in keys for rank in self.search.ranks}
+            return list(pairs.values())
+        return list({key.state_kind: self.components(key) for key in keys}.values())
 
     def run(self, task: str, key: MethodKey, **changes: object) -> of_a_run.Settings:
         """The settings of a run on `task` by `key`, as the run command takes them."""

@@ -25,6 +25,12 @@ from eva_lightning.svd import make_engine, make_stopping_rule
         ({"tokens_per_sample": 0}, ValueError, "tokens_per_sample must be a whole number of at least 1, got 0"),
         ({"tokens_per_sample": "all"}, TypeError, "tokens_per_sample must be a whole number of at least 1, got 'all'"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be a whole number of at least 1, got 0"),
+        ({"algorithm": "exact"}, ValueError, "unknown algorithm 'exact'"),
+        (
+            {"algorithm": "paper", "max_batches": 0},
+            ValueError,
+            "max_batches must be a whole number of at least 1, got 0",
+        ),
         ({"stopping": "cos"}, ValueError, "unknown stopping 'cos': did you mean cosine?"),
     ],
 )

@@ -13,9 +13,11 @@ from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from eva_lightning.sealed import read_sealed_json
+from eva_lightning.state import EVAState
 from experiments.metaworld import evaluate, finetune, finetune_run, table
 from experiments.metaworld.finetune_run import build, prepare
 from experiments.runner.run_folder import RunFolder, perform
+from experiments.runner.settings import Role, identity
 
 TASK = "handle-press-side-v3"
 
@@ -94,6 +96,19 @@ def test_layers_to_adapt_can_be_named_for_every_method(method: str, root: Path) 
         callbacks[0].initialiser.inject(base)  # type: ignore[attr-defined]
     adapted = {name.partition(".lora_")[0] for name, _ in base.named_parameters() if ".lora_" in name}
     assert adapted == {f"model.blocks.0.{name}" for name in ("qkv", "proj", "fc1", "fc2")}
+
+
+def test_the_papers_algorithm_can_be_chosen(root: Path) -> None:
+    line = command(root, "eva", "--algorithm=paper", "--name=paper", "--rank=1")
+    finetune.main(line)
+    state = EVAState.load(root / "runs" / "paper-0" / "eva_state")
+    assert state.meta["algorithm"] == "paper"
+    assert state.meta["tokens_per_sample"] == "all"
+    assert state.meta["selected_converged"] == state.meta["selected"] == sum(state.ranks.values())
+    # runs from before the option was there keep their identity
+    fast = finetune.parse(command(root, "eva"))
+    assert "algorithm" not in identity(fast, Role.RESULT)
+    assert identity(finetune.parse(line), Role.RESULT)["algorithm"] == "paper"
 
 
 def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(

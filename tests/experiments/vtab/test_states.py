@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from eva_lightning.errors import InputError
 from eva_lightning.methods import MethodKey
 from eva_lightning.state import EVAState
 from experiments.runner.run_folder import RunFolder, perform
 from experiments.runner.settings import Role, identity
-from experiments.vtab import run, states
+from experiments.vtab import run, states, sweep_settings
 from experiments.vtab.settings import Settings
 from experiments.vtab.states import SharedState
 from tests.experiments.vtab.sweep_fakes import make_tasks
@@ -158,3 +160,62 @@ def test_protocol_of_the_authors_code(base: Settings, tmp_path: Path) -> None:
     }
     assert with_state["loss"] == pytest.approx(alone["loss"], abs=1e-4)
     assert "-train800-" in with_state["eva_state"]
+
+
+# --- the paper's algorithm: what gets a rank decides when the stream stops --------------------------------------------
+
+
+def test_by_the_papers_algorithm_each_rank_rho_and_metric_has_a_state(base: Settings) -> None:
+    paper = replace(base, algorithm="paper")
+
+    def path(*args: Any, metric: str = "ratio", **kwargs: Any) -> str:
+        return state_of(by(replace(paper, metric=metric), *args, **kwargs)).path
+
+    one = path(rank=4)
+    assert one.endswith("-k8")  # its own r * rho, whatever the sweep's largest
+    assert path("eva-dora", rank=4, seed=3) == path("eva-whiten", rank=4) == one
+    different = [path(rank=2), path("eva:1", rank=4), path("eva:1", rank=8), path(rank=4, metric="raw")]
+    assert len({one, state_of(by(base, rank=4), 8).path, *different}) == 6
+
+
+def test_a_state_by_the_papers_algorithm_gives_the_results_of_streaming(base: Settings, tmp_path: Path) -> None:
+    settings = by(replace(base, algorithm="paper", tau=0.95, max_batches=40), rank=4)
+    with_state = with_shared_state(settings, tmp_path / "shared")
+    alone = metrics_of(settings, tmp_path / "alone")
+    assert {k: with_state[k] for k in RESULTS} == {k: alone[k] for k in RESULTS}
+    path = str(state_of(settings).find())
+    assert with_state["eva_state"] == Path(path).name
+    state = EVAState.load(path)
+    assert (state.meta["algorithm"], state.meta["selection"]) == ("paper", "r = 4, rho = 2, metric ratio")
+    # another rank may not start from it
+    other = replace(settings, rank=2, eva_state=path)
+    with pytest.raises(InputError, match="the given EVA state was computed for r = 4, rho = 2"):
+        metrics_of(other, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "eva-minor"}, "eva-minor needs the whole spectrum, which algorithm=paper does not keep"),
+        ({"init": "minor"}, "init=minor needs the whole spectrum, which algorithm=paper does not keep"),
+        ({"protocol": "authors-code"}, "algorithm=paper until convergence: choose one of the two"),
+        ({"algorithm": "papre"}, "unknown algorithm 'papre': did you mean paper"),
+    ],
+    ids=["method", "init", "protocol", "typo"],
+)
+def test_what_contradicts_the_papers_algorithm(base: Settings, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        replace(base, **{"algorithm": "paper", **changed})
+
+
+def test_a_sweep_by_the_papers_algorithm(base: Settings) -> None:
+    options = {"root": base.root, "tasks": ("kitti",), "model": "test_vit", "algorithm": "paper", "ranks": (2, 4)}
+    sweep = sweep_settings.Settings(**options, methods=("lora", "eva", "eva:1", "eva-dora"))  # type: ignore[arg-type]
+    assert sorted(sweep.states()) == [2, 4, 4, 8]  # per rank and rho
+    assert sweep.base.algorithm == "paper"
+    for more, message in (
+        ({"methods": ("eva", "eva-minor")}, "eva-minor needs the whole spectrum, which algorithm=paper does not keep"),
+        ({"state_components": 32}, "state_components has no meaning with algorithm=paper"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            sweep_settings.Settings(**options, **more)  # type: ignore[arg-type]
