@@ -6,24 +6,33 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def cost_class(method: str) -> str:
+    """The method that stands for `method` in measurements: however LoRA is initialised, its steps cost the same."""
+    if method in ("scratch", "fft", "adalora"):
+        return method
+    return "dora" if "dora" in method else "lora"
+
+
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread of torch, as in a run."""
+def threads_of(number: int) -> Iterator[None]:
+    """So many threads of torch, as in a run."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
 
 
-def step_seconds(module: nn.Module, loss: Callable[[], Tensor]) -> float:
-    """Seconds per optimizer step of `module`, whose `loss` is computed for one batch."""
+def step_seconds(module: nn.Module, loss: Callable[[], Tensor], **how: Any) -> float:
+    """Seconds per optimizer step of `module`, whose `loss` is computed for one batch; `how` as in
+    :func:`median_seconds`."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
@@ -31,15 +40,23 @@ def step_seconds(module: nn.Module, loss: Callable[[], Tensor]) -> float:
         loss().backward()
         optimizer.step()
 
-    return median_seconds(step)
+    return median_seconds(step, **how)
 
 
-def median_seconds(call: Callable[[], object], times: int = 8, warm_up: int = 2) -> float:
-    """Median processor seconds of a call in one thread of this process: what else the machine does counts little."""
+def median_seconds(
+    call: Callable[[], object], times: int = 8, warm_up: int = 2, threads: int = 1, device: str = "cpu"
+) -> float:
+    """Median seconds of a call in this process, after `warm_up` of the `times`.
+
+    In one thread of the CPU they are the processor's: what else the machine does counts little.
+    """
+    clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
     found = []
-    with single_thread():
+    with threads_of(threads):
         for _ in range(times):
-            started = time.process_time()
+            started = clock()
             call()
-            found.append(time.process_time() - started)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found.append(clock() - started)
     return statistics.median(found[warm_up:])

@@ -69,9 +69,7 @@ class SharedOptions:
     batch_size: int = option(32, "windows per step (the paper: 128)", RESULT, at_least=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", RESULT, at_least=0)
     warmup_steps: int = option(4000, "steps of linear warm-up; at most a tenth of all", RESULT, at_least=0)
-    min_lr: float = option(
-        1e-6, "learning rate after the last step, at most lr", RESULT, at_least=0, omit_default=True
-    )
+    min_lr: float = option(1e-6, "learning rate after the last step, at most lr", RESULT, at_least=0, omit_default=True)
     gradient_clip: float | None = option(
         None, "largest norm of the gradient; none: that of pre-training", RESULT, above=0, omit_default=True
     )

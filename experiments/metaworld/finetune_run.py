@@ -198,7 +198,7 @@ class _Run:
         """Train; what the metrics say about it."""
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
-        monitors = [RunLogging(), LearningRateMonitor("step")] if loggers else []
+        monitors = [RunLogging(epochs=False), LearningRateMonitor("step")] if loggers else []
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
