@@ -64,7 +64,7 @@ def write(settings: Settings, results: Results) -> Path:
         "in_short": "\n".join(lines),
         "tuning": tuning(settings, results, lambda score: f"{math.exp(score):.4f}"),
         "chosen": chosen(settings, results) if settings.searches or settings.select != "loss" else "",
-        "by_rank": by_rank(settings, results.runs, "success_rate") if "rank" in settings.tune_per else "",
+        "by_rank": _by_rank(settings, results),
         "adapter_ranks": " and ".join(map(str, sorted(settings.ranks or (settings.rank,)))),
         "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
         "success": _success(evidence, by_task) if settings.eval_episodes else "",
@@ -97,6 +97,14 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figur
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     return figure
+
+
+def _by_rank(settings: Settings, results: Results) -> dict[str, str]:
+    """Of both definitions of success, where ranks are tuned apart."""
+    if "rank" not in settings.tune_per or not settings.eval_episodes:
+        return {}
+    columns = {"at any step of an episode": "success_rate", "at its last step": "final_success_rate"}
+    return {title: by_rank(settings, results.runs, column) for title, column in columns.items()}
 
 
 def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
