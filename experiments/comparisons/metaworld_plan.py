@@ -19,7 +19,7 @@ from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.comparisons.metaworld import Settings
 from experiments.comparisons.settings import Part, adapts
-from experiments.comparisons.timing import cost_class, step_seconds, threads_of
+from experiments.comparisons.timing import cost_class, single_thread, step_seconds
 from experiments.metaworld import finetune_run
 from experiments.runner.cells import Cell
 from experiments.runner.jobs import Point
@@ -62,7 +62,6 @@ class Speed:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.device = "cuda" if on_gpu(settings.accelerator) else "cpu"
-        self.threads = settings.threads_per_run()
         self.kinds: dict[str, float] = {}
         self.windows = settings.batch_size
 
@@ -89,7 +88,7 @@ class Speed:
             found = evaluate(module, task, target_return=1000.0, episodes=n, horizon=horizon).seconds
             return found, time.perf_counter() - started - found
 
-        with threads_of(self.threads):
+        with single_thread():
             seconds(1)  # the simulator's first start
             first, building = seconds(filling)
             rest = 0.0
@@ -125,7 +124,7 @@ class Speed:
                 with self._autocast():
                     return module.train().loss(batch)
 
-            return step_seconds(module, loss, threads=self.threads, device=self.device, **how)
+            return step_seconds(module, loss, device=self.device, **how)
 
         whole = settings.batch_size
         self.windows = max(1, min(whole, int(_STEP_SECONDS / seconds(1, times=2, warm_up=1))))
@@ -183,9 +182,10 @@ def _by_method(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> Itera
     """Number of runs and time of each method, finished ones too."""
     runs: dict[str, list[int]] = {method: [0, 0] for method in settings.labels}
     for part, cell in zip(settings.parts, cells, strict=True):
+        tasks = len(settings.task_names) if part.task is None else 1
         if cell.given is None:
-            runs[part.method][0] += sum(len(cell.tune(point)) for point in cell.points)
-        runs[part.method][1] += len(cell.final(cell.points[0]))
+            runs[part.method][0] += len(cell.points) * settings.tune_seeds * tasks
+        runs[part.method][1] += settings.seeds * tasks
     tuned = 0 if settings.select == "loss" else settings.eval_episodes
     steps = 0
     for method, (tune, final) in runs.items():
@@ -202,4 +202,5 @@ def _by_method(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> Itera
 def _device(speed: Speed) -> str:
     if speed.device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {speed.threads} thread{'s' * (speed.threads > 1)}"
+    threads = speed.settings.threads_per_run()
+    return f"one thread of the CPU{'' if threads == 1 else f', of which runs have {threads}'}"

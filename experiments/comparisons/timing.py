@@ -20,10 +20,10 @@ def cost_class(method: str) -> str:
 
 
 @contextmanager
-def threads_of(number: int) -> Iterator[None]:
-    """So many threads of torch, as in a run."""
+def single_thread() -> Iterator[None]:
+    """One thread of torch, as in a run."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -43,16 +43,14 @@ def step_seconds(module: nn.Module, loss: Callable[[], Tensor], **how: Any) -> f
     return median_seconds(step, **how)
 
 
-def median_seconds(
-    call: Callable[[], object], times: int = 8, warm_up: int = 2, threads: int = 1, device: str = "cpu"
-) -> float:
+def median_seconds(call: Callable[[], object], times: int = 8, warm_up: int = 2, device: str = "cpu") -> float:
     """Median seconds of a call in this process, after `warm_up` of the `times`.
 
-    In one thread of the CPU they are the processor's: what else the machine does counts little.
+    On the CPU they are the processor's, in one thread: what else the machine does counts little.
     """
-    clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
+    clock = time.process_time if device == "cpu" else time.perf_counter
     found = []
-    with threads_of(threads):
+    with single_thread():
         for _ in range(times):
             started = clock()
             call()

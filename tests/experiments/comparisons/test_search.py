@@ -1,4 +1,4 @@
-"""The search over learning rates, ranks and ρ, and the paper's: its configuration, and the whole path on a tiny model."""
+"""The search over learning rates, ranks and ρ: the paper's configuration, and the whole path on a tiny network."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ def shrunk(root: Path, output: Path, *more: str) -> list[str]:
     """The paper's configuration on a tiny network: two methods, ranks and learning rates."""
     options = {
         "config": CONFIG, "init": root / "init.ckpt", "data": root / "data", "output": output, "tasks": TASK,
-        "methods": "lora,eva", "ranks": "2,4", "grid": "1e-2,1e-3", "rhos": "1,2", "seeds": 2, "tune-seeds": 1,
+        "methods": "lora,eva", "ranks": "2,4", "grid": "1e-2,1e-3", "rhos": "1,2", "seeds": 1, "tune-seeds": 1,
         "train-episodes": 3, "val-episodes": 1, "max-steps": 3, "tune-steps": 2, "batch-size": 4, "val-at": "1",
-        "eval-episodes": 1, "horizon": 3, "context": 4, "workers": 0, "progress": "false", "accelerator": "cpu",
+        "eval-episodes": 1, "horizon": 3, "context": 4, "workers": 0, "threads": 1, "progress": "false",
+        "accelerator": "cpu",
     }  # fmt: skip
     return [*(f"--{name}={value}" for name, value in options.items()), *more]
 
@@ -103,7 +104,7 @@ def test_the_papers_search_has_every_method_at_every_rank() -> None:
     ranks = Counter((part.method, part.task) for part in settings.parts)
     assert set(ranks) == {(method, f"{task}-v3") for method in settings.labels for task in CW10}
     assert all(number == (1 if method == "fft" else 4) for (method, _), number in ranks.items())
-    tuned = Counter({method: 0 for method in settings.labels})
+    tuned = Counter(dict.fromkeys(settings.labels, 0))
     for part in settings.parts:
         tuned[part.method] += len(settings.points(part)) * settings.tune_seeds
     # 10 tasks x 4 learning rates x 3 seeds, by 4 ranks, by 2 ρ
@@ -122,6 +123,7 @@ def test_the_paper_took_the_best_rank_of_each_task_by_success() -> None:
     assert differ == [("pissa", "push-back-v3")]
 
 
+@pytest.mark.slow
 def test_the_whole_search_resumes_and_its_choices_are_the_best(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,9 +140,9 @@ def test_the_whole_search_resumes_and_its_choices_are_the_best(
             run(line)
     assert len(list(tmp_path.glob("*/*/metrics.json"))) == 7
     results = run(line)
-    assert ": 7 done, 0 failed" in capsys.readouterr().out.replace("done, 0 failed", "done, 0 failed")
-    # (LoRA: 2 ranks x 2 rates, EVA: x 2 ρ) tuning runs, and for each method and rank 2 seeds
-    assert (len(results.tuning), len(results.runs)) == (12, 8)
+    assert ": 7 done, 0 failed" in capsys.readouterr().out
+    # LoRA: 2 ranks x 2 rates, EVA: x 2 ρ; then one for each method and rank
+    assert (len(results.tuning), len(results.runs)) == (12, 4)
     assert results.is_complete
     assert set(results.runs["precision"]) == {"bf16-mixed"}
 
@@ -152,7 +154,7 @@ def test_the_whole_search_resumes_and_its_choices_are_the_best(
         final = results.runs[(results.runs["method"] == method) & (results.runs["rank"] == rank)]
         assert set(final["lr"]) == {best["lr"]}
         assert set(final["rho"].dropna()) == ({best["rho"]} if method == "eva" else set())
-        assert sorted(final["seed"]) == [0, 1]
+        assert list(final["seed"]) == [0]
         choice = read_sealed_json(tmp_path / "choices.json")[f"{TASK}, {method}, rank {rank}"]
         assert choice["score"][1] == pytest.approx(math.log(best["val_loss"][-1]["val_loss"]))
 
@@ -165,18 +167,17 @@ def test_the_whole_search_resumes_and_its_choices_are_the_best(
     assert "## Success by rank, at its last step" in report
     # tables of runs have no tuning runs, and one line of EVA for each rank, whatever its ρ
     text = str(table.main(["--runs", str(tmp_path)]))
-    assert [text.count(f"**ours** {label}") for label in ("LoRA (r=2)", "EVA (r=2)", "EVA (r=4)", "EVA (ρ")][3] == 0
-    assert "**ours** EVA (r=2)" in text
-    assert "**ours** EVA (r=4)" in text
+    assert all(f"**ours** {label} " in text for label in ("LoRA (r=2)", "LoRA (r=4)", "EVA (r=2)", "EVA (r=4)"))
+    assert "**ours** EVA (ρ" not in text
     # finished: nothing is run
     monkeypatch.setattr(metaworld_comparison, "build", power_cut)
-    assert len(run([*line, "--report"]).runs) == 8
+    assert len(run([*line, "--report"]).runs) == 4
 
 
 def test_one_choice_for_all_tasks_and_ranks_where_that_is_asked_for() -> None:
     settings = metaworld.parse(
-        ["--init=x", "--methods=fft,lora,eva,eva:2", "--ranks=4,2", "--rhos=1,2", "--grid=1e-3", "--grids={fft: [1e-4, 1e-5]}"]
-    )  # fmt: skip
+        "--init=x --methods=fft,lora,eva,eva:2 --ranks=4,2 --rhos=1,2 --grid=1e-3 --grids={fft:[1e-4,1e-5]}".split()
+    )
     assert [part.name for part in settings.parts] == ["fft", "lora", "eva", "eva:2"]
     assert [list(map(str, settings.points(part))) for part in settings.parts] == [
         ["lr 1e-05", "lr 0.0001"],
@@ -220,16 +221,16 @@ def test_the_plan_needs_neither_checkpoint_nor_demonstrations(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # of so few windows that a step of the paper's network takes no time here
-    small = ("--batch-size=1", "--context=2", "--eval-episodes=1", "--horizon=2", "--select=loss", "--methods=fft,eva")
-    assert run([f"--config={CONFIG}", "--plan", *small]).runs.empty
+    small = ("--batch-size=1", "--context=2", "--eval-episodes=1", "--horizon=2", "--select=loss", "--methods=eva")
+    assert run([f"--config={CONFIG}", "--plan", "--threads=1", *small]).runs.empty
     printed = capsys.readouterr().out
-    assert "tuning: 1080 runs, 0 of them finished" in printed
-    assert "final: 150 runs, 0 of them finished" in printed
+    assert "tuning: 960 runs, 0 of them finished" in printed
+    assert "final: 120 runs, 0 of them finished" in printed
     assert "checkpoint: MISSING: there is no checkpoint runs/pretrain_paper/weights.ckpt" in printed
     assert "demonstrations: MISSING: " in printed
     assert "timed with an untrained network of the paper's size" in printed
     assert "eva             960 tuning +  120 final runs,   8 points" in printed
-    assert "at the paper's speed, about an A100-hour per 100,000 steps: 1,230 A100-hours" in printed
+    assert "at the paper's speed, about an A100-hour per 100,000 steps: 1,080 A100-hours" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -239,8 +240,8 @@ def test_the_plan_needs_neither_checkpoint_nor_demonstrations(
         ("--ranks=2,2", "--ranks must hold at least one value, and each once, got 2, 2"),
         ("--ranks=0", "--ranks must be a whole number of at least 1, got 0"),
         ("--rhos=0.5", "--rhos must be a number of at least 1, got 0.5"),
-        ("--tune-per=seed", "unknown tune_per 'seed'"),
-        ("--tune-per=rank", "--tune-per: tune_per rank goes with ranks, which are not given"),
+        ("--tune-per=seed", "unknown tune per 'seed': choose from task, rank"),
+        ("--tune-per=rank", "--tune-per rank goes with ranks, which are not given"),
         ("--select=return", "unknown select 'return'"),
         ("--grids={loraa: [0.1]}", "unknown method 'loraa': did you mean lora"),
         ("--grids={lora: [-0.1]}", "--grids must be a number above 0, got -0.1"),
