@@ -4,30 +4,33 @@ Every method is fine-tuned on every task with several seeds, at the same rank bu
 it alone, by validation loss, on other seeds. Noted are validation losses during training and success at the end; the
 report has means with 95% intervals and paired differences between methods.
 
+``--ranks`` and ``--rhos`` are tuned as well, ``--tune-per task,rank`` tunes for each task and rank alone, and
+``--select success`` chooses by rollouts: together the paper's search, ``configs/metaworld/finetune_paper.yaml``.
+
 Every run is a folder below OUTPUT: safe to interrupt; rerun to resume.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.methods import MethodKey, method_names
 from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.rl.tasks import parse_tasks
-from experiments.comparisons.settings import MethodSettings
+from experiments.comparisons.search import SearchSettings
+from experiments.comparisons.settings import FIRST_TUNING_SEED, Part
 from experiments.metaworld import finetune
 from experiments.runner.command import SettingsCommand
-from experiments.runner.jobs import Phase
+from experiments.runner.jobs import Phase, Point
 from experiments.runner.settings import Role, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodSettings):
-    """What to compare; the layout of ``configs/metaworld/compare.yaml``."""
+class Settings(SearchSettings, finetune.SharedOptions):
+    """What to compare; the layout of ``configs/metaworld/compare.yaml`` and ``finetune_paper.yaml``."""
 
-    init: str = option(MISSING, "checkpoint of the pre-trained model, made by the pretrain command", Role.RESULT)
     tasks: tuple[str, ...] = option(
         ("faucet-close", "window-close", "push", "handle-press-side"), "tasks, or cw10", Role.SELECTION
     )
@@ -35,22 +38,15 @@ class Settings(MethodSettings):
         ("scratch", "fft", "lora", "dora", "eva:1", "eva", "eva-dora"), "methods; EVA's ρ behind a colon",
         Role.SELECTION,
     )  # fmt: skip
-    train_episodes: int = option(20, "demonstrations to train on", Role.RESULT)
-    val_episodes: int = option(8, "held-out demonstrations for the validation loss", Role.RESULT)
-    max_steps: int = option(500, "optimizer steps", Role.RESULT)
-    batch_size: int = option(8, "windows per step", Role.RESULT)
-    val_at: tuple[int, ...] = option(
-        (10, 25, 50, 150, 500), "steps after which the validation loss is noted", Role.RESULT
-    )
-    eval_episodes: int = option(50, "episodes rolled out at the end of each run; 0 for none", Role.RESULT)
-    horizon: int = option(200, "steps of an evaluation episode, at most 500", Role.RESULT)
+    val_episodes: int = option(8, "held-out demonstrations for the validation loss", Role.RESULT, at_least=1)
+    max_steps: int = option(500, "optimizer steps (the paper: 100,000)", Role.RESULT, at_least=1)
+    batch_size: int = option(8, "windows per step (the paper: 128)", Role.RESULT, at_least=1)
     tune: bool = option(True, "tune learning rates that rates does not name; false: all must be named", Role.SELECTION)
     grid: tuple[float, ...] = option(
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "learning rates to try when tuning", Role.SELECTION, above=0
     )
     tune_steps: int = option(100, "steps of a tuning run", Role.RESULT, at_least=1)
-    data: str = option("data/metaworld", "folder of demonstrations, made by the collect command", Role.PLACE)
-    cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", Role.PLACE)
+    accelerator: str = option("cpu", "Lightning accelerator of each run: cpu, gpu, auto, ...", Role.PLACE)
     output: str = option("runs/metaworld-compare", "folder for runs and report", Role.PLACE)
 
     def __post_init__(self) -> None:
@@ -59,13 +55,19 @@ class Settings(MethodSettings):
         if unnamed and not self.tune:
             message = f"rates must name every method when tune is false; {unnamed[0]} is missing"
             raise InputError(message, setting="rates")
-        self.run(self.task_names[0], next(iter(self.labels)), "final", 1e-3, 0)  # checks the other settings
+        if self.select != "loss" and not self.eval_episodes:
+            raise InputError(f"select {self.select} needs eval_episodes, which is 0", setting="select")
+        self.run(self.parts[0], "final", Point.of(lr=1e-3), 0, self.task_names[0])  # checks the other settings
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether runs may use GPUs."""
+        return self.gpus_per_run != 0 and self.accelerator != "cpu"
 
     def key_and_label(self, text: str) -> tuple[str, str]:
         """A method of the Meta-World half."""
-        key = MethodKey.parse(text)
-        check_choice("method", key.method, method_names("rl"))
-        return key.key, key.label
+        check_choice("method", MethodKey.parse(text).method, method_names("rl"))
+        return super().key_and_label(text)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -77,16 +79,21 @@ class Settings(MethodSettings):
         """Steps after which the validation loss is noted, the last included, without the start of training."""
         return tuple(sorted({step for step in self.val_at if 0 < step < self.max_steps} | {self.max_steps}))
 
-    def run(self, task: str, method: str, phase: Phase, lr: float, seed: int) -> finetune.Settings:
-        """Settings of one run."""
-        key = MethodKey.parse(method)
+    def run(self, part: Part, phase: Phase, point: Point, seed: int, task: str) -> finetune.Settings:
+        """Settings of one run of `part` at `point`.
+
+        Tuning runs that are chosen by success are rolled out on goals of their own.
+        """
+        key = MethodKey.parse(part.method)
         own: dict[str, Any] = {
-            "task": (task,), "method": key.method, "rho": key.rho or DEFAULT_RHO, "lr": lr, "seeds": 1,
-            "first_seed": seed, "accelerator": "cpu", "checkpoint_every": 0, "save": False, "progress": False,
+            "task": (task,), "method": key.method, "rank": self.rank_of(part, point),
+            "rho": self.rho_of(part, point) or DEFAULT_RHO, "lr": point.get("lr"), "seeds": 1, "first_seed": seed,
+            "checkpoint_every": 0, "checkpoint_minutes": self.checkpoint_minutes, "save": False, "progress": False,
         }  # fmt: skip
         if phase == "tune":
-            own |= {"max_steps": self.tune_steps, "val_at": (), "eval_episodes": 0}
-        shared = [item.name for item in fields(finetune.Settings) if hasattr(self, item.name)]
+            own |= {"max_steps": self.tune_steps, "val_at": ()}
+            own |= {"eval_episodes": 0} if self.select == "loss" else {"eval_seed": self.eval_seed + FIRST_TUNING_SEED}
+        shared = [item.name for item in fields(finetune.SharedOptions)]
         return finetune.Settings(**{name: getattr(self, name) for name in shared} | own)
 
 

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from eva_lightning.errors import InputError
-from eva_lightning.methods import MethodKey
-from eva_lightning.rl.demonstrations import read_index
-from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
-from eva_lightning.rl.rollouts import evaluate
-from eva_lightning.rl.trajectories import TrajectoryDataModule
-from experiments.comparisons import metaworld_report
+from eva_lightning.rl.module import read_checkpoint
+from experiments.comparisons import metaworld_plan, metaworld_report
 from experiments.comparisons.metaworld import Settings
+from experiments.comparisons.metaworld_plan import Speed, check_demonstrations
 from experiments.comparisons.report import REPORT_FILES
-from experiments.comparisons.settings import method_cells
-from experiments.comparisons.timing import single_thread, step_seconds
+from experiments.comparisons.search import SELECTED_BY
+from experiments.comparisons.search_report import score_in_words
+from experiments.comparisons.settings import Part, adapts, method_cells
 from experiments.metaworld import finetune_run
+from experiments.metaworld.finetune import EXPERIMENT
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
-from experiments.runner.jobs import Job, Phase
+from experiments.runner.jobs import Job, Phase, Point
+from experiments.runner.loggers import check_loggers, parse_loggers
 from experiments.runner.run_folder import Work
 
 #: Seconds that a run takes besides steps and rollouts: loading, EVA's streaming, validation losses.
 _PER_RUN = 2.0
 
-#: The trainer's share of a step.
-_TRAINER = 1.1
-
 
 def build(job: Job) -> Work:
-    """The work of a job whose settings are those of one fine-tuning."""
-    return finetune_run.build(job.settings)
+    """The work of a job whose settings are those of one fine-tuning.
+
+    Its metrics say that a tuning run is one, so that tables leave it out, and that ρ was tuned, so that tables have one
+    line of EVA whatever came out.
+    """
+    work = finetune_run.build(job.settings)
+    said: dict[str, Any] = {"experiment": f"{EXPERIMENT}-tuning"} if job.phase == "tune" else {}
+    if job.tags.get("rho_tuned"):
+        said["rho_tuned"] = True
+    return lambda folder: {**work(folder), **said}
 
 
 class MetaWorld(Comparison):
@@ -46,42 +48,60 @@ class MetaWorld(Comparison):
 
     name = "compare"
     modules = ("peft", "experiments.metaworld.finetune_run")
-    files = (*REPORT_FILES, "losses.png", "success.png", "differences.png")
+    files = (*REPORT_FILES, "choices.csv", "losses.png", "success.png", "differences.png")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = self.options = settings
 
     def check(self) -> None:
+        """Refuse a checkpoint or demonstrations that are missing; a plan says what is."""
         settings = self.settings
+        check_loggers(parse_loggers(settings.logger))
+        if settings.plan:
+            return
         read_checkpoint(settings.init)
-        index = read_index(settings.data)
-        for task in settings.task_names:
-            episodes, needed = index[task].episodes, settings.train_episodes + settings.val_episodes
-            if episodes < needed:
-                raise InputError(f"{settings.data} has {episodes} episodes of {task}, but {needed} are needed")
+        check_demonstrations(settings)
 
     def cells(self) -> list[Cell]:
         return method_cells(self.settings, self._jobs)
 
-    def _jobs(self, method: str, phase: Phase, lr: float, seed: int) -> list[Job]:
-        key, settings = MethodKey.parse(method), self.settings
-        rank = settings.rank if key.adapts else None
+    def _jobs(self, part: Part, phase: Phase, point: Point, seed: int) -> list[Job]:
+        settings, method = self.settings, part.method
+        rank = settings.rank_of(part, point) if adapts(method) else None
+        rho, lr = settings.rho_of(part, point), point.get("lr")
+        tags = {"method": method, "rank": rank, "rho": rho, "seed": seed, "lr": lr}
+        text = settings.labels[method]
+        if settings.ranks and rank is not None:
+            text += f", rank {rank}"
+        if settings.searches_rho(method):
+            text += f", ρ = {rho:g}"
+            tags["rho_tuned"] = True
         return [
             Job(
                 build,
-                settings.run(task, method, phase, lr, seed),
+                settings.run(part, phase, point, seed, task),
                 settings.output,
                 phase,
-                {"task": task, "method": method, "rank": rank, "rho": key.rho, "seed": seed, "lr": lr},
-                f"{task}, {key.label}, lr {lr:g}, seed {seed}",
+                {"task": task, **tags},
+                f"{task}, {text}, lr {lr:g}, seed {seed}",
                 order=seed,
             )
-            for task in settings.task_names
+            for task in (settings.task_names if part.task is None else (part.task,))
         ]
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        """Logarithm of the last validation loss: tasks of different scale count alike in its mean."""
-        return (math.log(metrics["val_loss"][-1]["val_loss"]),)
+        """Logarithm of the last validation loss: tasks of different scale count alike in its mean; success before it
+        where that is what is chosen by."""
+        loss = math.log(metrics["val_loss"][-1]["val_loss"])
+        column = SELECTED_BY[self.settings.select]
+        if column is None:
+            return (loss,)
+        rate = metrics[column]
+        return (math.inf if rate is None else -rate, loss)
+
+    def in_words(self, score: tuple[float, ...]) -> str:
+        """What a choice was made by."""
+        return score_in_words(score)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         rate = metrics["success_rate"]
@@ -90,53 +110,19 @@ class MetaWorld(Comparison):
 
     def seconds(self) -> Callable[[Job], float]:
         """By steps of a method and rolled-out episodes, timed now."""
-        step = functools.cache(functools.partial(training_seconds, self.settings))
-        episode = episode_seconds(self.settings) if self.settings.eval_episodes else 0.0
+        self._speed = speed = Speed(self.settings)
 
         def seconds(job: Job) -> float:
             run = job.settings
-            return run.max_steps * step(job.tags["method"]) + run.eval_episodes * episode + _PER_RUN
+            return run.max_steps * speed.step(run.method) + run.eval_episodes * speed.episode + _PER_RUN
 
         return seconds
 
     def plan_notes(self) -> list[str]:
-        settings = self.settings
-        factors = f"{len(settings.labels)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
-        return [
-            f"tuning: runs of {settings.tune_steps} steps",
-            f"comparison: runs of {settings.max_steps} steps and {settings.eval_episodes} episodes ({factors})",
-        ]
+        return metaworld_plan.notes(self.settings, self._speed, self.cells())
 
     def report(self, results: Results) -> None:
         print(f"report: {metaworld_report.write(self.settings, results)}")
-
-
-def training_seconds(settings: Settings, method: str) -> float:
-    """Seconds per training step of a method."""
-    # EVA has the cost of LoRA, and its callback needs a trainer
-    like = {"eva": "lora", "eva-dora": "dora"}.get(MethodKey.parse(method).method, method)
-    run = settings.run(settings.task_names[0], like, "final", 1e-3, 0)
-    module = DecisionTransformerModule.from_pretrained(settings.init)
-    data = TrajectoryDataModule(
-        settings.data, run.task, module.context, run.batch_size, run.train_episodes, run.val_episodes,
-        cache_dir=run.cache,
-    )  # fmt: skip
-    finetune_run.prepare(run, module)
-    batch = next(iter(data.train_dataloader()))
-    return _TRAINER * step_seconds(module, lambda: module.train().loss(batch))
-
-
-def episode_seconds(settings: Settings) -> float:
-    """Seconds per rolled-out episode in one thread."""
-    task = settings.task_names[0]
-    module = DecisionTransformerModule.from_pretrained(settings.init)
-    n, steps = min(20, settings.eval_episodes), min(20, settings.horizon)
-    with single_thread():
-        evaluate(module, task, target_return=1000.0, episodes=1, horizon=1)  # the simulator's first start
-        started = time.perf_counter()
-        result = evaluate(module, task, target_return=1000.0, episodes=n, horizon=steps)
-        building = time.perf_counter() - started - result.seconds
-    return result.seconds / n * settings.horizon / steps + building / settings.eval_episodes
 
 
 def run(settings: Settings) -> Results:

@@ -25,6 +25,7 @@ from experiments.comparisons.report import (
     tuning,
     write_report,
 )
+from experiments.comparisons.search_report import at_best_rank, by_rank, chosen, write_candidates
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import Interval, iqm
 
@@ -41,7 +42,7 @@ SIZES = {
 
 def write(settings: Settings, results: Results) -> Path:
     """Write all files; returns the report."""
-    evidence = Evidence.of(settings, results.runs, "val_loss", "updates")
+    evidence = Evidence.of(settings, at_best_rank(settings, results), "val_loss", "updates")
     by_task = {task: evidence.on(task) for task in settings.task_names}
     losses = {step: Quantity(f"val_loss_{step}", str(step), digits=4) for step in settings.val_steps}
     changes = [
@@ -58,16 +59,20 @@ def write(settings: Settings, results: Results) -> Path:
     for quantity in quantities:
         lines += significance_sentence(evidence, quantity, others)
     context = {
-        "wanted": len(settings.labels) * len(by_task) * settings.seeds,
+        "wanted": sum(len(by_task) if part.task is None else 1 for part in settings.parts) * settings.seeds,
         "digest": file_digest(settings.init)[:12],
         "in_short": "\n".join(lines),
         "tuning": tuning(settings, results, lambda score: f"{math.exp(score):.4f}"),
+        "chosen": chosen(settings, results) if settings.searches or settings.select != "loss" else "",
+        "by_rank": _by_rank(settings, results),
+        "adapter_ranks": " and ".join(map(str, sorted(settings.ranks or (settings.rank,)))),
         "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
         "success": _success(evidence, by_task) if settings.eval_episodes else "",
         "pairs": dict(_pair(evidence, by_task, quantities, *pair) for pair in evidence.pairs),
         "differences": against_reference(evidence, quantities, others),
         "sizes": sizes_table(evidence, SIZES),
     }
+    write_candidates(settings, results, Path(settings.output) / "choices.csv")
     return write_report("metaworld", settings, results, evidence, figures, context)
 
 
@@ -92,6 +97,14 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figur
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     return figure
+
+
+def _by_rank(settings: Settings, results: Results) -> dict[str, str]:
+    """Of both definitions of success, where ranks are tuned apart."""
+    if "rank" not in settings.tune_per or not settings.eval_episodes:
+        return {}
+    columns = {"at any step of an episode": "success_rate", "at its last step": "final_success_rate"}
+    return {title: by_rank(settings, results.runs, column) for title, column in columns.items()}
 
 
 def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from experiments.comparisons.settings import FIRST_TUNING_SEED, MethodSettings
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import BRACKETS, PLUS_MINUS, Interval
 from experiments.runner.tables import as_markdown
+from experiments.runner.tuning import Choice
 
 
 def table(corner: str, head: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -141,12 +142,13 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
         the lowest or the highest that was tried; ``given``: methods whose learning rate was given; ``runs``,
         ``first_seed``.
     """
-    tuned = {key: choice for key, choice in results.choices.items() if choice.candidates}
-    scores = {key: {point.get("lr"): score[0] for point, score in c.candidates.items()} for key, c in tuned.items()}
+    named = {part.name: settings.labels[part.method] for part in settings.parts}
+    tuned = {name: c for name in named if (c := results.choices.get(name)) is not None and c.candidates}
+    scores = {name: _by_rate(choice) for name, choice in tuned.items()}
     tried = sorted({lr for by_rate in scores.values() for lr in by_rate})
     rows, edges = {}, []
     for key, by_rate in scores.items():
-        chosen, label = tuned[key].point.get("lr"), settings.labels[key]
+        chosen, label = tuned[key].point.get("lr"), named[key]
         texts = {lr: shown(score) if math.isfinite(score) else "diverged" for lr, score in by_rate.items()}
         rows[label] = [f"**{texts[lr]}**" if lr == chosen else texts.get(lr, "") for lr in tried]
         if chosen in (min(by_rate), max(by_rate)):
@@ -155,6 +157,14 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
     rates = settings.given_rates
     given = [f"{label}: {rates[key]:g}" for key, label in settings.labels.items() if key in rates]
     return {"table": text, "edges": edges, "given": given, "runs": len(results.tuning), "first_seed": FIRST_TUNING_SEED}
+
+
+def _by_rate(choice: Choice) -> dict[float, float]:
+    """Learning rate -> the least score of the points that have it."""
+    found: dict[float, float] = {}
+    for point, score in choice.candidates.items():
+        found[point.get("lr")] = min(score[0], found.get(point.get("lr"), math.inf))
+    return found
 
 
 def write_report(

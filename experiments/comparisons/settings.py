@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eva_lightning.errors import InputError, check_number
@@ -17,6 +17,27 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 #: Seeds of tuning runs start here, so that the comparison uses none of them.
 FIRST_TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is tuned alone: a method on all tasks, or on one, or at one rank.
+
+    Attributes:
+        method: Its key.
+        task: The only one; None for all.
+        rank: The only one; None where there is none, or where it is tuned.
+    """
+
+    method: str
+    task: str | None = None
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others."""
+        rank = None if self.rank is None else f"rank {self.rank}"
+        return ", ".join(word for word in (self.task, self.method, rank) if word is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,16 @@ class MethodSettings(RunnerOptions):
         """Learning rates by method, of those that are given."""
         return {self.key_and_label(text)[0]: lr for text, lr in (self.rates or {}).items()}
 
+    @property
+    def parts(self) -> list[Part]:
+        """What is tuned alone, in the order of tables."""
+        return [Part(key) for key in self.labels]
+
+    def points(self, part: Part) -> list[Point]:
+        """What to choose from; a learning rate that is given is the only one."""
+        given = self.given_rates.get(part.method)
+        return [Point.of(lr=lr) for lr in (sorted(set(self.grid)) if given is None else [given])]
+
 
 def adapts(key: str) -> bool:
     """Whether a method has adapters, and so a rank."""
@@ -78,28 +109,29 @@ def adapts(key: str) -> bool:
     return name in METHODS and METHODS[name].adapts
 
 
-def method_cells(settings: MethodSettings, jobs: Callable[[str, Phase, float, int], Sequence[Job]]) -> list[Cell]:
-    """One cell per method, whose learning rate is tuned for it alone.
+def method_cells(settings: MethodSettings, jobs: Callable[[Part, Phase, Point, int], Sequence[Job]]) -> list[Cell]:
+    """One cell for each part, whose settings are tuned for it alone.
 
     Args:
         settings: What is compared.
-        jobs: The runs of a method, phase, learning rate and seed.
+        jobs: The runs of a part, phase, point and seed.
     """
 
-    def cell(key: str, rates: Mapping[str, float]) -> Cell:
+    def cell(part: Part) -> Cell:
         def of(phase: Phase, first: int, seeds: int) -> Callable[[Point], list[Job]]:
-            return lambda point: [
-                job for seed in range(first, first + seeds) for job in jobs(key, phase, point.get("lr"), seed)
-            ]
+            return lambda point: [job for seed in range(first, first + seeds) for job in jobs(part, phase, point, seed)]
 
+        points = settings.points(part)
+        # of several ranks the best is known by tuning alone, also at a learning rate that is given
+        known = part.method in settings.given_rates and len(points) == 1 and part.rank is None
         return Cell(
-            name=key,
-            points=[Point.of(lr=lr) for lr in sorted(set(settings.grid))],
+            name=part.name,
+            points=points,
             tune=of("tune", FIRST_TUNING_SEED, settings.tune_seeds),
             final=of("final", 0, settings.seeds),
-            given=Point.of(lr=rates[key]) if key in rates else None,
+            given=points[0] if known else None,
             extend=settings.extend,
             ladder=LADDER,
         )
 
-    return [cell(key, settings.given_rates) for key in settings.labels]
+    return [cell(part) for part in settings.parts]

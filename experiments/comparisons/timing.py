@@ -6,9 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def cost_class(method: str) -> str:
+    """The method that stands for `method` in measurements: however LoRA is initialised, its steps cost the same."""
+    if method in ("scratch", "fft", "adalora"):
+        return method
+    return "dora" if "dora" in method else "lora"
 
 
 @contextmanager
@@ -22,8 +30,9 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def step_seconds(module: nn.Module, loss: Callable[[], Tensor]) -> float:
-    """Seconds per optimizer step of `module`, whose `loss` is computed for one batch."""
+def step_seconds(module: nn.Module, loss: Callable[[], Tensor], **how: Any) -> float:
+    """Seconds per optimizer step of `module`, whose `loss` is computed for one batch; `how` as in
+    :func:`median_seconds`."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
@@ -31,15 +40,21 @@ def step_seconds(module: nn.Module, loss: Callable[[], Tensor]) -> float:
         loss().backward()
         optimizer.step()
 
-    return median_seconds(step)
+    return median_seconds(step, **how)
 
 
-def median_seconds(call: Callable[[], object], times: int = 8, warm_up: int = 2) -> float:
-    """Median processor seconds of a call in one thread of this process: what else the machine does counts little."""
+def median_seconds(call: Callable[[], object], times: int = 8, warm_up: int = 2, device: str = "cpu") -> float:
+    """Median seconds of a call in this process, after `warm_up` of the `times`.
+
+    On the CPU they are the processor's, in one thread: what else the machine does counts little.
+    """
+    clock = time.process_time if device == "cpu" else time.perf_counter
     found = []
     with single_thread():
         for _ in range(times):
-            started = time.process_time()
+            started = clock()
             call()
-            found.append(time.process_time() - started)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found.append(clock() - started)
     return statistics.median(found[warm_up:])

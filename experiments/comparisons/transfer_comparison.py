@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_report
 from experiments.comparisons.report import REPORT_FILES
-from experiments.comparisons.settings import adapts, method_cells
+from experiments.comparisons.settings import Part, adapts, method_cells
 from experiments.comparisons.timing import median_seconds, step_seconds
 from experiments.comparisons.transfer import Recipe, Settings
 from experiments.comparisons.transfer_data import TASK, Halves, decoded
@@ -23,7 +23,7 @@ from experiments.comparisons.transfer_model import CROPPED_FROM, IMAGE_SIZE, MOD
 from experiments.comparisons.transfer_run import Run, build, halves, prepare
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
-from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase
+from experiments.runner.jobs import PHASE_FOLDERS, Job, Phase, Point
 from experiments.runner.run_folder import RunFolder
 
 _LOGGER = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class Transfer(Comparison):
     def cells(self) -> list[Cell]:
         return method_cells(self.settings, self._jobs)
 
-    def _jobs(self, method: str, phase: Phase, lr: float, seed: int) -> list[Job]:
-        settings = self.settings
+    def _jobs(self, part: Part, phase: Phase, point: Point, seed: int) -> list[Job]:
+        settings, method, lr = self.settings, part.method, point.get("lr")
         shared: dict[str, Any] = {item.name: getattr(settings, item.name) for item in fields(Recipe)}
         shared["eval_epochs"] = settings.evaluated_epochs if phase == "final" else (settings.epochs,)
         shared |= {"weights": str(settings.weights), "cache": str(settings.cache)}

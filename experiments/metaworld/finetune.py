@@ -10,6 +10,7 @@ in ``finetune_run``.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from eva_lightning.errors import InputError
@@ -19,6 +20,8 @@ from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from eva_lightning.streaming_options import ALGORITHMS
 from experiments.runner.command import SettingsCommand
+from experiments.runner.loggers import LOGGER_HELP, parse_loggers
+from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
 
 #: What marks a ``metrics.json`` as one of a fine-tuning.
@@ -31,22 +34,27 @@ HEADS = ("train", "freeze", "adapt")
 
 def checkpoint_identity(path: str) -> str:
     """What tells checkpoints apart wherever they lie; the path itself of a file that does not exist."""
+    if not Path(path).is_file():
+        return path
+    found = Path(path).stat()
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache
+def _digest(path: str, changed: int, size: int) -> str:
+    """Read once, not for each of the thousands of runs of a search."""
     # the end of a checkpoint has the checksums of all that is in it
-    return file_digest(path, span=1 << 20) if Path(path).is_file() else path
+    return file_digest(path, span=1 << 20)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything a fine-tuning is asked to do. With one task and one seed it is a single run."""
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions:
+    """What all runs of a comparison have in common: its command line hands these on to every run."""
 
-    task: tuple[str, ...] = option(MISSING, "tasks such as push-v3, or cw10: one run each", PER_RUN)
     init: str = option(
         MISSING, "checkpoint of the pre-trained model, made by the pretrain command", RESULT,
         identity=checkpoint_identity,
     )  # fmt: skip
-    method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
-    rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)
-    rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
     algorithm: str = option(
         "fast", "EVA: fast, or paper (its Algorithms 1 and 2 to the letter: docs/engine.md)", RESULT,
         choices=ALGORITHMS, omit_default=True,
@@ -62,17 +70,21 @@ class Settings:
         omit_default=True,
     )  # fmt: skip
     head: str = option("train", "action head: in full, frozen, or like other layers", RESULT, choices=HEADS)
-    seeds: int = option(3, "number of seeds, one run each", SELECTION, at_least=1)
-    first_seed: int = option(0, "the first of them", PER_RUN, at_least=0)
     data: str = option("data/metaworld", "folder of demonstrations, made by the collect command", PLACE)
     train_episodes: int | None = option(20, "demonstrations to train on; none: all others", RESULT, at_least=1)
     val_episodes: int = option(4, "held-out demonstrations, the last ones", RESULT, at_least=1)
     target: str = option("executed", "actions to predict; the expert's have no noise", RESULT, choices=TARGETS)
     max_steps: int = option(500, "training steps (the paper: 100,000)", RESULT, at_least=1)
     batch_size: int = option(32, "windows per step (the paper: 128)", RESULT, at_least=1)
-    lr: float = option(1e-3, "peak learning rate; tune it for each method", PER_RUN, above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", RESULT, at_least=0)
     warmup_steps: int = option(4000, "steps of linear warm-up; at most a tenth of all", RESULT, at_least=0)
+    min_lr: float = option(1e-6, "learning rate after the last step, at most lr", RESULT, at_least=0, omit_default=True)
+    gradient_clip: float | None = option(
+        None, "largest norm of the gradient; none: that of pre-training", RESULT, above=0, omit_default=True
+    )
+    precision: str = option(
+        "32-true", "auto: bf16-mixed on a GPU, else 32-true", RESULT, choices=PRECISIONS, omit_default=True
+    )
     dropout: float | None = option(None, "dropout; none: that of pre-training", RESULT, at_least=0, below=1)
     context: int | None = option(None, "steps of a window; none: those of pre-training", RESULT, at_least=1)
     val_at: tuple[int, ...] = option(
@@ -84,10 +96,31 @@ class Settings:
     mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     rollout_workers: int = option(0, "processes for rollouts; 0 for none besides this one", PLACE, at_least=0)
-    checkpoint_every: int = option(100, "steps between checkpoints; 0 for none", PLACE, at_least=0)
-    save: bool = option(True, "keep the adapter, the merged network and EVA's state", PLACE)
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
+    logger: str = option("none", LOGGER_HELP, PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SharedOptions):
+    """Everything a fine-tuning is asked to do. With one task and one seed it is a single run."""
+
+    task: tuple[str, ...] = option(MISSING, "tasks such as push-v3, or cw10: one run each", PER_RUN)
+    method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
+    rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)
+    rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
+    lr: float = option(1e-3, "peak learning rate; tune it for each method", PER_RUN, above=0)
+    seeds: int = option(3, "number of seeds, one run each", SELECTION, at_least=1)
+    first_seed: int = option(0, "the first of them", PER_RUN, at_least=0)
+    devices: int = option(
+        1, "processes on this machine, one for each device; a batch is shared out among them", RESULT,
+        at_least=1, omit_default=True,
+    )  # fmt: skip
+    checkpoint_every: int = option(100, "steps between checkpoints; 0 for none", PLACE, at_least=0)
+    checkpoint_minutes: float | None = option(
+        None, "least time between checkpoints, instead of checkpoint_every", PLACE, at_least=0
+    )
+    save: bool = option(True, "keep the adapter, the merged network and EVA's state", PLACE)
     output: str = option("runs/metaworld", "folder that holds the runs", PLACE)
     name: str | None = option(None, "of the run folders, before -SEED; made of the settings if not given", PLACE)
     overwrite: bool = option(False, "delete runs of these names first, instead of resuming", PLACE)
@@ -96,6 +129,10 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", parse_tasks(self.task))
         check_settings(self)
+        parse_loggers(self.logger)
+        if self.batch_size % self.devices:
+            message = f"devices must divide batch_size {self.batch_size}, got {self.devices}"
+            raise InputError(message, setting="devices")
         if self.name is not None:
             check_name("name", self.name, setting="name", room=len(str(MAX_SEED)) + 1)
         if self.name is not None and len(self.task) > 1:

@@ -16,6 +16,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from eva_lightning.adapters import merge_and_unload, save_pretrained
@@ -29,11 +31,24 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
 from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
-from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
-from experiments.runner.run_folder import RunFolder, Work, perform_or_report
+from experiments.runner.lightning_runs import (
+    Divergence,
+    check_devices,
+    eva_metrics,
+    eva_state,
+    on_gpu,
+    trainer_precision,
+)
+from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
+from experiments.runner.run_folder import RunFolder, Work, is_follower, perform_or_report
+from experiments.runner.run_logging import RunLogging
+from experiments.runner.settings import plain
 from experiments.runner.statistics import PLUS_MINUS, Interval
 
 _LOGGER = logging.getLogger(__name__)
+
+#: Results of rollouts.
+ROLLED_OUT = ("success_rate", "final_success_rate", "mean_return")
 
 
 def run_all(settings: Settings) -> list[dict[str, Any]]:
@@ -42,7 +57,7 @@ def run_all(settings: Settings) -> list[dict[str, Any]]:
     for run in settings.runs():
         folder = RunFolder.below(run.output, run.run_name, run)
         results.append(perform_or_report(folder, partial(build, run), headline, run.overwrite))
-    if settings.seeds > 1:
+    if settings.seeds > 1 and not is_follower():
         print(summary(results))
     return results
 
@@ -59,13 +74,15 @@ def build(settings: Settings) -> Work:
     """
     started = time.perf_counter()
     (task,) = settings.task
+    check_devices(settings.devices, settings.accelerator)
+    check_loggers(parse_loggers(settings.logger))
     L.seed_everything(settings.seed, workers=True, verbose=False)
     module = _load(settings)
     data = TrajectoryDataModule(
         settings.data,
         [task],
         context=module.context,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size // settings.devices,
         episodes=settings.train_episodes,
         val_episodes=settings.val_episodes,
         seed=settings.seed,
@@ -78,10 +95,17 @@ def build(settings: Settings) -> Work:
         target = data.max_return[task] if settings.target_return is None else settings.target_return
         warn_of_target(task, target, data.mean_return[task])
         run = _Run(settings, task, module, data, callbacks, target)
-        metrics = {**run.described(), **run.train(folder)}
-        # weights that are NaN act on nothing, and cannot be merged
-        diverged = "diverged" in metrics
-        metrics |= run.not_rolled_out() if diverged or settings.eval_episodes == 0 else run.roll_out()
+        names = () if is_follower() else parse_loggers(settings.logger)
+        with open_loggers(names, folder.path, settings.run_name, plain(settings), **run.groups()) as loggers:
+            metrics = {**run.described(), **run.train(folder, loggers)}
+            if is_follower():
+                return metrics
+            # weights that are NaN act on nothing, and cannot be merged
+            diverged = "diverged" in metrics
+            metrics |= run.not_rolled_out() if diverged or settings.eval_episodes == 0 else run.roll_out()
+            for logger in loggers:
+                rolled_out = {name: metrics[name] for name in ROLLED_OUT if metrics[name] is not None}
+                logger.log_metrics(rolled_out, step=settings.max_steps)
         if settings.save and not diverged:
             run.save(folder)
         metrics["seconds"] = time.perf_counter() - started
@@ -93,8 +117,9 @@ def build(settings: Settings) -> Work:
 
 def _load(settings: Settings) -> DecisionTransformerModule:
     overrides = {
-        "lr": settings.lr, "min_lr": min(1e-6, settings.lr), "weight_decay": settings.weight_decay,
+        "lr": settings.lr, "min_lr": min(settings.min_lr, settings.lr), "weight_decay": settings.weight_decay,
         "warmup_steps": settings.warmup_steps, "dropout": settings.dropout, "context": settings.context,
+        "gradient_clip": settings.gradient_clip,
     }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
     return DecisionTransformerModule.from_pretrained(settings.init, **given)
@@ -166,25 +191,36 @@ class _Run:
             "torch": torch.__version__,
         }
 
-    def train(self, folder: RunFolder) -> dict[str, Any]:
+    def groups(self) -> dict[str, Any]:
+        """What wandb knows the run by: seeds of one setting belong together."""
+        settings = self.settings
+        return {"group": settings.run_name.rpartition("-")[0], "tags": (self.task, settings.method)}
+
+    def train(self, folder: RunFolder, loggers: list[Logger]) -> dict[str, Any]:
         """Train; what the metrics say about it."""
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
+        monitors = [RunLogging(epochs=False), LearningRateMonitor("step")] if loggers else []
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
             checkpoint_every=settings.checkpoint_every,
+            checkpoint_minutes=settings.checkpoint_minutes,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, divergence, About(self.about)],
+            callbacks=[*self.callbacks, losses, divergence, About(self.about), *monitors],
             accelerator=settings.accelerator,
-            devices=1,
+            devices=settings.devices,
+            precision=trainer_precision(settings.precision, settings.accelerator),
             limit_val_batches=0,
-            logger=False,
+            logger=loggers or False,
+            log_every_n_steps=min(50, settings.max_steps),
         )
         started = time.perf_counter()
         fit(trainer, self.module, self.data, folder)
         return {
             "train_seconds": time.perf_counter() - started,
+            "precision": trainer.precision,
+            "device": str(trainer.strategy.root_device),
             "val_loss": losses.rows,
             "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
             **eva_metrics(self.callbacks),
@@ -195,17 +231,19 @@ class _Run:
         """What the metrics say where nothing was rolled out: None for the results."""
         settings = self.settings
         common = {"target_return": self.target, "horizon": settings.horizon, "episodes": settings.eval_episodes}
-        return {**common, **dict.fromkeys(("success_rate", "final_success_rate", "mean_return"))}
+        return {**common, **dict.fromkeys(ROLLED_OUT)}
 
     def roll_out(self) -> dict[str, Any]:
         """Roll out the trained network; what the metrics say about it.
 
-        It is rolled out merged: the same function in less than half the time.
+        It is rolled out merged, in fp32: the same function in less than half the time. On a GPU where it was trained on
+        one, which Lightning has taken it away from.
         """
         settings = self.settings
+        device = "cuda" if on_gpu(settings.accelerator) else self.module.device
         mode: Any = settings.mode
         result = evaluate(
-            merged(self.module).to(self.module.device),
+            merged(self.module).to(device),
             self.task,
             target_return=self.target,
             episodes=settings.eval_episodes,

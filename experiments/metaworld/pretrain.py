@@ -14,10 +14,10 @@ from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import CW10, MT40, POSITIONS, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.loggers import LOGGER_HELP, parse_loggers
+from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
 
 PLACE, RESULT = Role.PLACE, Role.RESULT
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.history import StepHistory
 from experiments.metaworld.pretrain import Settings
 from experiments.metaworld.training import fit, make_trainer
-from experiments.runner.lightning_runs import Divergence, trainer_precision
+from experiments.runner.lightning_runs import Divergence, check_devices, trainer_precision
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
-from experiments.runner.run_folder import RunFolder, Work, perform_or_report
+from experiments.runner.run_folder import RunFolder, Work, is_follower, perform_or_report
 from experiments.runner.settings import plain
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def build(settings: Settings) -> Work:
     Returns:
         The work to do in the run's folder, a function that returns the metrics.
     """
+    check_devices(settings.devices, settings.accelerator)
     check_loggers(parse_loggers(settings.logger))
     index = read_index(settings.data)
     for task in {*settings.tasks, *(settings.rollout_tasks or ())}:
@@ -69,7 +70,7 @@ def build(settings: Settings) -> Work:
         module.model.compile()
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        names = parse_loggers(settings.logger)
+        names = () if is_follower() else parse_loggers(settings.logger)
         with open_loggers(names, folder.path, settings.run_name, plain(settings)) as loggers:
             _LOGGER.info(
                 "%d tasks, %d training windows of %d steps, %.2fM parameters",
@@ -79,6 +80,8 @@ def build(settings: Settings) -> Work:
                 sum(p.numel() for p in module.parameters()) / 1e6,
             )
             metrics = _train(settings, folder, index, data, module, loggers)
+            if is_follower():
+                return metrics
             _save(settings, folder, data, module, metrics)
             _LOGGER.info("%s -> %s", headline(metrics), folder.path)
         return metrics

@@ -103,6 +103,9 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
         # without a success rate: finetune --eval-episodes 0
         if metrics.get("experiment") != EXPERIMENT or metrics.get("success_rate") is None:
             continue
+        if metrics.get("rho_tuned"):
+            # one line of the method, whatever tuning chose for each task and rank, as in the paper (section G)
+            metrics = {**metrics, "rho": None}
         key = tuple(metrics[name] for name in (*_GROUP, "task", "seed"))
         if key in found:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -36,8 +37,8 @@ class ValidationLosses(L.Callback):
     """Measure the loss on the held-out demonstrations after the steps asked for, 0 being the start of training.
 
     It is the module's loss over all windows of the data module's validation loader, in evaluation mode. Random states
-    and the module stay as they were. The losses travel in checkpoints. Lightning's own validation comes at regular
-    intervals only.
+    and the module stay as they were. The losses travel in checkpoints, and loggers get them. Lightning's own validation
+    comes at regular intervals only.
 
     Args:
         steps: Numbers of steps.
@@ -67,7 +68,10 @@ class ValidationLosses(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         if step in self.steps and all(row["updates"] != step for row in self.rows):
-            self.rows.append({"updates": step, "val_loss": validation_loss(trainer, pl_module)})
+            loss = validation_loss(trainer, pl_module)
+            self.rows.append({"updates": step, "val_loss": loss})
+            for logger in trainer.loggers:
+                logger.log_metrics({"val_loss": loss}, step=step)
 
 
 def validation_loss(trainer: L.Trainer, module: Any) -> float:
@@ -85,6 +89,7 @@ def make_trainer(
     *,
     max_steps: int,
     checkpoint_every: int,
+    checkpoint_minutes: float | None = None,
     progress: bool,
     callbacks: Sequence[L.Callback],
     devices: int = 1,
@@ -96,18 +101,22 @@ def make_trainer(
         folder: Checkpoints go into its ``checkpoints``.
         max_steps: Steps to train.
         checkpoint_every: Steps between checkpoints; 0 for none.
+        checkpoint_minutes: Least time between checkpoints, instead.
         progress: Show a progress bar, in a terminal.
         callbacks: All others.
         devices: Processes on this machine.
         options: Further arguments of the trainer.
     """
+    timed = None if checkpoint_minutes is None else timedelta(minutes=checkpoint_minutes)
     checkpoints = ModelCheckpoint(
         folder.checkpoints,
         filename="last",
-        every_n_train_steps=checkpoint_every,
+        every_n_train_steps=checkpoint_every if timed is None else None,
+        train_time_interval=timed,
         save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
+    keeps = checkpoint_every > 0 or timed is not None
     return L.Trainer(
         max_steps=max_steps,
         max_epochs=-1,
@@ -115,8 +124,8 @@ def make_trainer(
         use_distributed_sampler=False,
         devices=devices,
         plugins=[AtomicCheckpointIO(), *one_machine(devices)],
-        callbacks=[*callbacks, *([checkpoints] if checkpoint_every else [])],
-        enable_checkpointing=checkpoint_every > 0,
+        callbacks=[*callbacks, *([checkpoints] if keeps else [])],
+        enable_checkpointing=keeps,
         enable_progress_bar=progress and sys.stdout.isatty(),
         enable_model_summary=False,
         **options,

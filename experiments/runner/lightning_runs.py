@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.divergence import DivergenceCallback
+from eva_lightning.errors import InputError
 from eva_lightning.side_effects import rng_state, set_rng_state
 from eva_lightning.state import EVAState
 
@@ -50,6 +52,19 @@ def trainer_precision(precision: str, accelerator: str) -> str:
     if precision != "auto":
         return precision
     return "bf16-mixed" if on_gpu(accelerator) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def check_devices(devices: int, accelerator: str) -> None:
+    """Lightning starts as many processes as it is told to on a CPU, and they never end.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    there = torch.cuda.device_count() if on_gpu(accelerator) else os.cpu_count() or 1
+    if devices > there:
+        kind = "GPUs" if on_gpu(accelerator) else "CPU cores"
+        message = f"devices must be at most the {there} {kind} of this machine, got {devices}"
+        raise InputError(message, setting="devices")
 
 
 class RandomState(L.Callback):

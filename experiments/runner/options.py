@@ -11,6 +11,9 @@ from experiments.runner.settings import Role, check_settings, option
 
 BACKENDS = ("local", "ray", "slurm")
 
+#: Lightning's, and auto: bf16-mixed on a GPU that can, else 32-true.
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:

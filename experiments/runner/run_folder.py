@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -236,6 +237,14 @@ class RunFolder:
             )
 
 
+def is_follower() -> bool:
+    """Whether this process was started by a run on several devices, to help with it: it trains and writes nothing.
+
+    Lightning starts the whole command again for each device but the first.
+    """
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Folder and metrics of every finished run below `folder`, at any depth, in order of their paths.
 
@@ -279,7 +288,7 @@ def perform(
         overwrite: Delete what an earlier run has left.
 
     Returns:
-        The metrics, which ``metrics.json`` holds from then on.
+        The metrics, which ``metrics.json`` holds from then on; of a process that only helps what the work gives it.
 
     Raises:
         InputError: `build` refuses, or the folder holds a run of other settings.
@@ -296,6 +305,9 @@ def _perform(folder: RunFolder, build: Callable[[], Work], terminal: bool, overw
     if found is not None:
         return found
     work = _built(folder, build)
+    if is_follower():
+        with _interruptible():
+            return dict(work(folder))
     with folder.lock():
         # another process may have done it meanwhile
         found = None if overwrite else folder.result()
@@ -316,6 +328,8 @@ def perform_or_report(
     """:func:`perform` for a command: a finished run is reported, not repeated; an interrupted one is resumed."""
     folder.refuse_others()
     found = None if overwrite else folder.result()
+    if found is not None and is_follower():
+        return found
     if found is not None:
         print(f"{folder.path} is finished already (--overwrite runs it again): {headline(found)}")
         if found.get("diverged"):

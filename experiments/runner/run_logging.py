@@ -19,9 +19,13 @@ class RunLogging(L.Callback):
     - at the start: number of trained parameters and, with EVA, :func:`eva_summary`;
     - after every epoch: ``lr`` (the highest of all parameter groups, after the last step) and ``epoch_seconds``;
     - after testing: ``hp/test_accuracy`` and ``hp/test_loss`` in TensorBoard's table of hyper-parameters.
+
+    Args:
+        epochs: Log what is logged after every epoch; of no use where steps are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epochs: bool = True) -> None:
+        self._epochs = epochs
         self._started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -40,7 +44,7 @@ class RunLogging(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log rate and time in the row of the epoch's means."""
-        if trainer.loggers:
+        if trainer.loggers and self._epochs:
             pl_module.log("lr", max(group["lr"] for group in trainer.optimizers[0].param_groups))
             pl_module.log("epoch_seconds", time.perf_counter() - self._started)
 

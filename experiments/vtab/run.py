@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from dataclasses import replace
@@ -20,7 +19,6 @@ from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.checkpoint_io import AtomicCheckpointIO
-from eva_lightning.errors import InputError
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.state import EVAState
 from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
@@ -33,10 +31,18 @@ from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA, module_options
-from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state, fit, on_gpu, trainer_precision
+from experiments.runner.lightning_runs import (
+    Divergence,
+    check_devices,
+    eva_metrics,
+    eva_state,
+    fit,
+    on_gpu,
+    trainer_precision,
+)
 from experiments.runner.loggers import open_loggers, parse_loggers
 from experiments.runner.one_machine import one_machine
-from experiments.runner.run_folder import RunFolder, Work
+from experiments.runner.run_folder import RunFolder, Work, is_follower
 from experiments.runner.run_logging import RunLogging
 from experiments.runner.settings import Role, identity, plain
 from experiments.vtab.checkpoints import EpochCheckpoints
@@ -76,7 +82,7 @@ def assemble(settings: Settings) -> Parts:
     Raises:
         MissingInputError, InputError, UnreachableError: As :func:`build`.
     """
-    _check_devices(settings)
+    check_devices(settings.devices, settings.accelerator)
     options = settings.adapter_options()
     weights = resolve_weights(resolve_model(settings.model), settings.weights)
     data = _data(settings, settings.split)
@@ -152,7 +158,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     adapter = f"-r{settings.rank}" if settings.key.adapts else ""
     group = f"{settings.task}-{settings.model}-{settings.method}{adapter}-lr{settings.lr:g}"
     tags = (settings.task, settings.model, settings.method, settings.split)
-    names = parse_loggers(settings.logger)
+    names = () if is_follower() else parse_loggers(settings.logger)
     with open_loggers(names, folder.path, settings.run_name, plain(settings), group=group, tags=tags) as loggers:
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
@@ -177,6 +183,8 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         "device": str(trainer.strategy.root_device),
         **diverged,
     }
+    if is_follower():
+        return metrics
     if settings.save_adapter and not diverged:
         _save_adapter(settings, parts, folder.path)
     if settings.plots:
@@ -289,12 +297,3 @@ def _figures(settings: Settings, parts: Parts, history: EpochHistory) -> dict[st
         if any(len(curve) > 1 for curve in state.convergence.values()):
             figures["convergence"] = plots.convergence(state.convergence, tau=settings.tau, title=title)
     return figures
-
-
-def _check_devices(settings: Settings) -> None:
-    """Lightning starts as many processes as it is told to on a CPU, and they never end."""
-    there = torch.cuda.device_count() if on_gpu(settings.accelerator) else os.cpu_count() or 1
-    if settings.devices > there:
-        kind = "GPUs" if on_gpu(settings.accelerator) else "CPU cores"
-        message = f"devices must be at most the {there} {kind} of this machine, got {settings.devices}"
-        raise InputError(message, setting="devices")

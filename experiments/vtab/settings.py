@@ -22,12 +22,12 @@ from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
 from experiments.runner.command import SettingsCommand
 from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
+from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
 
 if TYPE_CHECKING:
     from eva_lightning.methods.apply import AdapterOptions
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 PLACE, RESULT, INITIALISATION, PER_RUN = Role.PLACE, Role.RESULT, Role.INITIALISATION, Role.PER_RUN
 

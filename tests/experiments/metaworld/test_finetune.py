@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from eva_lightning.methods import METHODS, method_names
 from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from eva_lightning.sealed import read_sealed_json
 from eva_lightning.state import EVAState
@@ -18,6 +22,7 @@ from experiments.metaworld import evaluate, finetune, finetune_run, table
 from experiments.metaworld.finetune_run import build, prepare
 from experiments.runner.run_folder import RunFolder, perform
 from experiments.runner.settings import Role, identity
+from tests.paths import ROOT
 
 TASK = "handle-press-side-v3"
 
@@ -153,6 +158,102 @@ def test_a_run_alone_is_that_of_the_command_and_leaves_what_is_asked_for(root: P
     assert finetune.parse([f"--config={folder.path / 'config.yaml'}"]) == settings
 
 
+def test_mixed_precision_starts_eva_rolls_out_and_resumes_bit_for_bit(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--precision=bf16-mixed", "--checkpoint-every=2", "--dropout=0.1", "--bias=all")
+    (whole,) = finetune.main(command(root, "eva", "--name=bf16", *more))
+    assert whole["precision"] == "bf16-mixed"
+    assert len(whole["returns"]) == 1
+    (single,) = finetune.main(command(root, "eva", "--name=fp32", *more, "--precision=32-true"))
+    losses = [[row["val_loss"] for row in metrics["val_loss"]] for metrics in (whole, single)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    # in another precision, not the same numbers under another name
+    assert losses[0] != losses[1]
+    assert sum(whole["ranks"].values()) == sum(single["ranks"].values())
+
+    steps, original = iter(range(100)), DecisionTransformerModule.training_step
+
+    def power_cut(self: DecisionTransformerModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if next(steps) == 5:
+            raise RuntimeError("power cut")
+        return original(self, batch, batch_idx)
+
+    line = command(root, "eva", "--name=bf16-cut", *more)
+    with monkeypatch.context() as patched:
+        patched.setattr(DecisionTransformerModule, "training_step", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            finetune.main(line)
+    capsys.readouterr()
+    (resumed,) = finetune.main(line)
+    assert "resuming from" in capsys.readouterr().out
+    assert resumed["val_loss"] == whole["val_loss"]
+    assert resumed["returns"] == whole["returns"]
+    weights = [read_checkpoint(root / "runs" / f"{n}-0" / "weights.ckpt")["state_dict"] for n in ("bf16", "bf16-cut")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert {value.dtype for value in weights[0].values()} == {torch.float32}
+    # another precision is another run
+    assert finetune.command_line([*line, "--precision=32-true"]) == 2
+    assert "holds another run, with precision=bf16-mixed (now 32-true)" in capsys.readouterr().err
+
+
+def test_loggers_get_the_curves_the_ranks_and_the_result(root: Path) -> None:
+    (metrics,) = finetune.main(command(root, "eva", "--name=logged", "--logger=csv,tensorboard"))
+    (file,) = (root / "runs" / "logged-0" / "csv").glob("*/metrics.csv")
+    rows = pd.read_csv(file)
+    losses = rows.dropna(subset="val_loss")
+    assert dict(zip(losses["step"], losses["val_loss"], strict=True)) == pytest.approx(
+        {row["updates"]: row["val_loss"] for row in metrics["val_loss"]}
+    )
+    found = {name: rows[name].dropna().tolist() for name in rows}
+    assert found["eva/rank_mean"] == [2.0]
+    assert found["success_rate"] == [metrics["success_rate"]]
+    assert found["final_success_rate"] == [metrics["final_success_rate"]]
+    assert found["mean_return"] == pytest.approx([metrics["mean_return"]])
+    assert len(found["train_loss"]) > 0
+    assert list((root / "runs" / "logged-0" / "tensorboard").glob("events*"))
+    # where a run logs to does not make it another
+    assert finetune.main(command(root, "eva", "--name=logged")) == [metrics]
+
+
+def test_checkpoints_may_come_by_time(root: Path) -> None:
+    finetune.main(command(root, "lora", "--name=timed", "--checkpoint-minutes=0", "--save=false"))
+    # after the last step and, as no time has to pass, after those before it
+    folder = root / "runs" / "timed-0" / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
+    assert torch.load(folder / "last.ckpt.previous", weights_only=True)["global_step"] in (5, 6)
+
+
+def test_settings_that_came_later_leave_the_identity_of_older_runs_alone() -> None:
+    older = finetune.Settings(task=("push-v3",), init="x", checkpoint_every=7, logger="csv")
+    assert RunFolder("x", older).id == "4cdecd1af9f6d225"
+    changed = [{"precision": "bf16-mixed"}, {"devices": 2}, {"min_lr": 1e-5}, {"gradient_clip": 1.0}]
+    ids = {RunFolder("x", replace(older, **change)).id for change in changed}  # type: ignore[arg-type]
+    assert len(ids - {"4cdecd1af9f6d225"}) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch_and_one_of_them_writes(root: Path) -> None:
+    more = ("--dropout=0", "--logger=csv", "--batch-size=8")
+    line = command(root, "eva", "--name=two", "--devices=2", *more, seeds=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.metaworld", "finetune", *line],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = finetune.main(command(root, "eva", "--name=one", *more, seeds=2))
+    for seed, expected in enumerate(alone):
+        folder = root / "runs" / f"two-{seed}"
+        metrics = read_sealed_json(folder / "metrics.json")
+        losses = [[row["val_loss"] for row in found["val_loss"]] for found in (metrics, expected)]
+        # the same windows in every step, the mean of two halves' means: equal up to padding's weight
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+        assert len(metrics["returns"]) == 1
+        assert len(list((folder / "csv").iterdir())) == 1
+    assert done.stdout.count("-> ") == 2
+
+
 def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (metrics,) = finetune.main(command(root, "lora", "--name=high", "--target-return=9000"))
     assert metrics["target_return"] == 9000
@@ -172,6 +273,11 @@ def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pyt
         ("--rank=0", "--rank must be a whole number of at least 1, got 0"),
         ("--val-at=2,x", "--val-at must be a list, each item a whole number, got"),
         ("--head=heads", "unknown head 'heads'"),
+        ("--devices=99999", "--devices must"),
+        ("--devices=3", "--devices must divide batch_size 8, got 3"),
+        ("--precision=bf16", "unknown precision 'bf16'"),
+        ("--logger=csv,tensorbord", "unknown logger 'tensorbord': did you mean tensorboard"),
+        ("--min-lr=-1", "--min-lr must be a number of at least 0, got -1"),
     ],
 )
 def test_bad_input_is_one_sentence(change: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
