@@ -16,6 +16,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
+from eva_lightning.rl.protocol import PROTOCOLS
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
@@ -42,6 +43,10 @@ class Settings:
     init: str = option(
         MISSING, "checkpoint of the pre-trained model, made by the pretrain command", RESULT,
         identity=checkpoint_identity,
+    )  # fmt: skip
+    protocol: str | None = option(
+        None, "to make sure that init was pre-trained by it, which always decides: default or l2m", RESULT,
+        choices=PROTOCOLS, omit_default=True,
     )  # fmt: skip
     method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
     rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)

@@ -24,11 +24,12 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.protocol import Protocol, check_protocol, get_protocol, protocol_of
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
-from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
+from experiments.metaworld.training import About, ValidationLosses, fit, log_differences, make_trainer
 from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
@@ -78,6 +79,7 @@ def build(settings: Settings) -> Work:
         target = data.max_return[task] if settings.target_return is None else settings.target_return
         warn_of_target(task, target, data.mean_return[task])
         run = _Run(settings, task, module, data, callbacks, target)
+        log_differences(run.protocol)
         metrics = {**run.described(), **run.train(folder)}
         # weights that are NaN act on nothing, and cannot be merged
         diverged = "diverged" in metrics
@@ -97,7 +99,10 @@ def _load(settings: Settings) -> DecisionTransformerModule:
         "warmup_steps": settings.warmup_steps, "dropout": settings.dropout, "context": settings.context,
     }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
-    return DecisionTransformerModule.from_pretrained(settings.init, **given)
+    module = DecisionTransformerModule.from_pretrained(settings.init, **given)
+    if settings.protocol is not None:
+        check_protocol(get_protocol(settings.protocol), module.hparams, settings.init)
+    return module
 
 
 def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Callback]:
@@ -136,12 +141,18 @@ class _Run:
     target: float
 
     @property
+    def protocol(self) -> Protocol | None:
+        """The checkpoint's, which fine-tuning keeps; None for one without a name."""
+        return protocol_of(self.module.hparams)
+
+    @property
     def about(self) -> dict[str, Any]:
         """What checkpoints say of where they come from."""
         settings = self.settings
         return {
             "tasks": [self.task], "method": settings.method, "init": settings.init, "seed": settings.seed,
             "max_return": {self.task: self.target}, "mean_return": self.data.mean_return,
+            "protocol": self.protocol and self.protocol.name,
         }  # fmt: skip
 
     def described(self) -> dict[str, Any]:
@@ -155,6 +166,7 @@ class _Run:
             "rho": settings.key.rho,
             "seed": settings.seed,
             "init": settings.init,
+            "protocol": self.protocol and self.protocol.name,
             "lr": settings.lr,
             "max_steps": settings.max_steps,
             "batch_size": settings.batch_size,
