@@ -61,6 +61,33 @@ class Protocol:
 
 DEFAULT = Protocol("default")
 
+#: What ``ml-jku/L2M`` does otherwise than this project under :data:`L2M`.
+_L2M_DIFFERENCES = """
+positions: L2M adds an embedding of the episode's time step before the first LayerNorm, and its flag for global
+positions adds the table of places to it; the EVA paper says global position embedding, and --positions global is
+that table alone
+
+windows: L2M draws the first step of a window, so that windows at an episode's end are short, and pads on the left;
+here the last step is drawn, windows at the start are short, and padding is on the right
+
+learning rate: after the warm-up L2M's cosine has the period of all steps, so that training ends before its minimum;
+here min_lr is reached at the last step. L2M's own fine-tuning has no warm-up and no decay
+
+precision: L2M trains in fp16 with a scaled loss; here it is bf16-mixed on a GPU and fp32 on a CPU, or --precision
+
+loss: L2M's released configurations train on discretised actions by cross-entropy; the EVA paper minimises the mean
+squared error, which is also L2M's loss for continuous actions, and is taken here
+
+target return: L2M has a table of target returns by task; here it is the largest return of the training episodes at
+hand, as the EVA paper says
+
+evaluation: in L2M's code every episode after the first begins with a state of zeros in place of its first
+observation, and every episode draws a goal of its own; here there are 50 numbered goals. L2M evaluates in 10
+episodes: --eval-episodes 10
+
+simulator: metaworld at commit 18118a2 with MuJoCo 2.0 there, metaworld 3 with reward version v2 here
+"""
+
 L2M = Protocol(
     name="l2m",
     action_tanh=True,
@@ -70,35 +97,7 @@ L2M = Protocol(
     state_first=True,
     exact_gelu=True,
     decay_weights_only=True,
-    differences=(
-        (
-            "positions: L2M adds an embedding of the episode's time step before the first LayerNorm, and its flag for "
-            "global positions adds the table of places to it; the EVA paper says global position embedding, and "
-            "--positions global is that table alone"
-        ),
-        (
-            "windows: L2M draws the first step of a window, so that windows at an episode's end are short, and pads on the "
-            "left; here the last step is drawn, windows at the start are short, and padding is on the right"
-        ),
-        (
-            "learning rate: after the warm-up L2M's cosine has the period of all steps, so that training ends before its "
-            "minimum; here min_lr is reached at the last step. L2M's own fine-tuning has no warm-up and no decay"
-        ),
-        "precision: L2M trains in fp16 with a scaled loss; here bf16-mixed on a GPU, fp32 on a CPU (--precision)",
-        (
-            "loss: L2M's released configurations train on discretised actions by cross-entropy; the EVA paper minimises "
-            "the mean squared error, which is also L2M's loss for continuous actions, and is taken here"
-        ),
-        (
-            "target return: L2M has a table of target returns by task; here it is the largest return of the "
-            "training episodes at hand, as the EVA paper says"
-        ),
-        (
-            "evaluation: in L2M's code every episode after the first begins with a state of zeros in place of its first "
-            "observation, and every episode draws a goal of its own; here there are 50 numbered goals"
-        ),
-        "simulator: metaworld at commit 18118a2 with MuJoCo 2.0 there, metaworld 3 with reward version v2 here",
-    ),
+    differences=tuple(" ".join(each.split()) for each in _L2M_DIFFERENCES.split("\n\n")),
 )
 
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (DEFAULT, L2M)}
