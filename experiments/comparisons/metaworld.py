@@ -18,6 +18,7 @@ from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.rl.tasks import parse_tasks
 from experiments.comparisons.settings import MethodSettings
 from experiments.metaworld import finetune
+from experiments.metaworld.success import DEFINITIONS, HEADLINE
 from experiments.runner.command import SettingsCommand
 from experiments.runner.jobs import Phase
 from experiments.runner.settings import Role, option
@@ -42,7 +43,13 @@ class Settings(MethodSettings):
     val_at: tuple[int, ...] = option(
         (10, 25, 50, 150, 500), "steps after which the validation loss is noted", Role.RESULT
     )
-    eval_episodes: int = option(50, "episodes rolled out at the end of each run; 0 for none", Role.RESULT)
+    eval_episodes: int = option(
+        50, "episodes rolled out at the end of each run; 0 for none (the paper: 10)", Role.RESULT
+    )
+    success: str = option(
+        HEADLINE.name, "definition of success that leads in the report, which has both: any (step) or final",
+        Role.SELECTION, choices=DEFINITIONS,
+    )  # fmt: skip
     horizon: int = option(200, "steps of an evaluation episode, at most 500", Role.RESULT)
     tune: bool = option(True, "tune learning rates that rates does not name; false: all must be named", Role.SELECTION)
     grid: tuple[float, ...] = option(

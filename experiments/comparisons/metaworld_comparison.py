@@ -20,6 +20,7 @@ from experiments.comparisons.report import REPORT_FILES
 from experiments.comparisons.settings import method_cells
 from experiments.comparisons.timing import single_thread, step_seconds
 from experiments.metaworld import finetune_run
+from experiments.metaworld.measures import success_text
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase
@@ -84,8 +85,7 @@ class MetaWorld(Comparison):
         return (math.log(metrics["val_loss"][-1]["val_loss"]),)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        rate = metrics["success_rate"]
-        success = "" if rate is None else f", success {rate:.2f}"
+        success = "" if metrics["success_rate"] is None else f", success: {success_text(metrics)}"
         return f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f}{success}"
 
     def seconds(self) -> Callable[[Job], float]:

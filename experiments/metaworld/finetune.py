@@ -75,7 +75,9 @@ class Settings:
         (10, 25, 50, 150, 500), "steps after which the validation loss is measured", RESULT, at_least=0
     )
     target_return: float | None = option(None, "return to ask for; none: the largest of the data", RESULT)
-    eval_episodes: int = option(50, "episodes rolled out at the end; 0 for none", RESULT, at_least=0)
+    eval_episodes: int = option(
+        50, "episodes rolled out at the end; 0 for none (the paper: 10, and 3 seeds)", RESULT, at_least=0
+    )
     eval_seed: int = option(0, "seed of the evaluation goals, in every run", RESULT, at_least=0, below=MAX_SEED)
     mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)

@@ -28,7 +28,8 @@ from eva_lightning.rl.protocol import Protocol, check_protocol, get_protocol, pr
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
-from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
+from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, success_text, warn_of_target
+from experiments.metaworld.success import PAPER_NOTE
 from experiments.metaworld.training import About, ValidationLosses, fit, log_differences, make_trainer
 from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
@@ -231,6 +232,7 @@ class _Run:
             "final_success_rate": result.final_success_rate,
             "mean_return": result.mean_return,
             "successes": result.successes.tolist(),
+            "final_successes": result.final_successes.tolist(),
             "returns": result.returns.tolist(),
             "rollout_seconds": result.seconds,
             "rollout_steps": result.steps,
@@ -263,23 +265,23 @@ def headline(metrics: Mapping[str, Any]) -> str:
     text += f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f} after {metrics['max_steps']} steps"
     if metrics["success_rate"] is None:
         return text
-    success = success_range(metrics["successes"]).text(2)
     return (
-        f"{text}, success {success} (at any step; at the last step {metrics['final_success_rate']:.2f}; "
-        f"{EPISODE_BRACKETS}), return {Interval.of(metrics['returns']).text(0)} over {metrics['episodes']} episodes"
+        f"{text}, success: {success_text(metrics)} ({EPISODE_BRACKETS}), "
+        f"return {Interval.of(metrics['returns']).text(0)} over {metrics['episodes']} episodes"
     )
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """One line per task: means and intervals over seeds."""
-    lines = []
+    lines, rolled_out = [], False
     for task in dict.fromkeys(result["task"] for result in results):
         runs = [result for result in results if result["task"] == task]
         label = MethodKey(runs[0]["method"], runs[0]["rho"]).label
         losses = Interval.of([run["val_loss"][-1]["val_loss"] for run in runs])
         text = f"{task}, {label}, {len(runs)} seeds: validation loss {losses.text(4)}"
         if runs[0]["success_rate"] is not None:
-            text += f", success {Interval.of([run['success_rate'] for run in runs]).text(2)}"
+            rolled_out = True
+            text += f", success: {rates_text(runs)}"
             text += f", return {Interval.of([run['mean_return'] for run in runs]).text(0)}"
         lines.append(text)
-    return "\n".join([*lines, PLUS_MINUS])
+    return "\n".join([*lines, PLUS_MINUS, *([PAPER_NOTE] if rolled_out else [])])
