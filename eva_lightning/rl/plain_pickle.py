@@ -8,10 +8,12 @@ the bytes that the file has for it.
 from __future__ import annotations
 
 import collections
+import io
 import math
 import pickle
+import pickletools
 import re
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,14 +136,28 @@ class _Unpickler(pickle.Unpickler):
         raise InputError("parts of it lie in another file")
 
 
-def load_pickle(stream: BinaryIO) -> Any:
+def _check_sizes(data: bytes) -> None:
+    """Refuse what makes the parser allocate more than the file has: arguments that are cut off, and places in its
+    memory that no pickle of this length uses.
+
+    Raises:
+        InputError: A place is too far away.
+        Exception: An argument is cut off: whatever pickletools raises.
+    """
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name.endswith("PUT") and int(argument) > number:
+            raise InputError("it refers to a place that is not in it")
+
+
+def load_pickle(data: bytes) -> Any:
     """The arrays and plain containers of a pickle; objects of all other classes are :class:`Inert`.
 
     Raises:
         InputError: It holds arrays of other things than numbers, or that have more or fewer bytes than their shape.
         Exception: It is damaged: whatever pickle raises.
     """
-    return _Unpickler(stream).load()
+    _check_sizes(data)
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 def array_of(value: Any) -> npt.NDArray[Any]:

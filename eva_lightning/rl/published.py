@@ -185,7 +185,7 @@ def _parsed(name: str, data: bytes) -> Steps:
     if name.endswith(".hdf5"):
         with h5py.File(io.BytesIO(data), "r") as file:
             return _steps({each: _read_dataset(file[each], len(data)) for each in file if each in _WANTED})
-    found = load_pickle(io.BytesIO(data))
+    found = load_pickle(data)
     if isinstance(found, list | tuple):
         return _concatenated([_steps(_arrays(each)) for each in found])
     if isinstance(found, Inert) and "pos" in vars(found):
