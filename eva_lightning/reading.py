@@ -14,11 +14,12 @@ import math
 import os
 import stat
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from eva_lightning.errors import InputError, InputTypeError, MissingInputError
 from eva_lightning.files import format_bytes, is_disk_full
@@ -150,6 +151,7 @@ def parse_json(text: str, path: str | os.PathLike[str], remedy: str = "", *, non
 
 def typed(kind: type[T], document: Any, path: str | os.PathLike[str]) -> T:
     """An object of the dataclass `kind` from a JSON mapping in `path`; keys that it has no field for are passed over.
+    A field with a default may be missing: files from before it have none.
 
     Raises:
         InputError: No mapping, a field is missing or of another type.
@@ -161,6 +163,8 @@ def typed(kind: type[T], document: Any, path: str | os.PathLike[str]) -> T:
     hints = _hints(kind)
     for item in fields(kind):
         if item.name not in document:
+            if item.default is not MISSING:
+                continue
             raise InputError(f"{os.fspath(path)} is damaged: {item.name} is missing")
         value = document[item.name]
         if not _fits(value, hints[item.name]):
@@ -177,8 +181,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type: text, a number, true or false, or a list or mapping of these."""
+    """Whether a JSON value is of a type: text, a number, true or false, none, or a list or mapping of these."""
     origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(value is None if part is type(None) else _fits(value, part) for part in inside)
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(_fits(entry, inside[1]) for entry in value.values())
     if origin is tuple:

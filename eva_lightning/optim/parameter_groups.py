@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ def parameter_groups(
     *,
     multipliers: Iterable[Multiplier | None] = (),
     decay_matrices_only: bool = False,
+    decays: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """An optimizer's groups ``{"params", "lr", "weight_decay"}``, one per pair of values, in order of appearance.
 
@@ -34,6 +35,7 @@ def parameter_groups(
         multipliers: Their product is the factor on `lr`; 0 keeps the parameter where it is, None is a factor of 1.
         decay_matrices_only: No weight decay on parameters of one dimension or none (biases, norms, LayerScale, DoRA's
             magnitudes).
+        decays: Names of the parameters that weight decay is for; None for all.
 
     Raises:
         InputError: A multiplier gives a negative number or NaN; names the parameter.
@@ -48,10 +50,21 @@ def parameter_groups(
             factor *= multiplier(name)
         if not factor >= 0:
             raise InputError(f"the learning-rate multiplier of {name} must be at least 0, got {factor}")
-        decay = 0.0 if decay_matrices_only and parameter.ndim <= 1 else weight_decay
+        exempt = (decay_matrices_only and parameter.ndim <= 1) or (decays is not None and name not in decays)
+        decay = 0.0 if exempt else weight_decay
         empty = {"params": [], "lr": lr * factor, "weight_decay": decay}
         groups.setdefault((factor, decay), empty)["params"].append(parameter)
     return list(groups.values())
+
+
+def linear_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of linear layers: those that minGPT, and ``get_optim_groups`` of ``ml-jku/L2M``, decay.
+
+    All else is left out: biases, norms, embedding tables, and parameters that no such layer holds.
+    """
+    return frozenset(
+        f"{name}.weight" if name else "weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)
+    )
 
 
 def layer_decay(model: nn.Module, factor: float) -> dict[str, float]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.rl.tasks import POSITIONS
 
-#: Tokens of one step of a trajectory, in this order; the action is predicted at the state's token.
+#: Tokens of one step of a trajectory, in this order, or with the first two the other way round.
 MODALITIES = ("return", "state", "action", "reward")
 TOKENS_PER_STEP = len(MODALITIES)
-STATE_TOKEN = MODALITIES.index("state")
+#: The token at which the action is predicted: it has seen its step's return-to-go and state, in either order.
+ACTING_TOKEN = 1
 
 #: A dimension of the state that varies less than this is divided by this: goals and gripper fingers of a task may be
 #: nearly constant, and dividing by their standard deviation would blow up noise.
@@ -105,12 +106,14 @@ class Block(nn.Module):
         width: Features of a token.
         heads: Attention heads; divides `width`.
         dropout: Dropout on attention weights and on both residual branches.
+        exact_gelu: GELU itself; GPT-2's approximation by tanh otherwise.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, exact_gelu: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.gelu = "none" if exact_gelu else "tanh"
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -158,7 +161,7 @@ class Block(nn.Module):
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         attended = attended.transpose(1, 2).reshape(x.shape)  # (B, heads, T, head_dim) -> (B, T, width)
         x = x + F.dropout(self.proj(attended), self.dropout, self.training)  # (B, T, width)
-        hidden = F.gelu(self.fc1(self.norm2(x)), approximate="tanh")  # (B, T, 4 width)
+        hidden = F.gelu(self.fc1(self.norm2(x)), approximate=self.gelu)  # (B, T, 4 width)
         return x + F.dropout(self.fc2(hidden), self.dropout, self.training)  # (B, T, width)
 
 
@@ -166,7 +169,7 @@ class DecisionTransformer(nn.Module):
     """A GPT-2-like network that predicts a step's action from the returns-to-go, states, actions and rewards so far.
 
     A step is four tokens, in the order return-to-go, state, action, reward, each embedded by a linear layer of its own;
-    the action is read off the state's token, which has seen the whole past but not its own action. Padding follows the
+    the action is read off the second token, which has seen the whole past but not its own action. Padding follows the
     real steps, so the causal mask alone keeps it from them: no other mask is needed, and flash attention serves
     wherever torch has it. Inputs are normalised already (:class:`Normalisation`).
 
@@ -197,6 +200,7 @@ class DecisionTransformer(nn.Module):
         dropout: Dropout on embeddings, attention weights and residual branches.
         positions: ``"global"`` (place of the token in the window) or ``"timestep"`` (step of the episode).
         max_timesteps: Steps of the longest episode; used by ``"timestep"``.
+        action_tanh, state_first, exact_gelu: See :class:`~eva_lightning.rl.protocol.Protocol`.
 
     Raises:
         InputError: A size is below 1, `heads` does not divide `width`, or `dropout` is not in [0, 1).
@@ -213,6 +217,9 @@ class DecisionTransformer(nn.Module):
         dropout: float = 0.2,
         positions: str = "global",
         max_timesteps: int = 500,
+        action_tanh: bool = False,
+        state_first: bool = False,
+        exact_gelu: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -228,13 +235,14 @@ class DecisionTransformer(nn.Module):
         self.state_dim, self.action_dim = state_dim, action_dim
         self.width, self.heads, self.context, self.dropout = width, heads, context, dropout
         self.positions = positions
+        self.action_tanh, self.state_first = action_tanh, state_first
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
         self.embed_action = nn.Linear(action_dim, width)
         self.embed_reward = nn.Linear(1, width)
         self.embed_norm = nn.LayerNorm(width)
         self.embed_position = nn.Embedding(TOKENS_PER_STEP * context if positions == "global" else max_timesteps, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, exact_gelu) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.predict_action = nn.Linear(width, action_dim)
         self._initialise()
@@ -278,20 +286,27 @@ class DecisionTransformer(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)  # (B, 4K, width)
-        x = self.norm(x[:, STATE_TOKEN::TOKENS_PER_STEP])  # (B, K, width), the states' tokens
-        predicted: Tensor = self.predict_action(x)  # (B, K, action_dim)
+        predicted = self._action(x[:, ACTING_TOKEN::TOKENS_PER_STEP])  # (B, K, action_dim)
         return predicted if mask is None else predicted * mask.unsqueeze(-1)
 
     def embed_steps(self, states: Tensor, actions: Tensor, rewards: Tensor, returns_to_go: Tensor) -> Tensor:
         """Tokens ``(B, K, 4, width)`` of ``K`` steps, not yet placed."""
-        tokens = (
+        known = (
             self.embed_return(returns_to_go.unsqueeze(-1)),  # (B, K) -> (B, K, width)
             self.embed_state(states),  # (B, K, state_dim) -> (B, K, width)
+        )
+        tokens = (
+            *(known[::-1] if self.state_first else known),
             self.embed_action(actions),  # (B, K, action_dim) -> (B, K, width)
             self.embed_reward(rewards.unsqueeze(-1)),  # (B, K) -> (B, K, width)
         )
         embedded: Tensor = self.embed_norm(torch.stack(tokens, dim=2))  # (B, K, 4, width)
         return embedded
+
+    def _action(self, x: Tensor) -> Tensor:
+        """From tokens ``(..., width)`` behind the last block to actions ``(..., action_dim)``."""
+        predicted: Tensor = self.predict_action(self.norm(x))
+        return torch.tanh(predicted) if self.action_tanh else predicted
 
     def place(self, tokens: Tensor, timesteps: Tensor | None = None, start: int = 0) -> Tensor:
         """Add the position embedding to `tokens` ``(B, T, width)``, the first of which is token `start` of the window.
@@ -318,7 +333,7 @@ class DecisionTransformer(nn.Module):
         return KeyValueCache(make[::2], make[1::2])
 
     def act(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Action predicted at the last of the placed `tokens` ``(B, T, width)``, a state: ``(B, action_dim)``.
+        """Action predicted at the last of the placed `tokens` ``(B, T, width)``, a step's second: ``(B, action_dim)``.
 
         Equal to :meth:`forward` in evaluation mode at that token, with less work: behind the attention of the last
         layer there is only one token left.
@@ -333,8 +348,7 @@ class DecisionTransformer(nn.Module):
             assert isinstance(block, Block)
             x = block.extend(x, past, layer, last_only=layer == len(self.blocks) - 1)
         past.length += tokens.shape[1]
-        predicted: Tensor = self.predict_action(self.norm(x[:, -1]))  # (B, width) -> (B, action_dim)
-        return predicted
+        return self._action(x[:, -1])  # (B, width) -> (B, action_dim)
 
     def training_flops(self, batch_size: int, steps: int | None = None) -> float:
         """Floating-point operations of one training step (forward and backward), as model FLOP utilisation counts them.

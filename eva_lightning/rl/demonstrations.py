@@ -43,8 +43,9 @@ class TaskDemonstrations:
         actions: ``(N, T, 4)`` float32, as executed: in [-1, 1], with noise.
         expert_actions: ``(N, T, 4)`` float32, what the expert wanted at the same observation: in [-1, 1], no noise.
         rewards: ``(N, T)`` float32, for the action of the same step.
-        successes: ``(N, T)`` bool, whether the task was solved after the action of the same step.
-        goals: ``(N,)`` int64, numbers of the training goals.
+        successes: ``(N, T)`` bool, whether the task was solved after the action of the same step; ``(N, 0)`` where that
+            is not known.
+        goals: ``(N,)`` int64, numbers of the training goals; -1 for goals without a number.
     """
 
     task: str
@@ -69,7 +70,8 @@ class TaskDemonstrations:
         }
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
-            if array.shape != shape or array.dtype != dtype:
+            unknown = name == "successes" and array.shape == (n, 0)
+            if (array.shape != shape and not unknown) or array.dtype != dtype:
                 wanted = f"{np.dtype(dtype)} {shape}"
                 raise InputError(f"{self.task}: {name} must be {wanted}, got {array.dtype} {array.shape}")
 
@@ -87,9 +89,19 @@ class TaskDemonstrations:
         return self.rewards.sum(axis=1, dtype=np.float64)
 
     @property
+    def knows_success(self) -> bool:
+        """Whether it is known which steps were solved."""
+        return len(self) > 0 and self.successes.shape[1] > 0
+
+    @property
     def success_rate(self) -> float:
-        """Share of the episodes that were solved at any step."""
-        return float(self.successes.any(axis=1).mean()) if len(self) else float("nan")
+        """Share of the episodes that were solved at any step; NaN where it is not known."""
+        return float(self.successes.any(axis=1).mean()) if self.knows_success else float("nan")
+
+    @property
+    def final_success_rate(self) -> float:
+        """Share of the episodes that were solved at their last step; NaN where it is not known."""
+        return float(self.successes[:, -1].mean()) if self.knows_success else float("nan")
 
     def episodes(self, start: int = 0, stop: int | None = None) -> TaskDemonstrations:
         """Episodes `start` to `stop` (excluded), without copying them."""
@@ -110,11 +122,13 @@ class DemonstrationMeta:
         noise: Standard deviation of the Gaussian noise on the expert's actions.
         seed: Seed of goals and noise.
         versions: Package -> version that produced the first episode.
+        source: Where others' demonstrations were taken from; None for those of the scripted experts.
     """
 
     noise: float
     seed: int
     versions: Mapping[str, str] = field(default_factory=dict)
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +140,10 @@ class TaskEntry:
         sha256: Checksum of that file.
         episodes: Number of episodes.
         horizon: Steps per episode.
-        noise, seed, versions: See :class:`DemonstrationMeta`.
-        success_rate: Share of the episodes that were solved at any step.
+        noise, seed, versions, source: See :class:`DemonstrationMeta`.
+        success_rate: Share of the episodes that were solved at any step; None where it is not known.
         mean_return, max_return: Over the episodes, undiscounted.
+        final_success_rate: Share of the episodes that were solved at their last step; None where it is not known.
     """
 
     file: str
@@ -137,10 +152,12 @@ class TaskEntry:
     horizon: int
     noise: float
     seed: int
-    success_rate: float
+    success_rate: float | None
     mean_return: float
     max_return: float
     versions: Mapping[str, str]
+    final_success_rate: float | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -276,10 +293,12 @@ def write_task(folder: str | Path, demonstrations: TaskDemonstrations, meta: Dem
         horizon=demonstrations.horizon,
         noise=meta.noise,
         seed=meta.seed,
-        success_rate=demonstrations.success_rate,
+        success_rate=demonstrations.success_rate if demonstrations.knows_success else None,
         mean_return=float(returns.mean()),
         max_return=float(returns.max()),
         versions=dict(meta.versions),
+        final_success_rate=demonstrations.final_success_rate if demonstrations.knows_success else None,
+        source=meta.source,
     )
     with replacing(folder / name) as temporary:
         temporary.write_bytes(content)

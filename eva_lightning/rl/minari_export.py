@@ -54,9 +54,14 @@ def export_minari(
 
     Raises:
         MissingInputError: A task was not collected.
-        InputError: A file of demonstrations is damaged, or a task is unknown.
+        InputError: A file of demonstrations is damaged, a task is unknown, or its demonstrations were imported.
     """
     entries = [(resolve_task(task), index[resolve_task(task)]) for task in tasks]
+    for task, entry in entries:
+        if entry.source is not None:
+            raise InputError(
+                f"the demonstrations of {task} were imported from {entry.source}: they are not the expert's"
+            )
     root = Path(get_dataset_path() if path is None else path).resolve()
     root.mkdir(parents=True, exist_ok=True)
     steps = track(entries, "exporting to Minari", console=Console(stderr=True), transient=True, disable=not progress)
@@ -122,7 +127,8 @@ def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> 
             algorithm_name=f"{_ALGORITHM}, Gaussian noise {entry.noise:g}",
             description=(
                 f"Meta-World {demonstrations.task}, goal visible, reward v2, {entry.horizon} steps per episode; "
-                f"goals and noise of seed {entry.seed}; success rate {entry.success_rate:.3f} (solved at any step)."
+                f"goals and noise of seed {entry.seed}; success rate "
+                f"{demonstrations.success_rate:.3f} (solved at any step)."
             ),
             requirements=[f"{package}=={version}" for package, version in entry.versions.items()],
         )

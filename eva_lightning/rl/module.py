@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from eva_lightning.checkpoint_io import save_sealed
 from eva_lightning.errors import DamagedFileError, InputError, MissingInputError, check_number, unknown
 from eva_lightning.files import replacing
-from eva_lightning.optim.parameter_groups import parameter_groups
+from eva_lightning.optim.parameter_groups import linear_weights, parameter_groups
 from eva_lightning.optim.schedules import set_per_step, warmup_cosine
 from eva_lightning.reading import reading
 from eva_lightning.rl.decision_transformer import DecisionTransformer, Normalisation, token_mask
@@ -28,6 +28,8 @@ Batch = Mapping[str, Tensor]
 #: Hyper-parameters that say what the weights are for; a checkpoint cannot be used with others.
 ARCHITECTURE = ("state_dim", "action_dim", "width", "layers", "heads", "positions", "max_timesteps")
 NORMALISATION = ("state_mean", "state_std", "return_scale", "reward_scale")
+#: Hyper-parameters that change what weights mean, and that earlier checkpoints lack.
+CONVENTIONS = ("action_tanh", "state_first", "exact_gelu")
 
 
 class DecisionTransformerModule(L.LightningModule):
@@ -52,10 +54,11 @@ class DecisionTransformerModule(L.LightningModule):
             :class:`~eva_lightning.rl.decision_transformer.DecisionTransformer`.
         return_scale, reward_scale: Returns-to-go and rewards are divided by these.
         lr: Peak learning rate.
-        weight_decay: AdamW's weight decay, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter, or on weights of linear layers alone.
         warmup_steps: Steps of linear warm-up; at most a tenth of all steps, so that short runs have a decay.
         min_lr: Learning rate after the last step.
         gradient_clip: Largest norm of the gradient, where the trainer is given none; None for no clipping.
+        action_tanh, state_first, exact_gelu, decay_weights_only: See :class:`~eva_lightning.rl.protocol.Protocol`.
 
     Attributes:
         lr_multipliers: From a parameter's name in this module to a factor on its learning rate, or None. For methods to
@@ -85,6 +88,10 @@ class DecisionTransformerModule(L.LightningModule):
         warmup_steps: int = 4000,
         min_lr: float = 1e-6,
         gradient_clip: float | None = 0.25,
+        action_tanh: bool = False,
+        state_first: bool = False,
+        exact_gelu: bool = False,
+        decay_weights_only: bool = False,
     ) -> None:
         super().__init__()
         # plain floats: checkpoints are opened with weights_only=True
@@ -103,11 +110,13 @@ class DecisionTransformerModule(L.LightningModule):
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.min_lr = lr, weight_decay, min_lr
         self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
+        self.decay_weights_only = decay_weights_only
         self.lr_multipliers: Callable[[str], float] | None = None
         self.normalisation = Normalisation(state_mean, state_std, return_scale, reward_scale)
         self.model = DecisionTransformer(
-            state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps
-        )
+            state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps,
+            action_tanh, state_first, exact_gelu,
+        )  # fmt: skip
         self._validation: dict[int, MeanMetric] = {}
 
     @property
@@ -196,8 +205,9 @@ class DecisionTransformerModule(L.LightningModule):
         """AdamW over the trainable parameters and a learning rate set per step."""
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(self.warmup_steps, total // 10)
+        decays = linear_weights(self) if self.decay_weights_only else None
         groups = parameter_groups(
-            self.named_parameters(), self.lr, self.weight_decay, multipliers=[self.lr_multipliers]
+            self.named_parameters(), self.lr, self.weight_decay, multipliers=[self.lr_multipliers], decays=decays
         )
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         lowest = self.min_lr / self.lr
@@ -249,6 +259,10 @@ class DecisionTransformerModule(L.LightningModule):
         return module
 
 
+#: Hyper-parameters that earlier checkpoints lack, as they were then.
+_DEFAULTS = dict.fromkeys((*CONVENTIONS, "decay_weights_only"), False)
+
+
 def running_mean(device: torch.device) -> MeanMetric:
     """A weighted mean in double precision, which a NaN makes NaN: torchmetrics would leave it out by default."""
     mean = MeanMetric(nan_strategy=math.nan).to(device)
@@ -257,11 +271,12 @@ def running_mean(device: torch.device) -> MeanMetric:
 
 
 def _check_overrides(checkpoint: str | Path, hparams: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    known = {**_DEFAULTS, **hparams}
     for name, value in overrides.items():
-        if name not in hparams:
-            raise InputError(unknown("hyper-parameter", name, hparams))
-        if name in ARCHITECTURE and value != hparams[name]:
-            raise InputError(f"{checkpoint} is of another architecture: {name} must be {hparams[name]}, got {value}")
+        if name not in known:
+            raise InputError(unknown("hyper-parameter", name, known))
+        if name in (*ARCHITECTURE, *CONVENTIONS) and value != known[name]:
+            raise InputError(f"{checkpoint} is of another architecture: {name} must be {known[name]}, got {value}")
         if name in NORMALISATION and not _close(value, hparams[name]):
             raise InputError(
                 f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "

@@ -64,6 +64,11 @@ class Conditions:
             InputError: `folder` holds such demonstrations.
         """
         for task, entry in _entries(folder).items():
+            if entry.source is not None:
+                raise InputError(
+                    f"{folder} holds demonstrations of {task} that were imported from {entry.source}: choose another "
+                    "folder for those of the scripted experts"
+                )
             for name in ("noise", "seed", "horizon"):
                 there, now = getattr(entry, name), getattr(self, name)
                 if there != now:

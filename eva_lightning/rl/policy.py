@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from eva_lightning.errors import InputError, check_choice, check_number
-from eva_lightning.rl.decision_transformer import STATE_TOKEN, TOKENS_PER_STEP, KeyValueCache
+from eva_lightning.rl.decision_transformer import ACTING_TOKEN, TOKENS_PER_STEP, KeyValueCache
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.tasks import MODES
 
 Mode = Literal["exact", "streaming"]
 
 #: Tokens of a step that are known when its action is wanted: return-to-go and state.
-_KNOWN = STATE_TOKEN + 1
+_KNOWN = ACTING_TOKEN + 1
 
 
 class DecisionTransformerPolicy:

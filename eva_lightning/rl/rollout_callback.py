@@ -25,11 +25,11 @@ _LOGGER = logging.getLogger(__name__)
 class RolloutCallback(L.Callback):
     """Roll the module out in Meta-World whenever it is validated, at most every `every_n_steps` updates.
 
-    Logged are ``rollout/<task>/success`` (share of the episodes solved at any step), ``rollout/<task>/return``, and
-    with several tasks their means ``rollout/success`` and ``rollout/return``. Videos go, as GIF, to a WandbLogger
-    (online or offline) and a TensorBoardLogger, if the trainer has one. Training is not affected:
-    the module's modes, its weights and every random state stay. With several devices the first one rolls out. Where
-    MuJoCo cannot render, a warning names what to install and the rest works.
+    Logged are ``rollout/<task>/success`` (share of the episodes solved at any step), ``rollout/<task>/final_success``
+    (at the last step), ``rollout/<task>/return``, and with several tasks their means ``rollout/success`` and so on.
+    Videos go, as GIF, to a WandbLogger (online or offline) and a TensorBoardLogger, if the trainer has one. Training is
+    not affected: the module's modes, its weights and every random state stay. With several devices the first one rolls
+    out. Where MuJoCo cannot render, a warning names what to install and the rest works.
 
     Example::
 
@@ -117,14 +117,17 @@ class RolloutCallback(L.Callback):
             target = self.target_returns[task]
             result = evaluate(pl_module, task, target_return=target, video_episodes=film, **self._options)
             self.results[task] = result
-            values[f"rollout/{task}/success"] = result.success_rate
-            values[f"rollout/{task}/return"] = result.mean_return
+            figures = {
+                "success": result.success_rate, "final_success": result.final_success_rate,
+                "return": result.mean_return,
+            }  # fmt: skip
+            values |= {f"rollout/{task}/{name}": value for name, value in figures.items()}
             if result.frames:
                 log_video(trainer, f"rollout/{task}/video", result.frames)
         if len(self.tasks) > 1:
-            results = [self.results[task] for task in self.tasks]
-            values["rollout/success"] = sum(result.success_rate for result in results) / len(results)
-            values["rollout/return"] = sum(result.mean_return for result in results) / len(results)
+            for name in ("success", "final_success", "return"):
+                figures_of_all = [values[f"rollout/{task}/{name}"] for task in self.tasks]
+                values[f"rollout/{name}"] = sum(figures_of_all) / len(figures_of_all)
         return values
 
     def _films(self, trainer: L.Trainer) -> int:

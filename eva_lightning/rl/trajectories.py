@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.rl.demonstrations import read_index
 from eva_lightning.rl.tasks import STATE_DIM, TARGETS, resolve_task
 from eva_lightning.rl.trajectory_store import Batch, Ints, TrajectoryStore
 
@@ -197,6 +198,8 @@ class TrajectoryDataModule(L.LightningDataModule):
         if not tasks:
             raise InputError("tasks must name at least one task, got none")
         self.folder = Path(folder)
+        if target == "expert":
+            refuse_imported(self.folder, tasks)
         self.tasks = tuple(resolve_task(task) for task in tasks)
         self.context = context
         self.batch_size = batch_size
@@ -283,6 +286,23 @@ class TrajectoryDataModule(L.LightningDataModule):
             # an own generator: otherwise every pass over the loader would advance the global random state
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def refuse_imported(folder: Path, tasks: Sequence[str]) -> None:
+    """Refuse to train on the expert's actions where the demonstrations are others' and hold executed ones alone.
+
+    Raises:
+        MissingInputError: Demonstrations are missing.
+        InputError: Some are others'.
+    """
+    index = read_index(folder)
+    for task in map(resolve_task, tasks):
+        source = index[task].source
+        if source is not None:
+            raise InputError(
+                f"the demonstrations of {task} in {folder} were imported from {source}, which has executed actions and "
+                "no expert's: use target executed"
+            )
 
 
 def _as_fetched(batch: Any) -> Batch:

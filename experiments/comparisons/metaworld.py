@@ -22,6 +22,7 @@ from eva_lightning.rl.tasks import parse_tasks
 from experiments.comparisons.search import SearchSettings
 from experiments.comparisons.settings import FIRST_TUNING_SEED, Part
 from experiments.metaworld import finetune
+from experiments.metaworld.success import DEFINITIONS, HEADLINE
 from experiments.runner.command import SettingsCommand
 from experiments.runner.jobs import Phase, Point
 from experiments.runner.settings import Role, option
@@ -41,6 +42,10 @@ class Settings(SearchSettings, finetune.SharedOptions):
     val_episodes: int = option(8, "held-out demonstrations for the validation loss", Role.RESULT, at_least=1)
     max_steps: int = option(500, "optimizer steps (the paper: 100,000)", Role.RESULT, at_least=1)
     batch_size: int = option(8, "windows per step (the paper: 128)", Role.RESULT, at_least=1)
+    success: str = option(
+        HEADLINE.name, "definition of success that leads in the report, which has both: any (step) or final",
+        Role.SELECTION, choices=DEFINITIONS,
+    )  # fmt: skip
     tune: bool = option(True, "tune learning rates that rates does not name; false: all must be named", Role.SELECTION)
     grid: tuple[float, ...] = option(
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "learning rates to try when tuning", Role.SELECTION, above=0

@@ -16,6 +16,7 @@ from experiments.comparisons.search_report import score_in_words
 from experiments.comparisons.settings import Part, adapts, method_cells
 from experiments.metaworld import finetune_run
 from experiments.metaworld.finetune import EXPERIMENT
+from experiments.metaworld.measures import success_text
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase, Point
@@ -104,8 +105,7 @@ class MetaWorld(Comparison):
         return score_in_words(score)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        rate = metrics["success_rate"]
-        success = "" if rate is None else f", success {rate:.2f}"
+        success = "" if metrics["success_rate"] is None else f", success: {success_text(metrics)}"
         return f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f}{success}"
 
     def seconds(self) -> Callable[[Job], float]:

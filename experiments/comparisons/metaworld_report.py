@@ -26,10 +26,16 @@ from experiments.comparisons.report import (
     write_report,
 )
 from experiments.comparisons.search_report import at_best_rank, by_rank, chosen, write_candidates
+from experiments.metaworld.success import DEFINITIONS, PAPER_EPISODES, PAPER_NOTE, definitions
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import Interval, iqm
+from experiments.runner.tables import NOTHING
 
-SUCCESS = Quantity("success_rate", "success", digits=2, higher_is_better=True)
+#: Definition of success -> the quantity.
+SUCCESS = {
+    each.name: Quantity(each.rate, f"success {each.phrase}", digits=2, higher_is_better=True)
+    for each in DEFINITIONS.values()
+}
 
 SIZES = {
     "trained parameters": ("trainable_parameters", 0),
@@ -42,17 +48,18 @@ SIZES = {
 
 def write(settings: Settings, results: Results) -> Path:
     """Write all files; returns the report."""
-    evidence = Evidence.of(settings, at_best_rank(settings, results), "val_loss", "updates")
+    evidence = Evidence.of(settings, with_both(at_best_rank(settings, results)), "val_loss", "updates")
+    success = [SUCCESS[each.name] for each in definitions(settings.success)] if settings.eval_episodes else []
     by_task = {task: evidence.on(task) for task in settings.task_names}
     losses = {step: Quantity(f"val_loss_{step}", str(step), digits=4) for step in settings.val_steps}
     changes = [
         Quantity(each.column, f"loss after {step} steps", "%", 1, relative=True) for step, each in losses.items()
     ]
-    quantities = [*changes, *([SUCCESS] if settings.eval_episodes else [])]
+    quantities = [*changes, *success]
     others = evidence.against_reference
     figures = {"losses": curves_figure(by_task, losses, "steps", "validation loss", log_y=True)}
-    if settings.eval_episodes:
-        figures["success"] = success_figure(evidence, by_task)
+    if success:
+        figures["success"] = success_figure(evidence, by_task, success[0])
     if evidence.adapters:
         figures["differences"] = differences_figure(evidence, quantities, evidence.adapters)
     lines = difference_sentences(evidence, quantities)
@@ -67,7 +74,8 @@ def write(settings: Settings, results: Results) -> Path:
         "by_rank": _by_rank(settings, results),
         "adapter_ranks": " and ".join(map(str, sorted(settings.ranks or (settings.rank,)))),
         "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
-        "success": _success(evidence, by_task) if settings.eval_episodes else "",
+        "success": {each.title: _success(evidence, by_task, each) for each in success},
+        "paper_note": f"{PAPER_NOTE} {PAPER_EPISODES}",
         "pairs": dict(_pair(evidence, by_task, quantities, *pair) for pair in evidence.pairs),
         "differences": against_reference(evidence, quantities, others),
         "sizes": sizes_table(evidence, SIZES),
@@ -76,11 +84,16 @@ def write(settings: Settings, results: Results) -> Path:
     return write_report("metaworld", settings, results, evidence, figures, context)
 
 
-def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figure:
+def with_both(runs: DataFrame) -> DataFrame:
+    """`runs` with a column of each definition of success; runs made earlier may lack one."""
+    return runs.assign(**{each.rate: math.nan for each in DEFINITIONS.values() if each.rate not in runs})
+
+
+def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence], success: Quantity) -> Figure:
     """Bars of mean success by method with 95% intervals, one group per task and one for their mean."""
     groups = {**by_task, "mean": evidence} if len(by_task) > 1 else by_task
     missing = Interval(math.nan, None, 0)
-    means = {group: part.means(SUCCESS) for group, part in groups.items()}
+    means = {group: part.means(success) for group, part in groups.items()}
     found = DataFrame(
         {
             label: {group: part.get(key, missing) for group, part in means.items()}
@@ -92,7 +105,7 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence]) -> Figur
     axes = figure.add_subplot()
     colours = list(colours_of(list(evidence.labels)).values())
     heights.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
-    axes.set_ylabel("success (share of episodes)")
+    axes.set_ylabel(f"{success.title} (share of episodes)")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
@@ -104,7 +117,7 @@ def _by_rank(settings: Settings, results: Results) -> dict[str, str]:
     if "rank" not in settings.tune_per or not settings.eval_episodes:
         return {}
     columns = {"at any step of an episode": "success_rate", "at its last step": "final_success_rate"}
-    return {title: by_rank(settings, results.runs, column) for title, column in columns.items()}
+    return {title: by_rank(settings, with_both(results.runs), column) for title, column in columns.items()}
 
 
 def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
@@ -112,13 +125,13 @@ def _losses(found: Evidence, losses: Sequence[Quantity]) -> dict[str, str]:
     return {"before": f"{start.iloc[0]:.4f}" if len(start) else "unknown", "table": means_table(found, losses, "steps")}
 
 
-def _success(evidence: Evidence, by_task: Mapping[str, Evidence]) -> str:
-    columns = [found.means(SUCCESS) for found in (*by_task.values(), evidence)]
-    middle = iqm(SUCCESS.of(evidence.runs), "value")
+def _success(evidence: Evidence, by_task: Mapping[str, Evidence], success: Quantity) -> str:
+    columns = [found.means(success) for found in (*by_task.values(), evidence)]
+    middle = iqm(success.of(evidence.runs), "value")
     rows = {
         label: [
-            *(cell(means.get(key), SUCCESS.digits) for means in columns),
-            middle[key].text(SUCCESS.digits) if key in middle else "",
+            *(cell(means.get(key), success.digits) or NOTHING for means in columns),
+            middle[key].text(success.digits) if key in middle else NOTHING,
         ]
         for key, label in evidence.labels.items()
     }

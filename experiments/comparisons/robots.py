@@ -226,10 +226,7 @@ class Robots(TunedComparison):
         """What the figures are good for."""
         options = self.options
         n, seeds = options.seeds * options.episodes, page.counted(options.seeds, "seed")
-        text = (
-            f"Success means solved at any step of the episode. {n} episodes per cell ({options.episodes} goals for "
-            f"each of {seeds}) rank no methods."
-        )
+        text = f"{n} episodes per cell ({options.episodes} goals for each of {seeds}) rank no methods."
         tuned = (options.tuning or {}).get("tasks", options.tasks)
         if set(tuned) != set(options.tasks):
             names = page.enumerated([short(task) for task in tuned])

@@ -87,4 +87,8 @@ def _roll_out(settings: RolloutSettings, folder: RunFolder) -> Mapping[str, Any]
         seed=settings.seed,
         horizon=settings.horizon,
     )
-    return {"successes": result.successes.tolist(), "returns": result.returns.tolist()}
+    return {
+        "successes": result.successes.tolist(),
+        "final_successes": result.final_successes.tolist(),
+        "returns": result.returns.tolist(),
+    }

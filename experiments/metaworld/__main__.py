@@ -9,6 +9,9 @@ from experiments.runner.ending import leave
 
 COMMANDS = {
     "collect": Command("experiments.metaworld.collect", "demonstrations by metaworld's scripted experts"),
+    "import": Command(
+        "experiments.metaworld.importing", "the published trajectories that the paper trains on, as demonstrations"
+    ),
     "pretrain": Command(
         "experiments.metaworld.pretrain", "train a Decision Transformer on the demonstrations of many tasks"
     ),

@@ -7,13 +7,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.demonstrations import DemonstrationIndex
 from experiments.metaworld.collect import Settings
-from experiments.runner.tables import show
+from experiments.metaworld.demonstration_table import show_demonstrations
 
 
 def run(settings: Settings) -> DemonstrationIndex:
@@ -41,22 +40,8 @@ def run(settings: Settings) -> DemonstrationIndex:
 
 
 def _report(index: DemonstrationIndex, tasks: Sequence[str], seconds: float) -> None:
-    entries = [index[task] for task in tasks]
-    frame = pd.DataFrame(
-        {
-            "episodes": [entry.episodes for entry in entries],
-            "success": [entry.success_rate for entry in entries],
-            "mean return": [entry.mean_return for entry in entries],
-            "max return": [entry.max_return for entry in entries],
-        },
-        index=pd.Index(tasks, name="task"),
-    )
-    if len(tasks) > 1:
-        frame = frame.astype(object)
-        frame.loc["mean of the tasks"] = [None, frame["success"].mean(), frame["mean return"].mean(), None]
-    title = "success: share of the episodes solved at any step"
-    show(frame, title, {"success": 3, "mean return": 0, "max return": 0})
-    first = entries[0]
+    show_demonstrations(index, tasks)
+    first = index[tasks[0]]
     Console().print(
         f"{index.folder}: noise {first.noise:g}, seed {first.seed}, horizon {first.horizon}; {seconds:.0f} s",
         highlight=False,

@@ -1,7 +1,7 @@
 """Success and return of a checkpoint: ``python -m experiments.metaworld evaluate --ckpt CKPT --task push-v3``.
 
-Takes checkpoints of ``pretrain`` and ``finetune``, with or without adapters, and folders of their runs. Success means
-solved at any step of the episode, as in Meta-World's benchmark; success at the last step is given too. The work is in
+Takes checkpoints of ``pretrain`` and ``finetune``, with or without adapters, and folders of their runs. Success at any
+step of the episode, as in Meta-World's benchmark, and success at its last step stand side by side. The work is in
 ``evaluate_run``.
 """
 
@@ -23,7 +23,9 @@ class Settings:
     ckpt: str = option(MISSING, "checkpoint, or folder of a run, of pretrain or finetune", RESULT)
     task: tuple[str, ...] | None = option(None, "tasks such as push-v3, cw10 or mt40; the ckpt's if not given", RESULT)
     init: str | None = option(None, "checkpoint that adapters were trained on; none: the one ckpt names", RESULT)
-    episodes: int = option(50, "episodes per task; there are 50 different evaluation goals", RESULT, at_least=1)
+    episodes: int = option(
+        50, "episodes per task, of 50 different evaluation goals (the paper: 10 per seed)", RESULT, at_least=1
+    )
     seed: int = option(0, "seed of the evaluation goals", RESULT, at_least=0, below=MAX_SEED)
     target_return: float | None = option(None, "return to ask for; none: the largest of the data", RESULT)
     data: str = option("data/metaworld", "demonstrations, for target returns that the checkpoint does not say", PLACE)

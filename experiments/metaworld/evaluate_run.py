@@ -22,12 +22,13 @@ from eva_lightning.rl.tasks import parse_tasks
 from eva_lightning.rl.video import check_format, write_video
 from experiments.metaworld.evaluate import Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
+from experiments.metaworld.success import COLUMNS_NOTE, PAPER_NOTE, definitions
 from experiments.runner.statistics import Interval
 from experiments.runner.tables import show
 
 _LOGGER = logging.getLogger(__name__)
 
-_NOTE = f"success: share of episodes solved at any step; {EPISODE_BRACKETS}; ±: half a 95% interval (Student's t)"
+_NOTES = (f"{COLUMNS_NOTE}; {EPISODE_BRACKETS}; ±: half a 95% interval (Student's t)", PAPER_NOTE)
 
 
 def run(settings: Settings) -> list[RolloutResult]:
@@ -134,20 +135,16 @@ def _report(results: Sequence[RolloutResult], targets: Mapping[str, float]) -> N
     rows = [
         {
             "task": result.task,
-            "success": success_range(result.successes.tolist()),
-            "last step": result.final_success_rate,
+            **{each.title: success_range(getattr(result, each.episodes).tolist()) for each in definitions()},
             "return": Interval.of(result.returns.tolist()),
             "target": targets[result.task],
         }
         for result in results
     ]
     if len(results) > 1:
-        success, last = (
-            sum(rates) / len(results)
-            for rates in ([r.success_rate for r in results], [r.final_success_rate for r in results])
-        )
-        rows.append({"task": "mean of the tasks", "success": success, "last step": last})
+        means = {each.title: sum(getattr(r, each.rate) for r in results) / len(results) for each in definitions()}
+        rows.append({"task": "mean of the tasks", **means})
     frame = pd.DataFrame(rows, dtype=object).set_index("task")
-    show(frame, f"{len(results[0])} episodes", {"return": 0, "target": 0}, notes=[_NOTE])
+    show(frame, f"success and return of {len(results[0])} episodes", {"return": 0, "target": 0}, notes=_NOTES)
     steps, seconds = sum(result.steps for result in results), sum(result.seconds for result in results)
     Console().print(f"{steps:,} steps in {seconds:.1f} s", highlight=False)

@@ -17,6 +17,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
 from eva_lightning.methods import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
+from eva_lightning.rl.protocol import PROTOCOLS
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from eva_lightning.streaming_options import ALGORITHMS
 from experiments.runner.command import SettingsCommand
@@ -55,6 +56,10 @@ class SharedOptions:
         MISSING, "checkpoint of the pre-trained model, made by the pretrain command", RESULT,
         identity=checkpoint_identity,
     )  # fmt: skip
+    protocol: str | None = option(
+        None, "to make sure that init was pre-trained by it, which always decides: default or l2m", RESULT,
+        choices=PROTOCOLS, omit_default=True,
+    )  # fmt: skip
     algorithm: str = option(
         "fast", "EVA: fast, or paper (its Algorithms 1 and 2 to the letter: docs/engine.md)", RESULT,
         choices=ALGORITHMS, omit_default=True,
@@ -91,7 +96,9 @@ class SharedOptions:
         (10, 25, 50, 150, 500), "steps after which the validation loss is measured", RESULT, at_least=0
     )
     target_return: float | None = option(None, "return to ask for; none: the largest of the data", RESULT)
-    eval_episodes: int = option(50, "episodes rolled out at the end; 0 for none", RESULT, at_least=0)
+    eval_episodes: int = option(
+        50, "episodes rolled out at the end; 0 for none (the paper: 10, and 3 seeds)", RESULT, at_least=0
+    )
     eval_seed: int = option(0, "seed of the evaluation goals, in every run", RESULT, at_least=0, below=MAX_SEED)
     mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)

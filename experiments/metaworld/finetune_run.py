@@ -26,11 +26,13 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.protocol import Protocol, check_protocol, get_protocol, protocol_of
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
-from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
-from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
+from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, success_text, warn_of_target
+from experiments.metaworld.success import PAPER_NOTE
+from experiments.metaworld.training import About, ValidationLosses, fit, log_differences, make_trainer
 from experiments.runner.lightning_runs import (
     Divergence,
     check_devices,
@@ -95,6 +97,7 @@ def build(settings: Settings) -> Work:
         target = data.max_return[task] if settings.target_return is None else settings.target_return
         warn_of_target(task, target, data.mean_return[task])
         run = _Run(settings, task, module, data, callbacks, target)
+        log_differences(run.protocol)
         names = () if is_follower() else parse_loggers(settings.logger)
         with open_loggers(names, folder.path, settings.run_name, plain(settings), **run.groups()) as loggers:
             metrics = {**run.described(), **run.train(folder, loggers)}
@@ -122,7 +125,10 @@ def _load(settings: Settings) -> DecisionTransformerModule:
         "gradient_clip": settings.gradient_clip,
     }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
-    return DecisionTransformerModule.from_pretrained(settings.init, **given)
+    module = DecisionTransformerModule.from_pretrained(settings.init, **given)
+    if settings.protocol is not None:
+        check_protocol(get_protocol(settings.protocol), module.hparams, settings.init)
+    return module
 
 
 def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Callback]:
@@ -163,12 +169,18 @@ class _Run:
     target: float
 
     @property
+    def protocol(self) -> Protocol | None:
+        """The checkpoint's, which fine-tuning keeps; None for one without a name."""
+        return protocol_of(self.module.hparams)
+
+    @property
     def about(self) -> dict[str, Any]:
         """What checkpoints say of where they come from."""
         settings = self.settings
         return {
             "tasks": [self.task], "method": settings.method, "init": settings.init, "seed": settings.seed,
             "max_return": {self.task: self.target}, "mean_return": self.data.mean_return,
+            "protocol": self.protocol and self.protocol.name,
         }  # fmt: skip
 
     def described(self) -> dict[str, Any]:
@@ -182,6 +194,7 @@ class _Run:
             "rho": settings.key.rho,
             "seed": settings.seed,
             "init": settings.init,
+            "protocol": self.protocol and self.protocol.name,
             "lr": settings.lr,
             "max_steps": settings.max_steps,
             "batch_size": settings.batch_size,
@@ -259,6 +272,7 @@ class _Run:
             "final_success_rate": result.final_success_rate,
             "mean_return": result.mean_return,
             "successes": result.successes.tolist(),
+            "final_successes": result.final_successes.tolist(),
             "returns": result.returns.tolist(),
             "rollout_seconds": result.seconds,
             "rollout_steps": result.steps,
@@ -291,23 +305,23 @@ def headline(metrics: Mapping[str, Any]) -> str:
     text += f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f} after {metrics['max_steps']} steps"
     if metrics["success_rate"] is None:
         return text
-    success = success_range(metrics["successes"]).text(2)
     return (
-        f"{text}, success {success} (at any step; at the last step {metrics['final_success_rate']:.2f}; "
-        f"{EPISODE_BRACKETS}), return {Interval.of(metrics['returns']).text(0)} over {metrics['episodes']} episodes"
+        f"{text}, success: {success_text(metrics)} ({EPISODE_BRACKETS}), "
+        f"return {Interval.of(metrics['returns']).text(0)} over {metrics['episodes']} episodes"
     )
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """One line per task: means and intervals over seeds."""
-    lines = []
+    lines, rolled_out = [], False
     for task in dict.fromkeys(result["task"] for result in results):
         runs = [result for result in results if result["task"] == task]
         label = MethodKey(runs[0]["method"], runs[0]["rho"]).label
         losses = Interval.of([run["val_loss"][-1]["val_loss"] for run in runs])
         text = f"{task}, {label}, {len(runs)} seeds: validation loss {losses.text(4)}"
         if runs[0]["success_rate"] is not None:
-            text += f", success {Interval.of([run['success_rate'] for run in runs]).text(2)}"
+            rolled_out = True
+            text += f", success: {rates_text(runs)}"
             text += f", return {Interval.of([run['mean_return'] for run in runs]).text(0)}"
         lines.append(text)
-    return "\n".join([*lines, PLUS_MINUS])
+    return "\n".join([*lines, PLUS_MINUS, *([PAPER_NOTE] if rolled_out else [])])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from eva_lightning.errors import InputError
 from eva_lightning.names import check_name
+from eva_lightning.rl.protocol import DEFAULT, PROTOCOLS
 from eva_lightning.rl.tasks import CW10, MT40, POSITIONS, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
 from experiments.runner.loggers import LOGGER_HELP, parse_loggers
@@ -37,6 +38,10 @@ class Settings:
     context: int = option(50, "steps of a window; a step is four tokens", RESULT, at_least=1)
     dropout: float = option(0.2, "on embeddings, attention weights, residuals", RESULT, at_least=0, below=1)
     positions: str = option("global", "by place in the window or step of the episode", RESULT, choices=POSITIONS)
+    protocol: str = option(
+        DEFAULT.name, "head, scales, decay: this project's, or those of the code that the paper builds on", RESULT,
+        choices=PROTOCOLS, omit_default=True,
+    )  # fmt: skip
     max_steps: int = option(1_000_000, "training steps", RESULT, at_least=1)
     batch_size: int = option(128, "windows per step", RESULT, at_least=1)
     lr: float = option(1e-4, "peak learning rate", RESULT, above=0)

@@ -13,11 +13,12 @@ from lightning.pytorch.loggers import Logger
 
 from eva_lightning.rl.demonstrations import DemonstrationIndex, read_index
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
+from eva_lightning.rl.protocol import get_protocol
 from eva_lightning.rl.rollout_callback import RolloutCallback
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.history import StepHistory
 from experiments.metaworld.pretrain import Settings
-from experiments.metaworld.training import fit, make_trainer
+from experiments.metaworld.training import fit, log_differences, make_trainer
 from experiments.runner.lightning_runs import Divergence, check_devices, trainer_precision
 from experiments.runner.loggers import check_loggers, open_loggers, parse_loggers
 from experiments.runner.run_folder import RunFolder, Work, is_follower, perform_or_report
@@ -65,7 +66,8 @@ def build(settings: Settings) -> Work:
     )
     L.seed_everything(settings.seed, workers=True, verbose=False)
     sizes: dict[str, Any] = {name: getattr(settings, name) for name in _MODULE}
-    module = DecisionTransformerModule(data.statistics["state_mean"], data.statistics["state_std"], **sizes)
+    protocol = get_protocol(settings.protocol)
+    module = DecisionTransformerModule(**protocol.state_statistics(data.statistics), **protocol.module_options, **sizes)
     if settings.compile:
         module.model.compile()
 
@@ -79,6 +81,7 @@ def build(settings: Settings) -> Work:
                 settings.context,
                 sum(p.numel() for p in module.parameters()) / 1e6,
             )
+            log_differences(protocol)
             metrics = _train(settings, folder, index, data, module, loggers)
             if is_follower():
                 return metrics
@@ -121,6 +124,7 @@ def _train(
         "tasks": list(data.tasks),
         "steps": trainer.global_step,
         "seed": settings.seed,
+        "protocol": settings.protocol,
         "parameters": sum(p.numel() for p in module.parameters()),
         "train_loss": history.train_loss,
         "val_loss": losses.pop("val_loss", None),
@@ -159,7 +163,7 @@ def _save(
     metrics: Mapping[str, Any],
 ) -> None:
     about = {"tasks": list(data.tasks), "max_return": data.max_return, "mean_return": data.mean_return}
-    about |= {key: metrics[key] for key in ("steps", "val_loss", "seed")}
+    about |= {key: metrics[key] for key in ("steps", "val_loss", "seed", "protocol")}
     save_weights(module, folder.path / "weights.ckpt", about=about)
     if settings.export is not None:
         save_weights(module, settings.export, torch.float16, about)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.metaworld.success import DEFINITIONS, PAPERS
 from experiments.runner.command import SettingsCommand
-from experiments.runner.settings import Role, option
+from experiments.runner.settings import Role, check_settings, option
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,14 @@ class Settings:
     """Which runs, and where to write."""
 
     runs: str = option("runs/metaworld", "folder with runs of finetune, at any depth", Role.PLACE)
+    success: str = option(
+        PAPERS.name, "definition of success that stands first, beside the paper's numbers: final (step) or any",
+        Role.SELECTION, choices=DEFINITIONS,
+    )  # fmt: skip
     out: str | None = option(None, "folder for table.md, table.csv and table.png; RUNS if not given", Role.PLACE)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 COMMAND = SettingsCommand(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -13,10 +14,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.rl.module import running_mean
+from eva_lightning.rl.protocol import Protocol
 from eva_lightning.side_effects import isolated_rng, observing
 from experiments.runner import lightning_runs
 from experiments.runner.one_machine import one_machine
 from experiments.runner.run_folder import RunFolder
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def log_differences(protocol: Protocol | None) -> None:
+    """Say by which protocol a run is done, and what its source does otherwise; nothing for the default one."""
+    if protocol is None or not protocol.differences:
+        return
+    lines = "\n".join(f"- {each}" for each in protocol.differences)
+    _LOGGER.info("protocol %s; what its source does otherwise:\n%s", protocol.name, lines)
 
 
 class About(L.Callback):

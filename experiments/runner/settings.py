@@ -220,6 +220,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
         raise InputError(f"the command line cannot be read: {in_short(error)}") from error
     values.pop("config", None)
+    values = {name: values[_key(name)] for name in items}
     for name, value in values.items():
         if value is None and items[name].default is not None and not _accepts(hints[name], type(None)):
             raise InputTypeError(f"{name} must be {_described(hints[name])}, got none", setting=name)
@@ -256,8 +257,13 @@ def config_files(words: Sequence[str]) -> list[Any]:
 
 
 def flag(name: str) -> str:
-    """``batch_size`` as it is written on a command line: ``--batch-size``."""
-    return "--" + name.replace("_", "-")
+    """``batch_size`` as it is written on a command line: ``--batch-size``; ``from_``, Python's word, is ``--from``."""
+    return "--" + _key(name).replace("_", "-")
+
+
+def _key(name: str) -> str:
+    """A setting's name in YAML files: without the underscore that tells it from a word of Python."""
+    return name.rstrip("_")
 
 
 def _add(parser: ArgumentParser, name: str, item: Field[Any], hint: Any) -> None:
@@ -373,16 +379,16 @@ def _reworded(error: InputError, hints: Mapping[str, Any]) -> InputError:
     """jsonargparse's words as ours."""
     text = str(error)
     for name, hint in hints.items():
-        if text.startswith(f'Parser key "{name}":') and (found := _GIVEN.search(text)):
+        if text.startswith(f'Parser key "{_key(name)}":') and (found := _GIVEN.search(text)):
             given = found.group(1) if len(found.group(1)) < 200 else f"{found.group(1)[:100]}..."
             return InputTypeError(f"{name} must be {_described(hint)}, got {given}", setting=name)
-        if text.startswith(f'Parser key "{name}": '):
+        if text.startswith(f'Parser key "{_key(name)}": '):
             reason = text.partition(": ")[2]
             # which of several types a value was no value of, and why, goes on for lines
             why = "" if "Union subtypes" in reason else f" ({reason})"
             return InputTypeError(f"{name} must be {_described(hint)}{why}", setting=name)
     if text.startswith("Option '") and text.endswith("is not accepted"):
-        return InputError(unknown("setting", text.split("'")[1], hints, list_all=False))
+        return InputError(unknown("setting", text.split("'")[1], map(_key, hints), list_all=False))
     if text.startswith("unrecognized arguments:"):
         return InputError(f"unexpected words on the command line: {shown(text.partition(': ')[2], 200)[1:-1]}")
     if text.startswith("the following arguments are required: "):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from eva_lightning.rl.demonstrations import decode, encode, load_task, read_index
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint, save_weights
 from eva_lightning.rl.partial_store import Chunk, Conditions, PartialStore
+from eva_lightning.rl.published import files_of, read_published
 from eva_lightning.rl.trajectory_store import TrajectoryStore
 from eva_lightning.sealed import read_sealed_json, write_sealed_json
 from eva_lightning.state import EVAState
@@ -36,6 +37,7 @@ from experiments.runner.settings import Role, option, parse_settings
 from experiments.runner.tuning import Choice
 from experiments.runner.yaml_files import read_yaml
 from experiments.vtab.grid import load_grid
+from tests.eva_lightning.rl.published_files import FORMATS, episodes
 from tests.eva_lightning.rl.synthetic import synthetic_task, write_synthetic
 from tests.eva_lightning.vision.fakes import make_task
 from tests.fuzz.engine import Reader
@@ -156,6 +158,15 @@ def _arrays(value: Any) -> dict[str, Any]:
 
 def _demonstrations(folder: Path) -> None:
     (folder / "a.npz").write_bytes(encode(synthetic_task("push-v3", 2, 4)))
+
+
+def _published(form: str) -> Callable[[Path], None]:
+    return lambda folder: _discard(FORMATS[form](folder, "push-v2", episodes(2, horizon=2)))
+
+
+def _read_published(folder: Path) -> Any:
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+    return _arrays(read_published("push-v3", [folder / name for name in files_of("push-v3", names)], horizon=2)[0])
 
 
 def _chunks(folder: Path) -> None:
@@ -353,6 +364,10 @@ READERS: tuple[Reader, ...] = (
         "demonstrations",
         lambda f: _discard(write_synthetic(f, ["push-v3"], 2, 3)),
         lambda f: _arrays(load_task(f, "push-v3")),
+    ),
+    *(
+        Reader(f"published {form}", _published(form), _read_published, checked=False)
+        for form in ("buffer.pkl", "list.pkl", "stream.npz", "episodes.hdf5", "archive")
     ),
     Reader("chunks", _chunks, _collected),
     Reader("trajectories", _stored, _store, files="data/cache/**/*"),

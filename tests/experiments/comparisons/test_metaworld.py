@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pandas import DataFrame
 
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from eva_lightning.sealed import read_sealed_json
-from experiments.comparisons import metaworld, metaworld_comparison
+from experiments.comparisons import metaworld, metaworld_comparison, metaworld_report
 from experiments.metaworld import finetune, table
 from experiments.runner.jobs import Job
 from experiments.runner.results import Results
@@ -81,14 +82,35 @@ def test_it_resumes_after_a_power_cut(
     report = (tmp_path / "report.md").read_text()
     assert "- EVA minus LoRA: loss after 2 steps" in report
     assert "## EVA minus LoRA, run by run" in report
+    for phrase in ("any step", "the last step"):
+        assert f"### Success at {phrase} of the episode" in report
+        assert f"; success at {phrase} " in report
+    assert "The paper's numbers belong beside success at the last step" in report
     assert all((tmp_path / f"{name}.png").is_file() for name in ("losses", "success", "differences"))
     # finished, the report is written again and nothing is run; the table command reads the runs too
     monkeypatch.setattr(metaworld_comparison, "build", power_cut)
     assert run(line).runs.equals(results.runs)
     assert (tmp_path / "report.md").read_text() == report
-    assert "| **ours** LoRA (r=2) " in str(table.main(["--runs", str(tmp_path)]))
+    assert "| **ours** LoRA (r=2), last step " in str(table.main(["--runs", str(tmp_path)]))
     # a run of other settings is another run
     assert run([*line, "--train-episodes=2", "--report"]).runs.empty
+
+
+def test_runs_that_lack_a_definition_of_success_have_dashes(root: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "method": method, "task": TASK, "seed": seed, "lr": 1e-3, "success_rate": 0.5 + seed / 4,
+            "val_loss": [{"updates": step, "val_loss": 0.5 - seed / 10} for step in (0, 2, 4)],
+        }
+        for method in ("lora", "eva:2") for seed in (0, 1)
+    ]  # fmt: skip
+    settings = metaworld.parse(command(root, tmp_path, "--success=final"))
+    found = metaworld_report.write(settings, Results(DataFrame(rows), DataFrame(), {})).read_text()
+    last, any_step = found.split("### Success at ")[1:]
+    assert last.startswith("the last step of the episode")
+    line = next(line for line in last.splitlines() if line.startswith("| LoRA"))
+    assert {cell.strip() for cell in line.split("|")[2:-1]} == {"–"}
+    assert "0.62 ± 1.59" in any_step
 
 
 def test_a_run_is_that_of_the_finetune_command(root: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_tables_agree_with_scipy() -> None:
         losses = [{"updates": 0, "val_loss": 1.0}, {"updates": 1, "val_loss": loss}]
         return {
             "task": TASK, "method": method, "lr": 1e-3, "seed": seed, "val_loss": losses, "successes": list(solved),
-            "trainable_parameters": 1234, "train_seconds": 2.0,
+            "final_successes": [solved[0], False],            "trainable_parameters": 1234, "train_seconds": 2.0,
         }  # fmt: skip
 
     after = pd.DataFrame([run("lora", 0, 0.4, True, False), run("lora", 1, 0.6, True, True)])
@@ -39,10 +39,15 @@ def test_tables_agree_with_scipy() -> None:
     t = stats.t.ppf(0.975, 1)
     assert cells.loc["LoRA", "Step 1"] == f"0.5000\n± {t * stats.sem([0.4, 0.6]):.4f}"
     wilson = stats.binomtest(3, 4).proportion_ci(method="wilson")
-    assert cells.loc["LoRA", "Success"] == f"0.75\n[{wilson.low:.2f}, {wilson.high:.2f}]\n3 of 4"
+    last = stats.binomtest(2, 4).proportion_ci(method="wilson")
+    assert cells.loc["LoRA", "Success"] == (
+        f"any 3 of 4\n[{wilson.low:.2f}, {wilson.high:.2f}]\nlast 2 of 4\n[{last.low:.2f}, {last.high:.2f}]"
+    )
     assert cells.loc["LoRA", "Trained"] == "1,234\n2.0 s"
     assert cells.loc["LoRA", "Curve"] == "█▁"
-    assert cells.loc["handle-press-side, pre-trained", "Success"].endswith("1 of 4")
+    assert "any 1 of 4" in cells.loc["handle-press-side, pre-trained", "Success"]
+    older = after.drop(columns="final_successes")
+    assert results_table(options, TASK, before, older).cells.loc["LoRA", "Success"].endswith("]\nlast –")
 
 
 def test_blocks_span_the_scale() -> None:

@@ -23,7 +23,15 @@ def test_collects_prints_a_table_and_adds_when_run_again(tmp_path: Path, capsys:
     index = collect.main(run(tmp_path, "--tasks", "reach,push"))
     assert list(index) == ["push-v3", "reach-v3"]
     text = capsys.readouterr().out
-    for words in ("reach-v3", "push-v3", "mean of the tasks", "mean return", "noise 0.1, seed 0, horizon 5"):
+    for words in (
+        "reach-v3",
+        "push-v3",
+        "mean of all",
+        "any step",
+        "last step",
+        "mean return",
+        "noise 0.1, seed 0, horizon 5",
+    ):
         assert words in text
     assert text.index("reach-v3") < text.index("push-v3"), "in the order asked for"
     assert collect.command_line(run(tmp_path, "--tasks", "window-close")) == 0

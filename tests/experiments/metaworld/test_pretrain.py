@@ -13,7 +13,9 @@ from eva_lightning.errors import InputError
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
 from eva_lightning.rl.tasks import MT40
 from eva_lightning.sealed import read_sealed_json
+from experiments.metaworld import finetune
 from experiments.metaworld.pretrain import Settings, command_line, main, parse
+from experiments.runner.settings import identity
 from tests.eva_lightning.rl.synthetic import write_synthetic
 from tests.paths import ROOT
 
@@ -69,6 +71,41 @@ def test_a_run_writes_its_folder(arguments: list[str], tmp_path: Path, capsys: p
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds another run, with lr=0\.01 \(now 0\.02\)"):
         main([*arguments, "--lr", "2e-2"])
+
+
+def test_fine_tuning_takes_the_protocol_of_its_checkpoint(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = main([*arguments, "--protocol=l2m", "--export", str(tmp_path / "l2m.ckpt")])
+    printed = capsys.readouterr().out
+    assert "protocol l2m; what its source does otherwise" in printed
+    assert "fp16" in printed
+    found = read_checkpoint(tmp_path / "l2m.ckpt")
+    assert (metrics["protocol"], found["about"]["protocol"]) == ("l2m", "l2m")
+    scales = [found["hyper_parameters"][name] for name in ("return_scale", "reward_scale")]
+    assert scales == [200, 200]
+    assert set(found["hyper_parameters"]["state_mean"]) == {0.0}
+    line = [
+        "--task=reach-v3", f"--init={tmp_path / 'l2m.ckpt'}", f"--data={tmp_path / 'data'}", "--method=lora",
+        "--seeds=1", "--train-episodes=4", "--val-episodes=1", "--max-steps=2", "--batch-size=4", "--rank=2",
+        "--eval-episodes=0", "--accelerator=cpu", f"--output={tmp_path / 'fine'}", "--progress=false", "--name=a",
+    ]  # fmt: skip
+    (tuned,) = finetune.main(line)
+    assert tuned["protocol"] == "l2m"
+    assert "protocol l2m" in capsys.readouterr().out
+    merged = DecisionTransformerModule.from_pretrained(tmp_path / "fine" / "a-0" / "weights.ckpt")
+    assert merged.model.action_tanh
+    assert merged.decay_weights_only
+    assert finetune.command_line([*line, "--name=b", "--protocol=l2m"]) == 0
+    assert finetune.command_line([*line, "--name=c", "--protocol=default"]) == 2
+    error = capsys.readouterr().err
+    assert "l2m.ckpt was pre-trained by protocol l2m, and protocol=default was asked for" in error
+    assert error.count("\n") == 1
+
+
+def test_the_default_protocol_is_no_part_of_a_runs_identity() -> None:
+    assert "protocol" not in identity(Settings())
+    assert identity(Settings(protocol="l2m"))["protocol"] == "l2m"
 
 
 def _flipped(content: bytes) -> bytes:
