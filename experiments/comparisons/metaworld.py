@@ -19,6 +19,7 @@ from eva_lightning.rl.tasks import parse_tasks
 from experiments.comparisons.settings import MethodSettings
 from experiments.metaworld import finetune
 from experiments.runner.command import SettingsCommand
+from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.jobs import Phase
 from experiments.runner.settings import Role, option
 
@@ -49,6 +50,7 @@ class Settings(MethodSettings):
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "learning rates to try when tuning", Role.SELECTION, above=0
     )
     tune_steps: int = option(100, "steps of a tuning run", Role.RESULT, at_least=1)
+    gradient_norms: int = option(0, GRADIENT_NORMS_HELP, Role.PLACE, at_least=0)
     data: str = option("data/metaworld", "folder of demonstrations, made by the collect command", Role.PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", Role.PLACE)
     output: str = option("runs/metaworld-compare", "folder for runs and report", Role.PLACE)

@@ -113,8 +113,10 @@ class MetaWorld(Comparison):
 
 def training_seconds(settings: Settings, method: str) -> float:
     """Seconds per training step of a method."""
-    # EVA has the cost of LoRA, and its callback needs a trainer
-    like = {"eva": "lora", "eva-dora": "dora"}.get(MethodKey.parse(method).method, method)
+    entry = MethodKey.parse(method).entry
+    like = entry.name
+    if entry.state_kind is not None:  # EVA has the cost of LoRA, and its callback needs a trainer
+        like = "dora" if entry.fixed.get("use_dora") else "lora"
     run = settings.run(settings.task_names[0], like, "final", 1e-3, 0)
     module = DecisionTransformerModule.from_pretrained(settings.init)
     data = TrajectoryDataModule(

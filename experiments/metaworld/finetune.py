@@ -18,6 +18,7 @@ from eva_lightning.methods import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from experiments.runner.command import SettingsCommand
+from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.settings import Role, check_settings, option
 
 #: What marks a ``metrics.json`` as one of a fine-tuning.
@@ -76,6 +77,7 @@ class Settings:
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     rollout_workers: int = option(0, "processes for rollouts; 0 for none besides this one", PLACE, at_least=0)
     checkpoint_every: int = option(100, "steps between checkpoints; 0 for none", PLACE, at_least=0)
+    gradient_norms: int = option(0, GRADIENT_NORMS_HELP, PLACE, at_least=0)
     save: bool = option(True, "keep the adapter, the merged network and EVA's state", PLACE)
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)

@@ -29,6 +29,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range, warn_of_target
 from experiments.metaworld.training import About, ValidationLosses, fit, make_trainer
+from experiments.runner.gradient_norms import gradient_norms
 from experiments.runner.lightning_runs import Divergence, eva_metrics, eva_state
 from experiments.runner.run_folder import RunFolder, Work, perform_or_report
 from experiments.runner.statistics import PLUS_MINUS, Interval
@@ -105,10 +106,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
 
     Embeddings never have adapters, whatever the head does.
     """
-    layers = dict(module.named_modules())
-    exclude = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
-    if settings.head == "freeze":
-        exclude.append(module.head_name)
+    exclude = without_adapters(settings, module)
     head = module.head_name if settings.head == "train" else None
     bias: Any = settings.bias
     options = AdapterOptions(
@@ -124,6 +122,13 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         if isinstance(callback, EVAInitCallback):
             callback.verbose = settings.progress  # a comparison has hundreds of runs
     return callbacks
+
+
+def without_adapters(settings: Settings, module: DecisionTransformerModule) -> list[str]:
+    """The linear layers that never have an adapter: the embeddings, and the head where it is frozen."""
+    layers = dict(module.named_modules())
+    names = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
+    return [*names, module.head_name] if settings.head == "freeze" else names
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,13 @@ class _Run:
         """Train; what the metrics say about it."""
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
+        norms = gradient_norms(settings.gradient_norms, folder, without_adapters(settings, self.module))
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
             checkpoint_every=settings.checkpoint_every,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, divergence, About(self.about)],
+            callbacks=[*self.callbacks, losses, divergence, *norms, About(self.about)],
             accelerator=settings.accelerator,
             devices=1,
             limit_val_batches=0,
