@@ -9,6 +9,9 @@ from experiments.runner.ending import leave
 
 COMMANDS = {
     "init": Command("benchmarks.initialisation", "whole initialisation beside the plain forward, PEFT and exact SVDs"),
+    "costs": Command(
+        "benchmarks.costs", "seconds, peak memory and share of training of every initialisation (Figure 5)"
+    ),
     "resize": Command("benchmarks.resize", "ranks, adapter resize and optimizer rebuild alone"),
     "vtab": Command("benchmarks.vtab", "epochs and data of VTAB-1K beside a bare PyTorch loop; g/14 on a GPU"),
     "metaworld": Command("benchmarks.metaworld", "collection, data and rollouts beside the bare simulator"),

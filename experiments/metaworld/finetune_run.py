@@ -106,7 +106,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
 
     Embeddings never have adapters, whatever the head does.
     """
-    exclude = without_adapters(settings, module)
+    exclude = without_adapters(module, settings.head)
     head = module.head_name if settings.head == "train" else None
     bias: Any = settings.bias
     options = AdapterOptions(
@@ -124,11 +124,11 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
     return callbacks
 
 
-def without_adapters(settings: Settings, module: DecisionTransformerModule) -> list[str]:
+def without_adapters(module: DecisionTransformerModule, head: str = "train") -> list[str]:
     """The linear layers that never have an adapter: the embeddings, and the head where it is frozen."""
     layers = dict(module.named_modules())
     names = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
-    return [*names, module.head_name] if settings.head == "freeze" else names
+    return [*names, module.head_name] if head == "freeze" else names
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Run:
         """Train; what the metrics say about it."""
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
-        norms = gradient_norms(settings.gradient_norms, folder, without_adapters(settings, self.module))
+        norms = gradient_norms(settings.gradient_norms, folder, without_adapters(self.module, settings.head))
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,

@@ -166,7 +166,7 @@ def test_gradient_norms_are_those_of_one_process_on_the_union(launched: Launched
     data, devices = dataset(strategy_run.SAMPLES), launched.devices
     of_ranks: list[list[int]] = [list(DistributedSampler(data, devices, rank)) for rank in range(devices)]
     size = 16 // devices
-    union = [sum((one[i : i + size] for one in of_ranks), []) for i in range(0, len(of_ranks[0]), size)]
+    union = [[j for one in of_ranks for j in one[i : i + size]] for i in range(0, len(of_ranks[0]), size)]
     trainer(callback, norms, max_steps=3).fit(module, DataLoader(data, batch_sampler=union))
     for kind in kinds_in(launched):
         for rank in launched.ranks(kind):
