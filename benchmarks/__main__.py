@@ -12,6 +12,9 @@ COMMANDS = {
     "algorithm": Command(
         "benchmarks.algorithm", "the paper's algorithm beside the default and PEFT on the same minibatches"
     ),
+    "costs": Command(
+        "benchmarks.costs", "seconds, peak memory and share of training of every initialisation (Figure 5)"
+    ),
     "resize": Command("benchmarks.resize", "ranks, adapter resize and optimizer rebuild alone"),
     "vtab": Command("benchmarks.vtab", "epochs and data of VTAB-1K beside a bare PyTorch loop; g/14 on a GPU"),
     "metaworld": Command("benchmarks.metaworld", "collection, data and rollouts beside the bare simulator"),

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters import find_adapters
-from eva_lightning.batch_forward import ForwardFn, no_grad_forward
+from eva_lightning.batch_forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.capture import InputCapture
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.layer_inputs import inputs_of
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
 from eva_lightning.svd import StreamingSVD, make_engine
+from eva_lightning.token_masks import TokenMasks
 
 RHOS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.5, 3.0)
 """The values the paper searches over (section G)."""
@@ -58,6 +59,7 @@ def convergence_curve(
     tau: float = 0.99,
     engine: str = "incremental",
     forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
 ) -> list[ConvergencePoint]:
     """Number of converged components over minibatches (paper Figure 11).
 
@@ -72,6 +74,7 @@ def convergence_curve(
         tau: threshold in (0, 1].
         engine: "incremental" (the paper's Algorithm 2) or "exact".
         forward_fn: ``forward_fn(model, batch)``; default :func:`eva_lightning.batch_forward.run_forward`.
+        mask_fn: ``mask_fn(batch)``: True for the tokens that count.
 
     Raises:
         InputError: k or tau out of range, unknown engine, or no minibatch.
@@ -80,7 +83,7 @@ def convergence_curve(
     points: list[ConvergencePoint] = []
     previous: dict[str, Tensor] = {}
     n_samples, started = 0, time.perf_counter()
-    for batch, engines in _stream(model, batches, layers, k, engine, forward_fn):
+    for batch, engines in _stream(model, batches, layers, k, engine, forward_fn, mask_fn):
         n_samples += _n_samples(batch)
         converged = total = 0
         for name, svd in engines.items():
@@ -103,6 +106,7 @@ def collect_components(
     k: int,
     engine: str = "incremental",
     forward_fn: ForwardFn | None = None,
+    mask_fn: MaskFn | None = None,
 ) -> dict[str, Tensor]:
     """Top k right-singular vectors ``(k, dim)`` of every layer's inputs over all of `batches`, on the CPU.
 
@@ -110,7 +114,7 @@ def collect_components(
         InputError: k out of range, unknown engine, or no minibatch.
     """
     engines: dict[str, StreamingSVD] = {}
-    for _, seen in _stream(model, batches, layers, k, engine, forward_fn):
+    for _, seen in _stream(model, batches, layers, k, engine, forward_fn, mask_fn):
         engines = seen
     if not engines:
         raise InputError("collect_components needs at least one minibatch, got none")
@@ -273,6 +277,7 @@ def _stream(
     k: int,
     engine: str,
     forward_fn: ForwardFn | None,
+    mask_fn: MaskFn | None,
 ) -> Iterator[tuple[Any, dict[str, StreamingSVD]]]:
     """After every minibatch, it and the engines of all layers that have run; the model is as before at the end."""
     check_number("k", k, at_least=1, whole=True)
@@ -280,11 +285,13 @@ def _stream(
     engines = {name: make_engine(engine, x.width, min(k, x.width)) for name, x in inputs.items()}
     # shared inputs are decomposed once per layer: slower, and no layer's curve can depend on another's
     capture = InputCapture(inputs, engines, never_share=set(layers))
+    masks = TokenMasks(mask_fn)
     with capture.watching(), observing(model):
         for batch in batches:
-            capture.begin()
+            capture.begin(masks.begin(batch))
             no_grad_forward(forward_fn, model, batch)
             capture.end()
+            masks.end()
             yield batch, {name: svd for name, svd in engines.items() if svd.n_samples > 0}
 
 

@@ -24,6 +24,8 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import replacing
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
+#: Inches of the widest figure: maps of large models.
+_WIDEST = 24.0
 _DARK, _GRID = "#20262b", "#e3e6e8"
 _DASHED: dict[str, Any] = {"color": _DARK, "linestyle": "--", "linewidth": 1}
 
@@ -395,12 +397,107 @@ def rank_maps(
     names = list(next(iter(maps.values())))
     grid = np.array([[ranks[name] for name in names] for ranks in maps.values()], dtype=float)
     reach = max(float(np.abs(grid - neutral).max()), 1.0)
-    figure, axes = _axes(2.0 + max(4.0, 0.36 * len(names)), 2.2 + 0.3 * len(maps), grid=False)
+    width, height = min(2.0 + max(4.0, 0.36 * len(names)), _WIDEST), 2.2 + 0.3 * len(maps)
+    figure, axes = _axes(width, height, grid=False)
     short = [".".join(str(part) for part in split_layer_name(name) if part is not None) for name in names]
     write = "{:g}" if len(names) <= 64 else None
     _label(axes, "layer", "ρ", title)
     _colour_table(figure, grid, short, [f"{rho:g}" for rho in maps], label, write, neutral, reach)
-    axes.tick_params(axis="x", rotation=90, labelsize="x-small")
+    axes.tick_params(axis="x", rotation=90, labelsize="x-small" if len(names) <= 64 else 5)
+    return figure
+
+
+def ranks_by_kind(
+    maps: Mapping[float, Mapping[str, float]], neutral: float, label: str = "mean rank", title: str | None = None
+) -> Figure:
+    """One row per kind of layer and one column per rho: means over the blocks of ranks, or of their changes.
+
+    Args:
+        maps, neutral, label: As in :func:`rank_maps`.
+    """
+    _require(maps, "maps")
+    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in next(iter(maps.values()))))
+    grid = np.array(
+        [
+            [
+                np.mean([rank for name, rank in ranks.items() if split_layer_name(name)[1] == kind])
+                for ranks in maps.values()
+            ]
+            for kind in kinds
+        ]
+    )
+    reach = max(float(np.abs(grid - neutral).max()), 1.0)
+    figure, axes = _axes(2.4 + max(4.0, 0.55 * len(maps)), 1.3 + 0.45 * len(kinds), grid=False)
+    _label(axes, "ρ", "", title)
+    _colour_table(figure, grid, [f"{rho:g}" for rho in maps], kinds, label, "{:.1f}", neutral, reach)
+    return figure
+
+
+def early_steps(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    logarithmic: Sequence[str] = (),
+    order: Sequence[str] = (),
+    title: str | None = None,
+) -> Figure:
+    """Panels side by side over the first optimizer steps, one line per method: mean and standard deviation over runs
+    (paper Figure 4).
+
+    Args:
+        panels: what the vertical axis shows to method to step to the values of its runs.
+        logarithmic: panels with a logarithmic vertical axis; zeros are left out there.
+        order: methods in the order that gives them their looks.
+    """
+    _require(panels, "panels")
+    figure = Figure(figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained")
+    looks = list(dict.fromkeys([*order, *(label for panel in panels.values() for label in panel)]))
+    for i, (ylabel, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+        for label, by_step in panel.items():
+            steps = sorted(by_step)
+            mean = np.array([np.mean(by_step[step]) for step in steps])
+            deviation = np.array([np.std(by_step[step]) for step in steps])
+            if ylabel in logarithmic:
+                mean = np.where(mean > 0, mean, np.nan)
+            place = looks.index(label)
+            color = PALETTE[place % len(PALETTE)]
+            # more methods than colours: lines of another kind
+            style = ("-", "--", ":", "-.")[place // len(PALETTE) % 4]
+            axes.plot(steps, mean, linewidth=1.5, linestyle=style, color=color, label=label)
+            if deviation.any():
+                low = (
+                    np.where(mean > deviation, mean - deviation, np.nan) if ylabel in logarithmic else mean - deviation
+                )
+                axes.fill_between(steps, low, mean + deviation, color=color, alpha=0.15, linewidth=0)
+        if ylabel in logarithmic:
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _label(axes, "optimizer step", ylabel, title if i == 0 else None)
+    _legend_outside(figure.axes[-1], "")
+    return figure
+
+
+def horizontal_bars(
+    values: Mapping[str, float], xlabel: str, texts: Mapping[str, str] | None = None, title: str | None = None
+) -> Figure:
+    """One bar per method, the first on top, each with its value, or its text, at the end.
+
+    Args:
+        values: method to value.
+        xlabel: what values are.
+        texts: method to what stands at the end of its bar.
+    """
+    _require(values, "values")
+    figure, axes = _axes(7.0, 1.2 + 0.32 * len(values), grid=False)
+    places = range(len(values))
+    axes.barh(places, list(values.values()), 0.7, color=PALETTE[2])
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
+    for place, (label, value) in zip(places, values.items(), strict=True):
+        text = f"{value:.3g}" if texts is None else texts[label]
+        axes.text(value, place, f" {text}", va="center", fontsize="small", color=_DARK)
+    axes.set_xlim(right=1.45 * max(max(values.values()), 1e-9))
+    _label(axes, xlabel, "", title)
     return figure
 
 

@@ -93,7 +93,7 @@ def _eva(name: str, label: str, *, state_kind: StateKind = "major", redistribute
 
 def _ablation(name: str, label: str, *, state_kind: StateKind = "major", **fixed: Any) -> Method:
     redistributes = "rho" not in fixed
-    return _eva(name, label, state_kind=state_kind, redistributes=redistributes, fixed=fixed, halves=("vision",))
+    return _eva(name, label, state_kind=state_kind, redistributes=redistributes, fixed=fixed)
 
 
 _TABLE = (

@@ -1,7 +1,28 @@
-"""``python -m experiments.analysis``."""
+"""``python -m experiments.analysis [COMMAND] ...``: without a command, all analyses of one model."""
 
-from experiments.analysis import command_line
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.runner.cli import Command, dispatch
 from experiments.runner.ending import leave
 
+COMMANDS = {
+    "all": Command("experiments.analysis", "components, ranks and distances of adapters of one model"),
+    "gradient-norms": Command(
+        "experiments.analysis.gradient_norms", "gradient norms and losses of the first steps, of many runs (Figure 4)"
+    ),
+}
+
+_USAGE = ("       python -m experiments.analysis [options]            the same as all",)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line `args` (``sys.argv`` for None) and return its exit status."""
+    words = list(sys.argv[1:] if args is None else args) or ["all"]
+    return dispatch("python -m experiments.analysis", COMMANDS, words, implied=lambda _: "all", usage=_USAGE)
+
+
 if __name__ == "__main__":
-    leave(command_line())
+    leave(main())

@@ -189,10 +189,12 @@ def starting_model(weights: str | Path) -> nn.Module:
     return model
 
 
-def quick_trainer(epochs: int, callbacks: list[L.Callback], progress: bool = False) -> L.Trainer:
-    """A trainer on the CPU without logger and checkpoints."""
+def quick_trainer(
+    epochs: int, callbacks: list[L.Callback], progress: bool = False, accelerator: str = "cpu"
+) -> L.Trainer:
+    """A trainer without logger and checkpoints."""
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
         callbacks=callbacks,

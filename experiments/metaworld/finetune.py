@@ -21,6 +21,7 @@ from eva_lightning.rl.protocol import PROTOCOLS
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
 from eva_lightning.streaming_options import ALGORITHMS
 from experiments.runner.command import SettingsCommand
+from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.loggers import LOGGER_HELP, parse_loggers
 from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
@@ -103,6 +104,7 @@ class SharedOptions:
     mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     horizon: int = option(200, "steps of an evaluation episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     rollout_workers: int = option(0, "processes for rollouts; 0 for none besides this one", PLACE, at_least=0)
+    gradient_norms: int = option(0, GRADIENT_NORMS_HELP, PLACE, at_least=0)
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     logger: str = option("none", LOGGER_HELP, PLACE)
     cache: str | None = option(None, "folder for memory-mapped data; DATA/cache if not given", PLACE)

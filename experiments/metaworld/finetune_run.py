@@ -33,6 +33,7 @@ from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, success_text, warn_of_target
 from experiments.metaworld.success import PAPER_NOTE
 from experiments.metaworld.training import About, ValidationLosses, fit, log_differences, make_trainer
+from experiments.runner.gradient_norms import gradient_norms
 from experiments.runner.lightning_runs import (
     Divergence,
     check_devices,
@@ -136,10 +137,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
 
     Embeddings never have adapters, whatever the head does.
     """
-    layers = dict(module.named_modules())
-    exclude = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
-    if settings.head == "freeze":
-        exclude.append(module.head_name)
+    exclude = without_adapters(module, settings.head)
     head = module.head_name if settings.head == "train" else None
     bias: Any = settings.bias
     options = AdapterOptions(
@@ -157,6 +155,13 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         if isinstance(callback, EVAInitCallback):
             callback.verbose = settings.progress  # a comparison has hundreds of runs
     return callbacks
+
+
+def without_adapters(module: DecisionTransformerModule, head: str = "train") -> list[str]:
+    """The linear layers that never have an adapter: the embeddings, and the head where it is frozen."""
+    layers = dict(module.named_modules())
+    names = [name for name in module.embedding_names() if isinstance(layers[name], nn.Linear)]
+    return [*names, module.head_name] if head == "freeze" else names
 
 
 @dataclass(frozen=True)
@@ -214,13 +219,14 @@ class _Run:
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
         monitors = [RunLogging(epochs=False), LearningRateMonitor("step")] if loggers else []
+        norms = gradient_norms(settings.gradient_norms, folder, without_adapters(self.module, settings.head))
         trainer = make_trainer(
             folder,
             max_steps=settings.max_steps,
             checkpoint_every=settings.checkpoint_every,
             checkpoint_minutes=settings.checkpoint_minutes,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, divergence, About(self.about), *monitors],
+            callbacks=[*self.callbacks, losses, divergence, *norms, About(self.about), *monitors],
             accelerator=settings.accelerator,
             devices=settings.devices,
             precision=trainer_precision(settings.precision, settings.accelerator),

@@ -33,8 +33,9 @@ from experiments.runner.yaml_files import read_yaml
 
 #: What runs write: patterns of paths in the folder.
 _CONTENTS = (
-    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "log.txt", "weights.ckpt", "weights.safetensors",
-    "backbone.safetensors", "eva_state.safetensors", "eva_state.json", "checkpoints/last*",
+    "config.yaml", "metrics.json", "error.txt", "metrics.csv", "gradient_norms.csv", "log.txt",
+    "weights.ckpt", "weights.safetensors", "backbone.safetensors", "eva_state.safetensors", "eva_state.json",
+    "checkpoints/last*",
     "adapter/adapter_*", "adapter/README.md", "adapter/fused/adapter_*", "adapter/fused/README.md",
     *(f"plots/{name}.png" for name in ("accuracy", "loss", "ranks", "spectra", "convergence")),
     "csv/version_*/metrics.csv", "csv/version_*/hparams.yaml",

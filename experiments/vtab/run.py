@@ -31,6 +31,7 @@ from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.merged_evaluation import merged_in_fp32
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import OnePassPCA, module_options
+from experiments.runner.gradient_norms import gradient_norms
 from experiments.runner.lightning_runs import (
     Divergence,
     check_devices,
@@ -163,7 +164,8 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         history = EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
         divergence = Divergence()
-        callbacks = [*parts.callbacks, RunLogging(), history, divergence, checkpoints]
+        norms = gradient_norms(settings.gradient_norms, folder)
+        callbacks = [*parts.callbacks, RunLogging(), history, divergence, *norms, checkpoints]
         trainer = _trainer(settings, data, callbacks, loggers)
         checkpoint = folder.last_checkpoint()
         fit(trainer, parts.module, data, checkpoint, lambda: f"{len(history.rows)} of {settings.epochs} epochs")

@@ -21,6 +21,7 @@ from eva_lightning.streaming_options import ALGORITHMS
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
 from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
 from experiments.runner.command import SettingsCommand
+from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
 from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
@@ -121,6 +122,7 @@ class SharedOptions:
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, mps, ...", PLACE)
     cache: str | None = option(None, "folder for decoded images, or none; OUTPUT/cache if not given", PLACE)
     logger: tuple[str, ...] = option(("none",), LOGGER_HELP, PLACE, choices=LOGGERS)
+    gradient_norms: int = option(0, GRADIENT_NORMS_HELP, PLACE, at_least=0)
 
     def __post_init__(self) -> None:
         check_settings(self)

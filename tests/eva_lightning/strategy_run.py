@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from eva_lightning import EVAInitCallback, StreamingOptions
 from eva_lightning.adapters import find_adapters
+from eva_lightning.gradient_norms import GradientNorms
 from experiments.runner.one_machine import one_machine
 from tests.modules import Classifier, dataset, mlp
 
@@ -117,11 +118,12 @@ def fit(kind: str, devices: int, folder: Path, name: str, *extra: pl.Callback, *
     callback = Recording(
         rho=2, r=4, metric=METRIC, state=state, streaming=StreamingOptions(tau=1.0, engine="exact"), verbose=False
     )
+    norms = GradientNorms(steps=3)
     saving = ModelCheckpoint(folder, filename=f"{name}-{{step}}", save_top_k=-1, every_n_train_steps=STEPS // 2)
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy_for(kind, devices), plugins=one_machine(devices),
         max_steps=STEPS, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[callback, saving, *extra],
+        callbacks=[callback, norms, saving, *extra],
     )  # fmt: skip
     trainer.fit(module, DataLoader(dataset(SAMPLES), 16 // devices), ckpt_path=checkpoint)
     assert callback.state is not None
@@ -132,6 +134,7 @@ def fit(kind: str, devices: int, folder: Path, name: str, *extra: pl.Callback, *
         "sharded": any(isinstance(p, DTensor) for p in module.parameters()),
         "end": full(module),
         "steps": trainer.global_step,
+        "gradient_norms": norms.rows,
     }
     torch.save(result, folder / f"{name}-{trainer.global_rank}.pt")
 

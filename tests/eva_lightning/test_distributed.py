@@ -17,10 +17,11 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from peft import PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from eva_lightning import EVAInitCallback, EVAState, StreamingOptions, precompute
 from eva_lightning.adapters import find_adapters, save_pretrained
+from eva_lightning.gradient_norms import GradientNorms
 from tests.eva_lightning import strategy_run
 from tests.modules import build, dataset, trainer
 from tests.paths import ROOT
@@ -154,6 +155,23 @@ def test_every_rank_starts_with_the_directions_of_all_data_and_ends_with_the_sam
             assert overlap > 0.9999, name
     if len(starts) == 2:
         same_bits(*starts)
+
+
+@pytest.mark.slow
+def test_gradient_norms_are_those_of_one_process_on_the_union(launched: Launched) -> None:
+    torch.manual_seed(0)
+    module, norms = strategy_run.Sharded(), GradientNorms(steps=3)
+    streaming = StreamingOptions(tau=1.0, engine="exact")
+    callback = EVAInitCallback(rho=2, r=4, metric=strategy_run.METRIC, streaming=streaming, verbose=False)
+    data, devices = dataset(strategy_run.SAMPLES), launched.devices
+    of_ranks: list[list[int]] = [list(DistributedSampler(data, devices, rank)) for rank in range(devices)]
+    size = 16 // devices
+    union = [[j for one in of_ranks for j in one[i : i + size]] for i in range(0, len(of_ranks[0]), size)]
+    trainer(callback, norms, max_steps=3).fit(module, DataLoader(data, batch_sampler=union))
+    for kind in kinds_in(launched):
+        for rank in launched.ranks(kind):
+            for row, expected in zip(rank["gradient_norms"], norms.rows, strict=True):
+                assert row == pytest.approx(expected, rel=1e-3), kind
 
 
 @pytest.mark.slow

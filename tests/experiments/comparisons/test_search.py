@@ -176,7 +176,14 @@ def test_the_whole_search_resumes_and_its_choices_are_the_best(
 
 def test_one_choice_for_all_tasks_and_ranks_where_that_is_asked_for() -> None:
     settings = metaworld.parse(
-        "--init=x --methods=fft,lora,eva,eva:2 --ranks=4,2 --rhos=1,2 --grid=1e-3 --grids={fft:[1e-4,1e-5]}".split()
+        [
+            "--init=x",
+            "--methods=fft,lora,eva,eva:2",
+            "--ranks=4,2",
+            "--rhos=1,2",
+            "--grid=1e-3",
+            "--grids={fft:[1e-4,1e-5]}",
+        ]
     )
     assert [part.name for part in settings.parts] == ["fft", "lora", "eva", "eva:2"]
     assert [list(map(str, settings.points(part))) for part in settings.parts] == [
