@@ -25,7 +25,8 @@ from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.methods import lora
 from eva_lightning.methods.apply import AdapterOptions, Where
 from eva_lightning.methods.registry import METHODS
-from eva_lightning.methods.starts import KINDS, Given, Means
+from eva_lightning.methods.start_inputs import Given, Means
+from eva_lightning.methods.starts import KINDS
 from eva_lightning.methods.training_statistics import Statistic, Sums, layer_statistics
 from eva_lightning.namespaces import lightning_classes
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
@@ -38,7 +39,9 @@ _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: str) -> list[pl.Callback]:
     """Adapters that are plain LoRA, and the callback that starts them."""
-    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed, options.keep_function)
+    start = DataDrivenStart(
+        kind, options.max_batches, where.mask_fn, options.seed, options.keep_function, rho=options.rho
+    )
     keep = {"keep_function": True} if options.keep_function else {}
     return [*lora.prepare(module, options, where, initialisation=kind, **keep, **KINDS[kind].injection), start]
 
@@ -65,6 +68,7 @@ class DataDrivenStart(Callback):
         keep_function: Subtract ``scaling * B A`` from the base weight for kinds that would move the function, too; as
             given to ``inject``.
         verbose: Print what was done, in one line.
+        rho: Largest rank over mean rank, for kinds that redistribute ranks by it.
 
     Raises:
         InputError: Unknown kind, or `max_batches` is below 1; in ``setup``: a strategy that shards weights.
@@ -78,6 +82,7 @@ class DataDrivenStart(Callback):
         seed: int = 0,
         keep_function: bool = False,
         verbose: bool = True,
+        rho: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)
@@ -89,6 +94,7 @@ class DataDrivenStart(Callback):
         self.seed = seed
         self.keep_function = keep_function
         self.verbose = verbose
+        self.rho = rho
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
@@ -118,7 +124,9 @@ class DataDrivenStart(Callback):
             samples = training_samples(trainer) if KINDS[self.kind].needs_training_size else 0
             with isolated_rng():
                 means = self._average(trainer, self._statistics(trainer, pl_module, layers, limit))
-                resized = self._write(trainer, pl_module, layers, means, Given(self.seed, samples))
+                per_step = trainer.accumulate_grad_batches * trainer.world_size
+                given = Given(self.seed, samples, per_step, self.rho)
+                resized = self._write(trainer, pl_module, layers, means, given)
         except BaseException:
             restore_rng()
             raise

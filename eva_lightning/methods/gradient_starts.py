@@ -19,7 +19,7 @@ from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.base_weight_init import as_linear
 
 if TYPE_CHECKING:
-    from eva_lightning.methods.starts import Given, Means
+    from eva_lightning.methods.start_inputs import Given, Means
 
 LORA_GA_GAMMA = 16.0
 """LoRA-GA's γ (``stable_gamma`` of the authors' configuration; PEFT's default too)."""

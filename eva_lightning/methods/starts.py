@@ -13,24 +13,12 @@ from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.base_weight_init import corda, lora_ga_peft
+from eva_lightning.methods.gradient_eva import gradient_eva, gradient_eva_ranks
 from eva_lightning.methods.gradient_starts import gora, gora_ranks, lora_da, lora_ga, lora_one
+from eva_lightning.methods.start_inputs import Given, Means
 from eva_lightning.methods.training_statistics import Statistic
 
-Means = Mapping[Statistic, Tensor]
-"""What :mod:`eva_lightning.methods.training_statistics` found for a layer, averaged over all processes."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a start may know besides the statistics.
-
-    Attributes:
-        seed: Of its random parts.
-        training_samples: Size of the whole training set, for kinds that need it, else 0.
-    """
-
-    seed: int = 0
-    training_samples: int = 0
+__all__ = ["KINDS", "Given", "Kind", "Means"]
 
 
 @dataclass(frozen=True)
@@ -69,4 +57,6 @@ KINDS: dict[str, Kind] = {
     ),
     "lora-one": Kind(("gradient",), 1, lora_one, injection=_RSLORA),
     "gora": Kind(("gradient",), 16, gora, ranks=gora_ranks, injection=_RSLORA),
+    # an epoch of the VTAB protocol's; alpha / r as EVA has
+    "eva-gradient": Kind(("gradient", "gradient_moment"), 16, gradient_eva, ranks=gradient_eva_ranks),
 }
