@@ -67,6 +67,7 @@ INITIALISATIONS: dict[str, Start] = {
     "lora-da": Start("added", from_data=True),
     "lora-one": Start("added", from_data=True),
     "gora": Start("added", from_data=True),
+    "eva-gradient": Start("zero", from_data=True, directions=0),
 }
 """Every way in which an adapter can start; "lora" is A random and B = 0."""
 

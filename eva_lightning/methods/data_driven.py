@@ -40,7 +40,15 @@ _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 def prepare(module: pl.LightningModule, options: AdapterOptions, where: Where, kind: str) -> list[pl.Callback]:
     """Adapters that are plain LoRA, and the callback that starts them."""
     knowledge = options.knowledge if KINDS[kind].knowledge else None
-    start = DataDrivenStart(kind, options.max_batches, where.mask_fn, options.seed, options.keep_function, knowledge)
+    start = DataDrivenStart(
+        kind,
+        options.max_batches,
+        where.mask_fn,
+        options.seed,
+        options.keep_function,
+        knowledge,
+        rho=options.rho,
+    )
     keep = {"keep_function": True} if options.keep_function else {}
     return [*lora.prepare(module, options, where, initialisation=kind, **keep, **KINDS[kind].injection), start]
 
@@ -69,6 +77,7 @@ class DataDrivenStart(Callback):
         knowledge: Minibatches to read instead of training minibatches, anything that can be iterated over; every
             process of a distributed job reads the same.
         verbose: Print what was done, in one line.
+        rho: Largest rank over mean rank, for kinds that redistribute ranks by it.
 
     Raises:
         InputError: Unknown kind, or `max_batches` is below 1; in ``setup``: a strategy that shards weights.
@@ -83,6 +92,7 @@ class DataDrivenStart(Callback):
         keep_function: bool = False,
         knowledge: Iterable[Any] | None = None,
         verbose: bool = True,
+        rho: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)
@@ -95,6 +105,7 @@ class DataDrivenStart(Callback):
         self.keep_function = keep_function
         self.knowledge = knowledge
         self.verbose = verbose
+        self.rho = rho
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
@@ -125,7 +136,9 @@ class DataDrivenStart(Callback):
             samples = training_samples(trainer) if KINDS[self.kind].needs_training_size else 0
             with isolated_rng():
                 means = self._average(trainer, self._statistics(trainer, pl_module, layers, limit))
-                resized = self._write(trainer, pl_module, layers, means, Given(self.seed, samples))
+                per_step = trainer.accumulate_grad_batches * trainer.world_size
+                given = Given(self.seed, samples, per_step, self.rho)
+                resized = self._write(trainer, pl_module, layers, means, given)
         except BaseException:
             restore_rng()
             raise

@@ -78,9 +78,9 @@ def _weight_based(name: str, label: str, **rest: Any) -> Method:
     return Method(name, label, changes_base=True, **{"fixed": {"initialisation": name}, **rest})
 
 
-def _data_driven(name: str, label: str, needs: Needs, *, moves: bool = False) -> Method:
+def _data_driven(name: str, label: str, needs: Needs, *, moves: bool = False, **traits: Any) -> Method:
     prepare = "eva_lightning.methods.data_driven:prepare"
-    traits: dict[str, Any] = {"moves_function": True} if moves else {"changes_base": True}
+    traits = traits or ({"moves_function": True} if moves else {"changes_base": True})
     return Method(name, label, needs=needs, prepare=prepare, fixed={"kind": name}, **traits)
 
 
@@ -119,6 +119,7 @@ _TABLE = (
     _data_driven("lora-one", "LoRA-One", needs="gradients", moves=True),
     _data_driven("gora", "GoRA", needs="gradients", moves=True),
     _eva("eva", "EVA"),
+    _data_driven("eva-gradient", "EVA-grad", needs="gradients", redistributes=True),
     _eva("eva-dora", "EVA+DoRA", fixed={"use_dora": True}),
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),
     _ablation("eva-rotate", "EVA-rot", init="rotate"),

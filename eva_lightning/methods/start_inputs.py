@@ -20,7 +20,11 @@ class Given:
     Attributes:
         seed: Of its random parts.
         training_samples: Size of the whole training set, for kinds that need it, else 0.
+        minibatches_per_step: Whose gradients an optimizer step averages: accumulated ones times processes.
+        rho: Largest rank over mean rank.
     """
 
     seed: int = 0
     training_samples: int = 0
+    minibatches_per_step: int = 1
+    rho: float = 1.0

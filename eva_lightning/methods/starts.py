@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
 from eva_lightning.adapters.base_weight_init import corda, lora_ga_peft
+from eva_lightning.methods.gradient_eva import gradient_eva, gradient_eva_ranks
 from eva_lightning.methods.gradient_starts import gora, gora_ranks, lora_da, lora_ga, lora_one
 from eva_lightning.methods.start_inputs import Given, Means
 from eva_lightning.methods.training_statistics import Statistic
@@ -69,4 +70,6 @@ KINDS: dict[str, Kind] = {
     ),  # float32 is too coarse for the inverse of second moments that are nearly singular
     "lora-one": Kind(("gradient",), 1, lora_one, injection=_RSLORA),
     "gora": Kind(("gradient",), 16, gora, ranks=gora_ranks, injection=_RSLORA),
+    # an epoch of the VTAB protocol's; alpha / r as EVA has
+    "eva-gradient": Kind(("gradient", "gradient_moment"), 16, gradient_eva, ranks=gradient_eva_ranks),
 }

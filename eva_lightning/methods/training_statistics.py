@@ -25,10 +25,11 @@ from eva_lightning.token_masks import TokenMasks
 
 Context = Callable[[], AbstractContextManager[Any]]
 
-Statistic = Literal["gradient", "inputs", "scaled_inputs", "output_gradients"]
+Statistic = Literal["gradient", "gradient_moment", "inputs", "scaled_inputs", "output_gradients"]
 """What can be collected for a layer of weight (out, in), and what it is the mean of:
 
 - ``gradient``: of the training loss with respect to the weight, over minibatches. Shape of the weight.
+- ``gradient_moment``: ``G^T G``, G being a minibatch's gradient as ``(out, in)``, over minibatches. ``(in, in)``.
 - ``inputs``: the second moment ``x x^T`` of the layer's inputs, over tokens that count. ``(in, in)``.
 - ``scaled_inputs``: CorDA's ``X^T X`` of a sample that was divided by its largest value, over samples. ``(in, in)``.
 - ``output_gradients``: the square of the loss's gradient with respect to the layer's outputs, over tokens that count.
@@ -36,7 +37,7 @@ Statistic = Literal["gradient", "inputs", "scaled_inputs", "output_gradients"]
   multiplied by the number of samples, a loss being their mean.
 """
 
-FROM_LOSS: frozenset[Statistic] = frozenset({"gradient", "output_gradients"})
+FROM_LOSS: frozenset[Statistic] = frozenset({"gradient", "gradient_moment", "output_gradients"})
 """Statistics that need the training loss and a backward pass."""
 
 
@@ -86,9 +87,10 @@ def layer_statistics(
     parameter gets a gradient, and ``grad`` is not touched. Otherwise minibatches go through the model in eval mode
     without gradients.
 
-    Memory: for every layer the floats of what is asked for, ``out * in`` (gradient), ``in * in`` (each kind of inputs)
-    and ``out`` (output gradients), and with the gradient that of one more weight: gradients are added up and dropped as
-    the backward pass finds them, and never all held at once.
+    Memory: for every layer the floats of what is asked for, ``out * in`` (gradient), ``in * in`` (gradient moment, each
+    kind of inputs) and ``out`` (output gradients), and with the gradient that of one more weight: gradients are added
+    up and dropped as the backward pass finds them, and never all held at once, unless their moment is asked for: then
+    they are held until the minibatch ends, as in full fine-tuning.
 
     Args:
         module: The LightningModule; any module where no statistic of the loss is asked for.
@@ -164,6 +166,7 @@ class _Collector:
         self.mask: Tensor | None = None
         self.samples = 0
         self._seen: set[str] = set()
+        self._transposed = {name for name, layer in layers.items() if hasattr(layer, "nx")}  # transformers' Conv1D
         for (name, of_layer), weight in zip(self.sums.items(), self.weights, strict=True):
             width = self.inputs[name].width
             for need in needs:
@@ -194,9 +197,17 @@ class _Collector:
 
     def end_of_batch(self) -> None:
         """Count the minibatch for the weights that had a gradient: checkpointed blocks give theirs in pieces."""
-        if "gradient" in self.needs:
-            for name in self._seen:
+        for name, weight in zip(self.layers, self.weights, strict=True):
+            if name not in self._seen:
+                continue
+            if "gradient" in self.needs:
                 self.sums[name]["gradient"].count += 1
+            if "gradient_moment" in self.needs:
+                if "gradient" in self.needs:
+                    self.sums[name]["gradient"].total += weight.grad
+                rows = weight.grad.T if name in self._transposed else weight.grad
+                self.sums[name]["gradient_moment"].add_moment(rows, count=1)
+                weight.grad = None
         self._seen.clear()
 
     def check_finite(self) -> None:
@@ -234,9 +245,12 @@ class _Collector:
         mean.add((self.samples * tokens).square().sum(0), len(tokens))
 
     def _see_gradient(self, name: str, weight: Tensor) -> None:
-        if "gradient" in self.needs and weight.grad is not None:
-            self.sums[name]["gradient"].total += weight.grad
+        if weight.grad is not None:
             self._seen.add(name)
+            if "gradient_moment" in self.needs:
+                return  # which is of the whole gradient, not of its pieces
+            if "gradient" in self.needs:
+                self.sums[name]["gradient"].total += weight.grad
         weight.grad = None  # of the next layer only when this one's memory is free
 
 
