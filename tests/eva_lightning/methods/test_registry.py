@@ -10,9 +10,11 @@ from eva_lightning.initialization import INITS
 from eva_lightning.methods import METHODS, MethodKey, method_names
 
 IN_THE_ORDER_OF_REPORTS = [
-    "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda",
-    "lora-ga", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
+    "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "ailora",
+    "gaussian", "orthogonal", "corda", "corda-kpm", "lora-ga", "eva", "eva-dora", "eva-whiten", "eva-rotate",
+    "eva-permute", "eva-minor", "lora-redistribute",
 ]  # fmt: skip
+ABLATIONS = IN_THE_ORDER_OF_REPORTS[-5:]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_bad_keys_are_named(text: str, sentence: str) -> None:
 def test_every_method_in_the_order_of_reports() -> None:
     assert list(METHODS) == [method.name for method in METHODS.values()] == IN_THE_ORDER_OF_REPORTS
     assert list(method_names("vision")) == IN_THE_ORDER_OF_REPORTS[1:]
-    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:15]]
+    assert list(method_names("rl")) == ["scratch", *[m for m in IN_THE_ORDER_OF_REPORTS[2:] if m not in ABLATIONS]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,7 +97,7 @@ def test_which_methods_need_which_state() -> None:
 def test_what_methods_ask_of_training_data() -> None:
     needs = {name: method.needs for name, method in METHODS.items() if method.needs != "nothing"}
     eva = {name: "inputs" for name, method in METHODS.items() if method.state_kind}
-    assert needs == {"corda": "inputs", "lora-ga": "gradients", **eva}
+    assert needs == {"corda": "inputs", "corda-kpm": "inputs", "lora-ga": "gradients", **eva}
 
 
 def test_names_are_known_before_torch_is() -> None:
