@@ -16,10 +16,10 @@ QUIET: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plain(lr: float = 1e-2) -> ImageClassifier:
+def plain(lr: float = 1e-2, **options: Any) -> ImageClassifier:
     """A classifier whose head tells inputs apart, so that a change of the function shows in the logits."""
     L.seed_everything(0, verbose=False)
-    module = ImageClassifier("test_vit", num_classes=4, image_size=32, lr=lr, warmup_epochs=1)
+    module = ImageClassifier("test_vit", num_classes=4, image_size=32, lr=lr, warmup_epochs=1, **options)
     nn.init.normal_(module.model.head.weight, std=0.5)  # type: ignore[union-attr, arg-type]
     return module
 

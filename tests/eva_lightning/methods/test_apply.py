@@ -2,92 +2,32 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from eva_lightning.adapters import inject, merge_and_unload, save_pretrained
-from eva_lightning.adapters.adalora import RankAllocation, is_adalora, start_rank
+from eva_lightning.adapters import inject, save_pretrained
+from eva_lightning.adapters.adalora import RankAllocation, start_rank
+from eva_lightning.adapters.base_weight_init import INITIALISATIONS
 from eva_lightning.checkpoint import load_from_checkpoint
-from eva_lightning.methods import METHODS as ALL
-from eva_lightning.methods import method_names
+from eva_lightning.methods import METHODS
 from eva_lightning.methods.adalora import AdaLoRACallback
 from eva_lightning.methods.apply import AdapterOptions, apply_method
-from eva_lightning.optim.parameter_groups import Multiplier, parameter_groups
-from tests.modules import IN, Classifier, TokenNet, loader, trainer
+from tests.eva_lightning.methods import token_fits
+from tests.eva_lightning.methods.token_fits import build, fit, inputs
+from tests.modules import Classifier, TokenNet
 
-METHODS = method_names("rl")
-ADAPTERS = [m for m in METHODS if ALL[m].adapts]
-EDIT_BASE_WEIGHTS = [m for m in ADAPTERS if ALL[m].changes_base]
+EDIT_BASE_WEIGHTS = [m for m in METHODS if METHODS[m].adapts and METHODS[m].changes_base]
+TARGETS = {"ailora": {"target_modules": ["q", "v"]}}
 OPTIONS = AdapterOptions(rank=3, bias="none")
 
 
-class Heeding(Classifier):
-    """A classifier that trains parameters at rates of their own where it is told to, as ImageClassifier does."""
-
-    lr_multipliers: Multiplier | None = None
-
-    def configure_optimizers(self) -> Any:
-        multipliers = [] if self.lr_multipliers is None else [self.lr_multipliers]
-        return torch.optim.AdamW(parameter_groups(self.named_parameters(), self.lr, 0.01, multipliers=multipliers))
-
-
-def build(**kwargs: Any) -> Classifier:
-    torch.manual_seed(0)
-    return Heeding(TokenNet(), **kwargs)
-
-
 def prepared(method: str, options: AdapterOptions = OPTIONS, **kwargs: Any) -> tuple[Classifier, list[pl.Callback]]:
-    module = build(**kwargs)
-    torch.manual_seed(1)
-    return module, apply_method(method, module, options, head="net.head", exclude=["net.embed"])
-
-
-def inputs() -> Tensor:
-    return torch.randn(5, 4, IN, generator=torch.Generator().manual_seed(3))
-
-
-def fit(module: Classifier, callbacks: list[pl.Callback], **kwargs: Any) -> pl.Trainer:
-    run = trainer(*callbacks, **{"max_epochs": 2, **kwargs})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        run.fit(module, loader(tokens=4))
-    return run
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "scratch"])
-def test_starts_from_the_pretrained_function(method: str) -> None:
-    # asked for where it would move
-    options = replace(OPTIONS, keep_function=ALL[method].moves_function)
-    module, callbacks = prepared(method, options, lr=0.0)
-    with torch.no_grad():
-        expected = build()(inputs())
-        fit(module, callbacks, max_steps=1)
-        torch.testing.assert_close(module.eval()(inputs()), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_trains(method: str) -> None:
-    module, callbacks = prepared(method, lr=0.01)
-    fit(module, callbacks, max_epochs=12)
-    assert sum(module.losses[-6:]) < 0.97 * sum(module.losses[:6])
-
-
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_trains_adapters_and_head_alone(method: str) -> None:
-    module, callbacks = prepared(method)
-    fit(module, callbacks, max_steps=2)
-    trained = {n for n, p in module.named_parameters() if p.requires_grad}
-    assert all("lora_" in n or n.startswith("net.head.") for n in trained)
-    assert any(n.startswith("net.head.") for n in trained)
-    assert not any("embed" in n for n in trained)
-    torch.testing.assert_close(module.net.embed.weight, build().net.embed.weight)  # type: ignore[union-attr]
+    return token_fits.prepared(method, options, **kwargs)
 
 
 def test_without_a_head_it_is_adapted_or_frozen() -> None:
@@ -98,59 +38,6 @@ def test_without_a_head_it_is_adapted_or_frozen() -> None:
     assert {"net.head.lora_A.default.weight"} <= names
     assert all("lora_" in n for n in names)
     assert not any("head" in n for n, p in frozen.named_parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_merges_and_exports_to_stock_peft(method: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    module, callbacks = prepared(method, lr=0.02)
-    fit(module, callbacks)
-    module.eval()
-    with torch.no_grad():
-        expected = module(inputs())
-        assert not torch.allclose(expected, build()(inputs()), atol=1e-3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save_pretrained(module.net, tmp_path)
-            loaded = PeftModel.from_pretrained(build().net, tmp_path).eval()
-        torch.testing.assert_close(loaded(inputs()), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(merge_and_unload(module)(inputs()), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_resumed_equals_uninterrupted(method: str, tmp_path: Path) -> None:
-    whole, callbacks = prepared(method)
-    fit(whole, callbacks, max_epochs=4)
-
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                trainer.save_checkpoint(tmp_path / "last.ckpt")
-                raise RuntimeError("power cut")
-
-    first, callbacks = prepared(method)
-    data = loader(tokens=4)
-    with pytest.raises(RuntimeError, match="power cut"):
-        trainer(*callbacks, Stop(), max_epochs=4).fit(first, data)
-    second, callbacks = prepared(method)
-    trainer(*callbacks, max_epochs=4).fit(second, data, ckpt_path=tmp_path / "last.ckpt")
-    ours, theirs = second.state_dict(), whole.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
-
-
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_a_checkpoint_goes_into_a_fresh_module(method: str, tmp_path: Path) -> None:
-    module, callbacks = prepared(method)
-    fit(module, callbacks).save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    frozen = [k for k in torch.load(tmp_path / "a.ckpt")["state_dict"] if "base_layer.weight" in k]
-    assert bool(frozen) == (method in EDIT_BASE_WEIGHTS)
-    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt", net=build().net)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(inputs()), module.eval()(inputs()), rtol=0, atol=0)
-    assert is_adalora(loaded) == (method == "adalora")
 
 
 def test_pissa_exports_after_loading_into_a_module_of_other_weights(tmp_path: Path) -> None:
@@ -201,13 +88,14 @@ def test_weight_based_starts_are_pefts(method: Any) -> None:
         torch.testing.assert_close(ours.base_layer.weight, reference.base_layer.weight)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("method", EDIT_BASE_WEIGHTS)
+@pytest.mark.parametrize("method", [m for m in EDIT_BASE_WEIGHTS if m not in TARGETS])
 def test_rank_is_capped_where_the_weight_has_fewer_directions(method: str) -> None:
     module, callbacks = prepared(method, AdapterOptions(rank=8, alpha=2.0, bias="none"), lr=0.0)
     fit(module, callbacks, max_steps=1)
     narrow: Any = module.net.narrow
     # LoRA-GA takes the directions of B after those of A
-    assert narrow.lora_A["default"].weight.shape == (2 if method.startswith("lora-ga") else 4, 24)
+    assert narrow.lora_A["default"].weight.shape == (4 // INITIALISATIONS[method].directions, 24)
+    # LoRA-GA's authors set rsLoRA's scaling
     assert narrow.scaling["default"] == pytest.approx(2 / math.sqrt(8) if method == "lora-ga" else 0.25)
     assert narrow.lora_B["default"].weight.abs().sum() > 0
     with torch.no_grad():
@@ -216,7 +104,10 @@ def test_rank_is_capped_where_the_weight_has_fewer_directions(method: str) -> No
 
 @pytest.mark.parametrize(
     "options",
-    [*({"initialisation": m} for m in EDIT_BASE_WEIGHTS), {"adalora": {"target_r": 2, "total_step": 5}}],
+    [
+        *({"initialisation": m, **TARGETS.get(m, {})} for m in EDIT_BASE_WEIGHTS),
+        {"adalora": {"target_r": 2, "total_step": 5}},
+    ],
     ids=str,
 )
 def test_an_injection_is_taken_back(options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Every method on a small vision transformer: start, training, merging, export to stock PEFT, resuming."""
+"""Methods on a small vision transformer: start, training, merging, export to stock PEFT, resuming."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from eva_lightning.vision.module import ImageClassifier
 from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
-IMAGE_METHODS = method_names("vision")
+#: One of every way in which a module is prepared; test_every_method.py has all methods on a smaller network.
+IMAGE_METHODS = ("linear", "fft", "dora", "lora+", "adalora", "milora", "lora-ga", "eva", "eva-dora")
 ADAPTERS = [method for method in IMAGE_METHODS if METHODS[method].adapts]
-EDIT_BASE_WEIGHTS = [method for method in ADAPTERS if METHODS[method].changes_base]
+EDIT_BASE_WEIGHTS = [m for m in method_names("vision") if METHODS[m].adapts and METHODS[m].changes_base]
 OPTIONS = AdapterOptions(rank=4)
 
 
-def build(method: str, options: AdapterOptions = OPTIONS) -> tuple[ImageClassifier, list[L.Callback]]:
-    module = plain()
+def build(method: str, options: AdapterOptions = OPTIONS, **of_module: Any) -> tuple[ImageClassifier, list[L.Callback]]:
+    module = plain(**of_module)
     return module, apply_method(method, module, options)
 
 
@@ -167,8 +168,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize("method", EDIT_BASE_WEIGHTS)
 def test_in_bfloat16_what_leaves_the_weight_is_what_the_adapter_gives_back(method: str, data: VTAB1K) -> None:
-    module, callbacks = build(method)
-    before = {name: layer.weight.detach().clone() for name, layer in linear_layers(plain()).items()}
+    module, callbacks = build(method, split_fused=True)
+    before = {n: layer.weight.detach().clone() for n, layer in linear_layers(plain(split_fused=True)).items()}
     fit(module, callbacks, data, max_steps=1, precision="bf16-true")
     layers = find_adapters(module)
     assert layers

@@ -10,8 +10,9 @@ from eva_lightning.initialization import INITS
 from eva_lightning.methods import METHODS, MethodKey, method_names
 
 IN_THE_ORDER_OF_REPORTS = [
-    "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda",
-    "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva", "eva-dora", "eva-whiten", "eva-rotate",
+    "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "ailora",
+    "gaussian", "orthogonal", "corda", "corda-kpm", "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva",
+    "eva-gradient", "eva-dora", "eva-whiten", "eva-rotate",
     "eva-permute", "eva-minor", "lora-redistribute",
 ]  # fmt: skip
 
@@ -96,8 +97,10 @@ def test_which_methods_need_which_state() -> None:
 def test_what_methods_ask_of_training_data() -> None:
     needs = {name: method.needs for name, method in METHODS.items() if method.needs != "nothing"}
     eva = {name: "inputs" for name, method in METHODS.items() if method.state_kind}
-    gradients = dict.fromkeys(("lora-ga", "lora-ga-peft", "lora-one", "gora"), "gradients")
-    assert needs == {"corda": "inputs", "lora-da": "inputs and gradients", **gradients, **eva}
+    gradients = dict.fromkeys(("lora-ga", "lora-ga-peft", "lora-one", "gora", "eva-gradient"), "gradients")
+    assert needs == {
+        "corda": "inputs", "corda-kpm": "inputs", "lora-da": "inputs and gradients", **gradients, **eva
+    }  # fmt: skip
 
 
 def test_names_are_known_before_torch_is() -> None:
