@@ -25,7 +25,7 @@ from experiments.comparisons.report import (
     tuning,
     write_report,
 )
-from experiments.metaworld.success import DEFINITIONS, PAPER_EPISODES, PAPER_NOTE, definitions
+from experiments.metaworld.success import DEFINITIONS, EXPERTS_NOTE, PAPER_EPISODES, PAPER_NOTE, definitions
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import Interval, iqm
 from experiments.runner.tables import NOTHING
@@ -71,7 +71,7 @@ def write(settings: Settings, results: Results) -> Path:
         "tuning": tuning(settings, results, lambda score: f"{math.exp(score):.4f}"),
         "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
         "success": {each.title: _success(evidence, by_task, each) for each in success},
-        "paper_note": f"{PAPER_NOTE} {PAPER_EPISODES}",
+        "paper_note": f"{PAPER_NOTE} {PAPER_EPISODES} {EXPERTS_NOTE}",
         "pairs": dict(_pair(evidence, by_task, quantities, *pair) for pair in evidence.pairs),
         "differences": against_reference(evidence, quantities, others),
         "sizes": sizes_table(evidence, SIZES),
