@@ -7,6 +7,7 @@ the bytes that the file has for it.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import io
 import math
@@ -115,7 +116,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("copyreg", "_reconstructor"): _reconstructor,
     ("copy_reg", "_reconstructor"): _reconstructor,
-    ("_codecs", "encode"): _encode,
+    (codecs.encode.__module__, "encode"): _encode,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
     ("collections", "deque"): collections.deque,

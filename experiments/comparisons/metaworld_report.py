@@ -26,7 +26,7 @@ from experiments.comparisons.report import (
     write_report,
 )
 from experiments.comparisons.search_report import at_best_rank, by_rank, chosen, write_candidates
-from experiments.metaworld.success import DEFINITIONS, PAPER_EPISODES, PAPER_NOTE, definitions
+from experiments.metaworld.success import DEFINITIONS, EXPERTS_NOTE, PAPER_EPISODES, PAPER_NOTE, definitions
 from experiments.runner.comparison import Results
 from experiments.runner.statistics import Interval, iqm
 from experiments.runner.tables import NOTHING
@@ -75,7 +75,7 @@ def write(settings: Settings, results: Results) -> Path:
         "adapter_ranks": " and ".join(map(str, sorted(settings.ranks or (settings.rank,)))),
         "losses": {task: _losses(found, list(losses.values())) for task, found in by_task.items()},
         "success": {each.title: _success(evidence, by_task, each) for each in success},
-        "paper_note": f"{PAPER_NOTE} {PAPER_EPISODES}",
+        "paper_note": f"{PAPER_NOTE} {PAPER_EPISODES} {EXPERTS_NOTE}",
         "pairs": dict(_pair(evidence, by_task, quantities, *pair) for pair in evidence.pairs),
         "differences": against_reference(evidence, quantities, others),
         "sizes": sizes_table(evidence, SIZES),

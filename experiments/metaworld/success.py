@@ -51,6 +51,13 @@ PAPER_EPISODES = (
     "--eval-episodes 10 --seeds 3 is that."
 )
 
+#: Why success at the last step can be low here where the paper's is not.
+EXPERTS_NOTE = (
+    "Collected demonstrations are of scripted experts, many of which do not hold what they have solved until the last "
+    "step, and a network learns that too; the paper's data are replay buffers of trained agents, which the import "
+    "command takes."
+)
+
 #: What the columns of both definitions mean.
 COLUMNS_NOTE = "any step: share of episodes solved at any of their steps; last step: still solved at the last one"
 

@@ -17,7 +17,7 @@ from eva_lightning.methods import METHODS, MethodKey
 from eva_lightning.ours import claim
 from eva_lightning.rl.tasks import CW10
 from experiments.metaworld.finetune import EXPERIMENT
-from experiments.metaworld.success import PAPER_EPISODES, PAPER_NOTE, PAPERS, Definition, definitions
+from experiments.metaworld.success import EXPERTS_NOTE, PAPER_EPISODES, PAPER_NOTE, PAPERS, Definition, definitions
 from experiments.metaworld.table import Settings
 from experiments.runner.run_folder import metrics_below
 from experiments.runner.statistics import BRACKETS, PLUS_MINUS, Interval, Range, iqm, over_seeds, t_quantile
@@ -197,7 +197,7 @@ def _notes(runs: pd.DataFrame, tasks: Sequence[str]) -> str:
         f"*Same tasks* is the mean, and *IQM* the interquartile mean, over the {count} run here by every method: "
         f"{', '.join(map(_short, tasks))}."
     )
-    return "\n\n".join([measure, f"{PAPER_NOTE} {PAPER_EPISODES}", sources, same])
+    return "\n\n".join([measure, f"{PAPER_NOTE} {PAPER_EPISODES} {EXPERTS_NOTE}", sources, same])
 
 
 def _interleaved(paper: Sequence[Row], ours: Sequence[Row], others: Sequence[Row]) -> list[Row]:

@@ -62,6 +62,28 @@ def test_round_trip_and_index(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "push-v3.npz", "reach-v3.npz"]
 
 
+def test_success_is_counted_at_any_step_and_at_the_last_and_may_be_unknown(tmp_path: Path) -> None:
+    demonstrations = make()
+    demonstrations.successes[1, -1] = True
+    entry = write_task(tmp_path, demonstrations, META)
+    assert (entry.success_rate, entry.final_success_rate) == (0.5, 0.25)
+    assert read_index(tmp_path)["push-v3"] == entry
+    # an index from before the last step was noted
+    content = read_sealed_json(tmp_path / "index.json")
+    for name in ("final_success_rate", "source"):
+        del content["tasks"]["push-v3"][name]
+    write_sealed_json(tmp_path / "index.json", content)
+    assert (read_index(tmp_path)["push-v3"].success_rate, read_index(tmp_path)["push-v3"].final_success_rate) == (
+        0.5,
+        None,
+    )
+    arrays = {name: getattr(demonstrations, name) for name in NAMES}
+    unknown = TaskDemonstrations("push-v3", **arrays | {"successes": np.zeros((4, 0), dtype=np.bool_)})
+    entry = write_task(tmp_path, unknown, META)
+    assert (entry.success_rate, entry.final_success_rate) == (None, None)
+    assert np.isnan(load_task(tmp_path, "push-v3", 2).success_rate)
+
+
 def test_the_same_demonstrations_are_the_same_bytes() -> None:
     assert encode(make()) == encode(make())
     assert equal(join([make().episodes(stop=1), make().episodes(1)]), make())

@@ -49,7 +49,9 @@ def test_measures_during_validation_and_changes_nothing_else() -> None:
     assert float(metrics["rollout/push-v3/return"]) == pytest.approx(rollouts.results["push-v3"].mean_return)
     mean = (metrics["rollout/push-v3/return"] + metrics["rollout/reach-v3/return"]) / 2
     assert float(metrics["rollout/return"]) == pytest.approx(float(mean))
-    assert 0 <= float(metrics["rollout/success"]) <= 1
+    assert 0 <= float(metrics["rollout/final_success"]) <= float(metrics["rollout/success"]) <= 1
+    last = rollouts.results["push-v3"].final_success_rate
+    assert float(metrics["rollout/push-v3/final_success"]) == pytest.approx(last)
     assert "rollout/push-v3/success" in metrics
     assert rollouts.state_dict() == {"last_step": 4}
 

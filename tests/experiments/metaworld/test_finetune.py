@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -137,6 +138,10 @@ def test_finished_seeds_are_reprinted_and_interrupted_ones_go_on(
     printed = capsys.readouterr().out
     assert printed.count("is finished already") == 2
     assert "2 seeds: validation loss" in printed
+    assert re.search(r"success: any step \d\.\d\d ± \d\.\d\d, last step \d\.\d\d ± \d\.\d\d, return", printed)
+    assert re.search(r"seed 1: .* success: any step \d\.\d\d \[.*\], last step \d\.\d\d \[.*\]", printed)
+    assert "The paper's numbers belong beside success at the last step" in printed
+    assert [len(run["final_successes"]) for run in first] == [1, 1]
     assert "± is half the width of the 95% interval" in printed
     with pytest.raises(ValueError, match=r"holds another run, with lr=0.001 \(now 0.01\)"):
         finetune.main([*line, "--lr=0.01"])
@@ -258,6 +263,18 @@ def test_a_target_return_far_above_the_data_is_warned_of(root: Path, capsys: pyt
     (metrics,) = finetune.main(command(root, "lora", "--name=high", "--target-return=9000"))
     assert metrics["target_return"] == 9000
     assert "warning: handle-press-side-v3: the target return 9000 is" in capsys.readouterr().out
+
+
+def test_a_summary_of_runs_made_earlier_has_dashes() -> None:
+    run = {
+        "task": TASK, "method": "lora", "rho": None, "seed": 0, "val_loss": [{"updates": 5, "val_loss": 0.5}],
+        "max_steps": 5, "success_rate": 0.5, "successes": [True, False], "returns": [3.0, 5.0], "mean_return": 4.0,
+        "episodes": 2,
+    }  # fmt: skip
+    assert "success: any step 0.50 ± 0.00, last step –, return" in finetune_run.summary([run, {**run, "seed": 1}])
+    assert "success: any step 0.50 [0.09, 0.91], last step –" in finetune_run.headline(run)
+    # without the episodes, the rate is enough
+    assert "last step 1.00 [0.34, 1.00]" in finetune_run.headline({**run, "final_success_rate": 1.0})
 
 
 @pytest.mark.parametrize(
