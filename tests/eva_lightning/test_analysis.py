@@ -190,3 +190,22 @@ def test_figures_show_the_numbers() -> None:
     assert [bar.get_height() for bar in bars.patches][:3] == [2.0, 3.0, 1.0]
     with pytest.raises(ValueError, match=r"\(n, n\)"):
         plots.similarity_matrix(np.ones((2, 3)), [4, 8])
+
+
+def test_figures_of_types_steps_and_bars_show_the_numbers() -> None:
+    maps = {
+        1.0: {"blocks.0.fc": 4, "blocks.1.fc": 2, "blocks.0.proj": 6},
+        2.0: dict.fromkeys(("blocks.0.fc", "blocks.1.fc", "blocks.0.proj"), 8),
+    }
+    axes = plots.ranks_by_kind(maps, neutral=4).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[3, 8], [6, 8]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["fc", "proj"]
+    steps = {"LoRA": {1.0: [1.0, 3.0], 2.0: [4.0, 4.0]}, "EVA": {1.0: [0.0]}}
+    figure = plots.early_steps({"norm": steps, "loss": {"EVA": {1.0: [2.0]}}}, logarithmic=["norm"])
+    first, second = figure.axes
+    np.testing.assert_array_equal(first.lines[0].get_xydata(), [[1, 2], [2, 4]])
+    assert (first.get_yscale(), second.get_yscale()) == ("log", "linear")
+    assert first.lines[1].get_color() == second.lines[0].get_color()  # EVA's, in both
+    bars = plots.horizontal_bars({"LoRA": 1.0, "EVA": 2.5}, "seconds").axes[0]
+    assert [bar.get_width() for bar in bars.patches] == [1.0, 2.5]
+    assert [text.get_text().strip() for text in bars.texts] == ["1", "2.5"]
