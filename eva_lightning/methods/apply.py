@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import lightning as L
 
+from eva_lightning.adalora_schedule import ADALORA_SCHEDULE, AdaLoRASchedule
 from eva_lightning.batch_forward import MaskFn
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError, check_choice, check_number
@@ -39,6 +40,8 @@ class AdapterOptions:
         max_batches: Most minibatches that EVA streams, or CorDA and LoRA-GA read; None for their defaults.
         state: An :class:`~eva_lightning.state.EVAState` to start EVA from instead of streaming, or its path.
         seed: Seed of the random parts of EVA's initialisations, and of scratch's weights.
+        dora_by_column: DoRA of the authors' vision code (:mod:`eva_lightning.adapters.column_dora`) instead of PEFT's.
+        adalora: When AdaLoRA takes ranks away, and its penalty.
 
     Raises:
         InputError, InputTypeError: A value is out of range.
@@ -59,6 +62,8 @@ class AdapterOptions:
     max_batches: int | None = None
     state: EVAState | str | os.PathLike[str] | None = None
     seed: int = 0
+    dora_by_column: bool = False
+    adalora: AdaLoRASchedule = ADALORA_SCHEDULE
 
     def __post_init__(self) -> None:
         self._callback(Where())  # which checks its values; a state is read when it is used
@@ -72,6 +77,10 @@ class AdapterOptions:
         """
         return self._callback(where, use_dora, self.state)
 
+    def dora(self) -> dict[str, Any]:
+        """The argument of :func:`eva_lightning.adapters.inject` that makes LoRA layers DoRA's."""
+        return {"dora_by_column": True} if self.dora_by_column else {"use_dora": True}
+
     def _callback(self, where: Where, use_dora: bool = False, state: Any = None) -> EVAInitCallback:
         batches: dict[str, Any] = {} if self.max_batches is None else {"max_batches": self.max_batches}
         return EVAInitCallback(
@@ -80,7 +89,7 @@ class AdapterOptions:
             alpha=self.alpha,
             target_modules=self.target_modules,
             exclude=where.exclude,
-            lora={"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
+            lora={"bias": self.bias, "lora_dropout": self.dropout, **(self.dora() if use_dora else {})},
             head=where.head,
             streaming=StreamingOptions(tau=self.tau, delta=self.delta, seed=self.seed, **batches),
             metric=self.metric,
@@ -159,6 +168,8 @@ def apply_method(
         raise InputError(f"{method} starts from no EVA state, but one is given: {options.state}")
     if options.init != "eva" and "init" in entry.fixed:
         raise InputError(f"{method} has an initialisation of its own: leave init={options.init!r} to eva and eva-dora")
+    if options.metric != "ratio" and "metric" in entry.fixed:
+        raise InputError(f"{method} has a metric of its own: leave metric={options.metric!r} to eva and eva-dora")
     if head == "auto":
         head = getattr(module, "head_name", "auto")
     prepare: Prepare = entry.prepare_function()

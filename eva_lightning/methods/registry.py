@@ -21,7 +21,8 @@ StateKind = Literal["major", "minor"]
 """Which end of the spectrum of a layer's inputs an EVA state holds: components of most, or of least, variance."""
 
 DEFAULT_RHO = 2.0
-"""EVA's ρ where nothing is said (paper, section 4.1: ρ = 2 gives the better results)."""
+"""EVA's ρ where nothing is said. The paper names no default: it searches ρ = 1 and ρ = 2 and reports the better one
+(section G), and finds that redistribution has converged at about 2 (section 3.5)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Method:
         needs: What the method asks of training data before training starts: the inputs of layers, the gradients of
             their weights, or nothing.
         redistributes: Spreads the rank budget unevenly, and so has a ρ.
+        searches_rho: Its ρ is searched where the paper searches it (section G), unless one is given. Ablations keep
+            theirs: they are about what redistributed ranks or components are worth.
         changes_base: The base weights are other ones when training starts.
         state_kind: Which EVA state it can start from, or None.
         prepare: Where its prepare function is, ``"module:function"``.
@@ -47,6 +50,7 @@ class Method:
     trains: Literal["adapters", "everything", "head"] = "adapters"
     needs: Literal["nothing", "inputs", "gradients"] = "nothing"
     redistributes: bool = False
+    searches_rho: bool = False
     changes_base: bool = False
     state_kind: StateKind | None = None
     prepare: str = "eva_lightning.methods.lora:prepare"
@@ -104,14 +108,17 @@ _TABLE = (
     _weight_based("olora", "OLoRA"),
     _data_driven("corda", "CorDA", needs="inputs"),
     _data_driven("lora-ga", "LoRA-GA", needs="gradients"),
-    _eva("eva", "EVA"),
-    _eva("eva-dora", "EVA+DoRA", fixed={"use_dora": True}),
+    _eva("eva", "EVA", searches_rho=True),
+    _eva("eva-dora", "EVA+DoRA", searches_rho=True, fixed={"use_dora": True}),
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),
     _ablation("eva-rotate", "EVA-rot", init="rotate"),
     _ablation("eva-permute", "EVA-perm", init="permute"),
     # uniform ranks: the least explained variance is no sign of where rank is needed (paper, Table 12)
     _ablation("eva-minor", "EVA-minor", state_kind="minor", init="minor", rho=1.0),
     _ablation("lora-redistribute", "LoRA-redist", init="redistribute"),
+    # ranks by eigenvalues as they are, or over the largest one of the layer (paper, Table 18)
+    _ablation("eva-raw", "EVA-Raw", metric="raw"),
+    _ablation("eva-max", "EVA-Max", metric="max"),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
