@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_lightning.adalora_schedule import ADALORA_SCHEDULE, AdaLoRASchedule
 from eva_lightning.adapters.registry import lora_layers
 from eva_lightning.errors import InputError
-
-#: Start rank over final rank, as in AdaLoRA's section 4 and PEFT's defaults (12 and 8).
-START_OVER_FINAL = 1.5
-#: Shares of training before ranks shrink and after they are final; AdaLoRA's GLUE runs use about these.
-WARM_UP, FINAL = 0.1, 0.5
-
-
-def start_rank(rank: int) -> int:
-    """The rank AdaLoRA begins with so that `rank` per layer are left: 1.5 times, at least one more."""
-    return max(rank + 1, round(START_OVER_FINAL * rank))
 
 
 def is_adalora(module: nn.Module) -> bool:
@@ -33,12 +24,13 @@ class RankAllocation:
     Args:
         module: With AdaLoRA layers.
         total_steps: Optimizer steps of the whole training.
+        schedule: When ranks are taken away.
 
     Raises:
         InputError: The module has no AdaLoRA layers, or the number of steps is not a finite number above 0.
     """
 
-    def __init__(self, module: nn.Module, total_steps: float) -> None:
+    def __init__(self, module: nn.Module, total_steps: float, schedule: AdaLoRASchedule = ADALORA_SCHEDULE) -> None:
         from peft.tuners.adalora.layer import RankAllocator
 
         layers = [layer for layer in lora_layers(module) if hasattr(layer.module, "lora_E")]
@@ -47,10 +39,13 @@ class RankAllocation:
         if not 0 < total_steps < float("inf"):
             raise InputError(f"AdaLoRA's schedule needs the number of training steps, got {total_steps}: set max_steps")
         self.module = module
+        self.schedule = schedule
         self.config = layers[0].config
         self.config.total_step = int(total_steps)
-        self.config.tinit = int(WARM_UP * total_steps)
-        self.config.tfinal = int(FINAL * total_steps)
+        self.config.tinit = int(schedule.warm_up * total_steps)
+        self.config.tfinal = int(schedule.final * total_steps)
+        self.config.deltaT = schedule.every
+        self.config.orth_reg_weight = schedule.penalty
         self._allocator: Any = RankAllocator(module, self.config, layers[0].adapter)
         self._factors = [
             (parameter, name == "lora_A")
@@ -65,6 +60,7 @@ class RankAllocation:
         To be called while the gradients of that step are still there.
         """
         allocator, config = self._allocator, self.config
+        step += self.schedule.first_step - 1
         final = config.total_step - config.tfinal
         if step < final or not allocator.exp_avg_ipt:
             _, pattern = allocator.update_and_allocate(self.module, min(step, final - 1))
@@ -78,8 +74,11 @@ class RankAllocation:
         """Add the gradient of ``weight * mean ||A A^T - I||`` (and ``B^T B``), which keeps components orthogonal.
 
         Added to the gradients that are there, rather than to the loss, because the loss is the user's; computed apart
-        from them, because a second backward pass would upset DistributedDataParallel.
+        from them, because a second backward pass would upset DistributedDataParallel. Nothing where the schedule does
+        not penalise.
         """
+        if not self.schedule.penalises:
+            return
         weight = float(self.config.orth_reg_weight) * scale / len(self._factors)
         with torch.enable_grad():
             terms: list[Tensor] = []

@@ -19,6 +19,7 @@ from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.attention import AttentionOutputLayer
 from eva_lightning.adapters.base_weight_init import INITIAL_A, INITIAL_B
+from eva_lightning.adapters.column_dora import is_normed_by_column
 from eva_lightning.adapters.export_check import ROOT, check_export, plain_name
 from eva_lightning.adapters.injection import bypassed_by_fast_path
 from eva_lightning.adapters.merge import check_merge, merged_copy
@@ -48,7 +49,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None
     name, and for single parameters, biases and buffers (statistics), the file holds the values themselves: PEFT writes
     them into the base model, and ``disable_adapter`` does not take them out. Adapters that stock PEFT would not run as
     they ran here go in merged, as whole layers: those that torch's fused ``nn.TransformerEncoderLayer`` reads past in
-    eval mode, and those of a layer that stands under several names.
+    eval mode, those of a layer that stands under several names, and DoRA with norms per input column.
 
     Args:
         model: a module that contains LoRA layers, with or without a PeftModel around it.
@@ -78,7 +79,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, verify: bool | None
     if export.merged:
         warnings.warn(
             f"layers {sorted(export.merged)} are saved as whole layers with their adapters merged: stock PEFT would "
-            "not run these adapters (torch's fused encoder layer, or a layer under several names)",
+            "not run these adapters (torch's fused encoder layer, a layer under several names, or DoRA by columns)",
             stacklevel=2,
         )
     with filling(directory, last=CONFIG) as temporary:
@@ -197,7 +198,7 @@ def _not_as_lora(model: nn.Module, layers: list[AdapterLayer]) -> Iterator[str]:
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for layer in layers:
         several = places[id(layer.module)] > 1 and not isinstance(layer, AttentionOutputLayer)
-        if id(layer.module) in bypassed or several:
+        if id(layer.module) in bypassed or several or is_normed_by_column(layer):
             yield _attention_name(layer)
 
 

@@ -19,6 +19,7 @@ from eva_lightning.adapters.base_weight_init import (
     start_at,
     takes_from_base,
 )
+from eva_lightning.adapters.column_dora import norm_by_column
 from eva_lightning.adapters.lora_options import DEFAULT_ALPHA, DEFAULT_RANK
 from eva_lightning.adapters.quantised import announce_quantisation
 from eva_lightning.adapters.registry import (
@@ -101,6 +102,7 @@ def inject(
     keep_function: bool = False,
     adalora: Mapping[str, Any] | None = None,
     adapt_frozen: bool = False,
+    dora_by_column: bool = False,
     **lora_options: Any,
 ) -> Injection:
     """Give ``module`` LoRA layers in place (A random, B = 0), freeze the rest, leave head and biases trainable.
@@ -131,6 +133,8 @@ def inject(
             rank they start with.
         adapt_frozen: adapt layers that are frozen also where other layers than the head train; by default a frozen
             teacher or tower is left alone there. Where all but the head is frozen, it is adapted either way.
+        dora_by_column: DoRA with a frozen magnitude and norms per input column
+            (:mod:`eva_lightning.adapters.column_dora`), instead of ``use_dora``.
         **lora_options: of PEFT's LoraConfig, such as ``use_dora``, ``use_rslora``, ``lora_dropout``, ``rank_pattern``.
 
     Raises:
@@ -184,6 +188,8 @@ def inject(
                 remember_start(layer)
             elif adalora is None and layer.rank > layer.in_features:
                 layer.resize(layer.in_features)
+            if dora_by_column:
+                norm_by_column(layer)
         sync_configs(module)
         injection._fast_paths = disable_fast_paths(module)
     except BaseException:

@@ -24,6 +24,8 @@ BIASES = ("none", "all", "lora_only")
 _PASSED_ON = (
     "alpha_pattern", "fan_in_fan_out", "lora_bias", "lora_dropout", "rank_pattern", "task_type", "use_dora",
     "use_rslora",
+    # not PEFT's
+    "dora_by_column",
 )  # fmt: skip
 _TRANSLATED = ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "bias")
 HONOURED = (*_TRANSLATED, *_PASSED_ON)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import lightning as L
 
+from eva_lightning.adalora_schedule import ADALORA_SCHEDULE, AdaLoRASchedule
 from eva_lightning.batch_forward import MaskFn
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.errors import InputError, check_choice, check_number
@@ -44,6 +45,8 @@ class AdapterOptions:
         knowledge: Minibatches, such as a DataLoader's, of the data that a model adapted by "corda-kpm" (CorDA's
             knowledge-preserving mode) is to remain good at; of `max_batches` of them layers' inputs are read, labels
             are not. None: the training data, of which its directions are then the least.
+        dora_by_column: DoRA of the authors' vision code (:mod:`eva_lightning.adapters.column_dora`) instead of PEFT's.
+        adalora: When AdaLoRA takes ranks away, and its penalty.
 
     Raises:
         InputError, InputTypeError: A value is out of range.
@@ -67,6 +70,8 @@ class AdapterOptions:
     seed: int = 0
     keep_function: bool = False
     knowledge: Iterable[Any] | None = None
+    dora_by_column: bool = False
+    adalora: AdaLoRASchedule = ADALORA_SCHEDULE
 
     def __post_init__(self) -> None:
         self._callback(Where())  # which checks its values; a state is read when it is used
@@ -80,6 +85,10 @@ class AdapterOptions:
         """
         return self._callback(where, use_dora, self.state)
 
+    def dora(self) -> dict[str, Any]:
+        """The argument of :func:`eva_lightning.adapters.inject` that makes LoRA layers DoRA's."""
+        return {"dora_by_column": True} if self.dora_by_column else {"use_dora": True}
+
     def _callback(self, where: Where, use_dora: bool = False, state: Any = None) -> EVAInitCallback:
         return EVAInitCallback(
             rho=self.rho,
@@ -87,7 +96,7 @@ class AdapterOptions:
             alpha=self.alpha,
             target_modules=self.target_modules,
             exclude=where.exclude,
-            lora={"bias": self.bias, "lora_dropout": self.dropout, "use_dora": use_dora},
+            lora={"bias": self.bias, "lora_dropout": self.dropout, **(self.dora() if use_dora else {})},
             head=where.head,
             streaming=StreamingOptions(
                 algorithm=self.algorithm,
@@ -173,6 +182,8 @@ def apply_method(
         raise InputError(f"{method} starts from no EVA state, but one is given: {options.state}")
     if options.init != "eva" and "init" in entry.fixed:
         raise InputError(f"{method} has an initialisation of its own: leave init={options.init!r} to eva and eva-dora")
+    if options.metric != "ratio" and "metric" in entry.fixed:
+        raise InputError(f"{method} has a metric of its own: leave metric={options.metric!r} to eva and eva-dora")
     if head == "auto":
         head = getattr(module, "head_name", "auto")
     prepare: Prepare = entry.prepare_function()

@@ -48,7 +48,9 @@ def _nothing() -> None:
     pass  # a lambda could not go to another process
 
 
-def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **injection: Any) -> list[L.Callback]:
+def prepare(
+    module: L.LightningModule, options: AdapterOptions, where: Where, *, use_dora: bool = False, **injection: Any
+) -> list[L.Callback]:
     """Put the adapters in, `injection` being further arguments for :func:`eva_lightning.adapters.inject`."""
     # primitives only, as they travel in checkpoints
     arguments = {
@@ -59,6 +61,7 @@ def prepare(module: L.LightningModule, options: AdapterOptions, where: Where, **
         "exclude": None if where.exclude is None else list(where.exclude),
         "bias": options.bias,
         "lora_dropout": options.dropout,
+        **(options.dora() if use_dora else {}),
         **injection,
     }
     # a fresh module gets the same layers, whatever is frozen in it

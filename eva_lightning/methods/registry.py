@@ -24,7 +24,8 @@ Needs = Literal["nothing", "inputs", "gradients", "inputs and gradients"]
 """What a method asks of training data before training starts: inputs of layers, gradients of their weights."""
 
 DEFAULT_RHO = 2.0
-"""EVA's ρ where nothing is said (paper, section 4.1: ρ = 2 gives the better results)."""
+"""EVA's ρ where nothing is said. The paper names no default: it searches ρ = 1 and ρ = 2 and reports the better one
+(section G), and finds that redistribution has converged at about 2 (section 3.5)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Method:
         trains: What is trained. With adapters, the head and (by default) all biases train too.
         needs: What the method asks of training data before training starts.
         redistributes: Spreads the rank budget unevenly, and so has a ρ.
+        searches_rho: Its ρ is searched where the paper searches it (section G), unless one is given. Ablations keep
+            theirs: they are about what redistributed ranks or components are worth.
         changes_base: The base weights are other ones when training starts.
         moves_function: Adapters change what the module computes when they start, unless the user asks to keep it: then
             the base weights are other ones.
@@ -51,6 +54,7 @@ class Method:
     trains: Literal["adapters", "everything", "head"] = "adapters"
     needs: Needs = "nothing"
     redistributes: bool = False
+    searches_rho: bool = False
     changes_base: bool = False
     moves_function: bool = False
     state_kind: StateKind | None = None
@@ -118,15 +122,18 @@ _TABLE = (
     _data_driven("lora-da", "LoRA-DA", needs="inputs and gradients", moves=True),
     _data_driven("lora-one", "LoRA-One", needs="gradients", moves=True),
     _data_driven("gora", "GoRA", needs="gradients", moves=True),
-    _eva("eva", "EVA"),
+    _eva("eva", "EVA", searches_rho=True),
     _data_driven("eva-gradient", "EVA-grad", needs="gradients", redistributes=True),
-    _eva("eva-dora", "EVA+DoRA", fixed={"use_dora": True}),
+    _eva("eva-dora", "EVA+DoRA", searches_rho=True, fixed={"use_dora": True}),
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),
     _ablation("eva-rotate", "EVA-rot", init="rotate"),
     _ablation("eva-permute", "EVA-perm", init="permute"),
     # uniform ranks: the least explained variance is no sign of where rank is needed (paper, Table 12)
     _ablation("eva-minor", "EVA-minor", state_kind="minor", init="minor", rho=1.0),
     _ablation("lora-redistribute", "LoRA-redist", init="redistribute"),
+    # ranks by eigenvalues as they are, or over the largest one of the layer (paper, Table 18)
+    _ablation("eva-raw", "EVA-Raw", metric="raw"),
+    _ablation("eva-max", "EVA-Max", metric="max"),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

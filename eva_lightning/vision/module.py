@@ -46,7 +46,8 @@ class ImageClassifier(L.LightningModule):
         decay_matrices_only: No weight decay on parameters of one dimension (biases, norms).
         schedule: Name of the learning-rate schedule in :data:`eva_lightning.optim.schedules.SCHEDULES`.
         split_fused: Take fused projections of the backbone apart (:mod:`eva_lightning.vision.backbone.split_fused`).
-        position_embedding, model_options: See :func:`~eva_lightning.vision.backbone.timm_models.create_backbone`.
+        position_embedding, model_options, head_init: See
+            :func:`~eva_lightning.vision.backbone.timm_models.create_backbone`.
 
     Attributes:
         lr_multipliers: From a parameter's name in this module (such as
@@ -69,6 +70,7 @@ class ImageClassifier(L.LightningModule):
         split_fused: bool = False,
         position_embedding: PositionEmbedding = "official",
         model_options: Mapping[str, Any] | None = None,
+        head_init: str = "normal",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["weights"])
@@ -87,6 +89,7 @@ class ImageClassifier(L.LightningModule):
             position_embedding=position_embedding,
             split=split_fused,
             options=model_options,
+            head_init=head_init,
         )
         # 0.7 ms a step, 0.2 ms by sums of our own: far below 5% of an epoch. Neither metric waits for the device, as no
         # argument is checked, nor NaN removed.

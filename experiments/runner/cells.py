@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.runner.jobs import Job, Point
+from experiments.runner.tuning import Choice
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Cell:
         points: What to choose from. Grows where `extend` allows it.
         tune: The tuning runs of a point: as many for each.
         final: The final runs of the point chosen.
+        also: More points that get final runs, by the choice.
         given: The point, where it need not be tuned.
         extend: How often the grid may grow by a learning rate beyond an edge that came out best.
         ladder: The learning rates it may grow to.
@@ -29,6 +31,12 @@ class Cell:
     given: Point | None = None
     extend: int = 0
     ladder: tuple[float, ...] = ()
+    also: Callable[[Choice], list[Point]] | None = None
+
+    def final_of(self, choice: Choice) -> list[Job]:
+        """All final runs that follow from a choice: first those of its point."""
+        points = [choice.point, *([] if self.also is None else self.also(choice))]
+        return [job for point in dict.fromkeys(points) for job in self.final(point)]
 
     def __str__(self) -> str:
         return self.name

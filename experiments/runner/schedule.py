@@ -45,8 +45,9 @@ class CellState:
 
     @cached_property
     def later(self) -> list[Job]:
-        """The final runs of the first point, which stand for those of the choice before it is made."""
-        return self.cell.final(self.cell.points[0]) if self.cell.points else []
+        """The final runs if the first point is chosen, which stand for those of the choice before it is made."""
+        points = self.cell.points
+        return self.cell.final_of(Choice(points[0], (0.0,), dict.fromkeys(points, (0.0,)))) if points else []
 
 
 class Schedule:
@@ -173,7 +174,7 @@ class Schedule:
             state.choice = choose(scores, runs) if given is None else Choice(given, (), {})
             if state.choice is None:
                 return
-            state.final = state.cell.final(state.choice.point)
+            state.final = state.cell.final_of(state.choice)
             self._take_up(state, state.final)
 
     def _take_up(self, state: CellState, jobs: Iterable[Job]) -> None:

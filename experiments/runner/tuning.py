@@ -56,6 +56,15 @@ def choose(scores: Mapping[Point, Sequence[Score]], runs: int = 1) -> Choice | N
     return Choice(best, means[best], means)
 
 
+def best_of_each(choice: Choice, name: str) -> dict[float, Point]:
+    """The best candidate of each value that a setting was tuned over, in order of the values."""
+    found: dict[float, Point] = {}
+    for point in sorted(choice.candidates, key=lambda point: _order(point, choice.candidates[point])):
+        if choice.candidates[point] and math.isfinite(choice.candidates[point][0]):
+            found.setdefault(point.get(name), point)
+    return dict(sorted(found.items()))
+
+
 def beyond(means: Mapping[Point, Score], ladder: Sequence[float]) -> Point | None:
     """The next point to try where the best learning rate so far is the lowest or the highest; None where it is inside.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from eva_lightning.vision.data.tasks import expected_size
 from experiments.runner.comparison import Comparison
 from experiments.runner.jobs import Job
 from experiments.runner.schedule import Schedule
+from experiments.vtab.grid import Grid
 from experiments.vtab.sizes import ModelSize, cache_bytes
 from experiments.vtab.sweep_checks import DiskUse, may_keep_models, memory_bytes, missing_data
 from experiments.vtab.sweep_settings import Settings
@@ -49,7 +50,7 @@ class Plan:
     def of(cls, sweep: Comparison, settings: Settings) -> Plan:
         """Measures for up to half a minute."""
         size = ModelSize.of(settings.base)
-        methods = [key.method for key in settings.keys]
+        methods = dict.fromkeys(key.method for key in settings.keys)
         speed = measure(settings.base, methods, size, max(settings.search.ranks))
         return cls(settings, Schedule(sweep.cells(), sweep.score), size, speed)
 
@@ -73,13 +74,19 @@ class Plan:
         images = expected_size(task, single.split)
         test = expected_size(task, "val200" if job.phase == "tune" else "test")
         images, test = min(images, shared.limit_train or images), min(test, shared.limit_test or test)
-        steps = shared.epochs * shared.rules.batches_per_epoch(images, shared.batch_size)
+        steps = shared.epochs * shared.rules.batches_per_epoch(images, single.batch)
         start = _PER_RUN + _PER_BYTE * 4 * self.size.parameters
-        return steps * self.speed.step[single.method] + test * self.speed.image + start
+        step = self.speed.step[single.method] * single.batch / shared.base.batch
+        return steps * step + test * self.speed.image + start
 
     @property
     def _state_seconds(self) -> float:
-        return _STATE_BATCHES * self.settings.batch_size * self.speed.image
+        return _STATE_BATCHES * self.settings.base.batch * self.speed.image
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Of the contender that a method with its ρ belongs to."""
+        return {key.key: contender.name for contender in self.settings.contenders for key in contender.keys}
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -89,7 +96,7 @@ class Plan:
         return pd.DataFrame(
             [
                 {
-                    "method": job.tags["method"],
+                    "method": self._names[job.tags["method"]],
                     "phase": job.phase,
                     "status": status,
                     "seconds": 0.0 if status == "done" else self._training(job),
@@ -101,36 +108,51 @@ class Plan:
 
     def notes(self) -> list[str]:
         """Everything but how long it takes in all."""
-        return [self._what(), *self._counts(), *self._missing(), self._disk(), self._memory(), *self._time()]
+        return [
+            self._what(),
+            *protocol_notes(self.settings),
+            *self._counts(),
+            *self._missing(),
+            self._disk(),
+            self._memory(),
+            *self._time(),
+        ]
 
     def _what(self) -> str:
         shared, grid, tasks = self.settings, self.settings.search, self.settings.task_names
-        axes = f"{len(grid.lrs)} learning rates x {len(grid.ranks)} ranks x {len(grid.tune_seeds)} seeds"
+        searched = any(each.searches_rho for each in shared.contenders)
+        rhos = f" (x {len(grid.rhos)} ρ of {_rhos(grid)})" if searched else ""
+        axes = f"{len(grid.lrs)} learning rates x {len(grid.ranks)} ranks{rhos} x {len(grid.tune_seeds)} seeds"
         final = f"then {len(grid.final_seeds)} final seeds on train800val200/test"
         return (
             f"sweep: {shared.model}, weights {shared.weights}, protocol {shared.protocol}; {len(tasks)} tasks"
-            f"{' (' + ', '.join(tasks) + ')' if len(tasks) <= 4 else ''}, {len(shared.keys)} methods\n"
+            f"{' (' + ', '.join(tasks) + ')' if len(tasks) <= 4 else ''}, {len(shared.contenders)} methods\n"
             f"grid: {axes} on train800/val200, {final if grid.final_seeds else 'no final runs'}; {shared.epochs} "
-            f"epochs, batch {shared.batch_size}, {shared.image_size} px"
+            f"epochs, batch {_batches(shared)}, {shared.image_size} px"
         )
 
     def _counts(self) -> Iterator[str]:
         yield "runs:"
-        for key in self.settings.keys:
-            note = "" if key.adapts else "  no rank: that axis collapses"
-            yield _count(key.key, self.runs[self.runs["method"] == key.key]) + note
+        for each in self.settings.contenders:
+            note = "" if each.adapts else "  no rank: that axis collapses"
+            if each.searches_rho:
+                final = f", final runs of ρ = {_values(key.rho for key in each.always)} besides" if each.always else ""
+                note = f"  ρ searched over {_values(key.rho for key in each.keys)}{final}"
+            yield _count(each.name, self.runs[self.runs["method"] == each.name]) + note
         yield _count("together", self.runs)
         states = [key for key in self.settings.keys if key.state_kind is not None]
         if states:
             kinds = sorted({str(key.state_kind) for key in states})
             components = sorted(set(self.settings.states()))
             paper = self.settings.algorithm == "paper"
-            shared_by = "serve all learning rates and seeds" if paper else "serve all learning rates, ranks and seeds"
+            shared_by = (
+                "serve all learning rates and seeds" if paper else "serve all learning rates, ranks, ρ and seeds"
+            )
             one = self.settings.rules.decomposition is not None
             yield (
                 f"  EVA states: {'one per task' if one else 'two per task (train800, all 1,000)'}"
                 f"{' and kind (' + ', '.join(kinds) + ')' if len(kinds) > 1 else ''}"
-                f"{', for each rank and rho' if paper else ''}, of "
+                f"{', for each rank and ρ' if paper else ''}, of "
                 f"{' and '.join(map(str, components))} components per layer, {shared_by}"
             )
 
@@ -181,9 +203,9 @@ class Plan:
 
     def _time(self) -> Iterator[str]:
         speed, unit = self.speed, "CPU" if self.speed.memory is None else "GPU"
-        steps = ", ".join(f"{key.key} {_seconds(speed.step[key.method])}" for key in self.settings.keys)
+        steps = ", ".join(f"{method} {_seconds(seconds)}" for method, seconds in speed.step.items())
         evaluated = f"{1 / speed.image:.3g} images/s evaluated"
-        yield f"measured: seconds per step of {self.settings.batch_size} images: {steps}; {evaluated}"
+        yield f"measured: seconds per step of {self.settings.base.batch} images: {steps}; {evaluated}"
         yield f"  on {speed.device}; {speed.how}"
         states = self.runs["state"].nunique() * self._state_seconds
         phases = self.runs.groupby("phase")["seconds"].sum().reindex(["tune", "final"], fill_value=0.0)
@@ -195,6 +217,30 @@ class Plan:
             yield f"  {method:<18} {_hours(seconds)} {unit}-hours"
         if self.settings.model == "dinov2_g14":
             yield "  (the paper: about 140 H100-hours for one method with g/14, 160 A100-hours with L/14)"
+
+
+def protocol_notes(settings: Settings) -> list[str]:
+    """What the protocol means for each method of a sweep, and what of the code it is named after is not followed."""
+    methods = dict.fromkeys(key.method for key in settings.keys)
+    said = [sentence for method in methods for sentence in settings.explanation(method)]
+    return [*said, *(f"not followed: {sentence}" for sentence in settings.rules.not_followed)]
+
+
+def _batches(settings: Settings) -> str:
+    """The usual batch, and that of methods with another."""
+    found: dict[int, list[str]] = {}
+    for method in dict.fromkeys(key.method for key in settings.keys):
+        found.setdefault(settings.batch_for(method), []).append(method)
+    first, *others = sorted(found, key=lambda batch: -len(found[batch]))
+    return ", ".join([str(first), *(f"{batch} for {', '.join(found[batch])}" for batch in others)])
+
+
+def _rhos(grid: Grid) -> str:
+    return _values(sorted(grid.rhos))
+
+
+def _values(rhos: Iterable[float | None]) -> str:
+    return " and ".join(f"{rho:g}" for rho in rhos if rho is not None)
 
 
 def _count(title: str, runs: pd.DataFrame) -> str:

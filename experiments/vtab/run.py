@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.checkpoint_io import AtomicCheckpointIO
 from eva_lightning.methods.apply import apply_method
+from eva_lightning.methods.registry import METHODS
 from eva_lightning.state import EVAState
 from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
+from eva_lightning.vision.backbone.split_fused import swiglu_layers
 from eva_lightning.vision.backbone.timm_models import resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.datamodule import VTAB1K
@@ -88,14 +91,14 @@ def assemble(settings: Settings) -> Parts:
     weights = resolve_weights(resolve_model(settings.model), settings.weights)
     data = _data(settings, settings.split)
     rules = settings.rules
-    rules.batches_per_epoch(len(data.data.train), settings.batch_size)
+    rules.batches_per_epoch(len(data.data.train), settings.batch)
     L.seed_everything(settings.seed, workers=True, verbose=False)
     module = ImageClassifier(
         settings.model,
         data.num_classes,
         settings.image_size,
         weights,
-        lr=settings.lr,
+        lr=settings.peak_lr,
         weight_decay=settings.weight_decay,
         warmup_epochs=settings.warmup_epochs,
         position_embedding=settings.pos_embed,  # type: ignore[arg-type]
@@ -105,11 +108,23 @@ def assemble(settings: Settings) -> Parts:
         options = replace(options, state=_decompose(settings, module, rules.decomposition))
     if settings.knowledge is not None and settings.method == "corda-kpm":
         options = replace(options, knowledge=_knowledge(settings, settings.knowledge))
-    callbacks = apply_method(settings.method, module, options, head=module.head_name)
+    exclude = left_out(settings, module)
+    callbacks = apply_method(settings.method, module, options, head=module.head_name, exclude=exclude)
     for callback in callbacks:
         if not settings.progress and hasattr(callback, "verbose"):
             callback.verbose = False
     return Parts(data, module, callbacks)
+
+
+def left_out(settings: Settings, module: ImageClassifier) -> list[str] | None:
+    """Layers that get no adapter by the protocol, whatever else; None for the usual choice of layers."""
+    rules, method = settings.rules, settings.method
+    if settings.target_modules is not None:
+        return None
+    names = list(rules.exclude.get(method, ()))
+    if method in rules.without_swiglu:
+        names += swiglu_layers(module)
+    return names or None
 
 
 def _data(settings: Settings, split: str) -> VTAB1K:
@@ -118,7 +133,7 @@ def _data(settings: Settings, split: str) -> VTAB1K:
         settings.task,
         split=split,
         image_size=settings.image_size,
-        batch_size=settings.batch_size // settings.accumulate,
+        batch_size=settings.batch // settings.accumulate,
         normalization=settings.normalization,
         workers=settings.workers,
         cache_dir=settings.cache_dir,
@@ -154,6 +169,9 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
         "%s: %d training images, %d evaluation images (%s), %d classes",
         settings.task, len(checked.train), len(checked.evaluation), checked.evaluation.name, data.num_classes,
     )  # fmt: skip
+    not_followed = (f"not followed: {sentence}" for sentence in settings.rules.not_followed)
+    for sentence in (*settings.explanation(settings.method), *not_followed):
+        _LOGGER.info("%s", sentence)
     for sentence in checked.warnings:
         _LOGGER.warning(sentence)
     adapter = f"-r{settings.rank}" if settings.key.adapts else ""
@@ -199,7 +217,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
 def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
     rules, batches = settings.rules, 1.0
     if rules.drop_last:
-        batches = rules.batches_per_epoch(len(data.data.train), settings.batch_size) * settings.accumulate
+        batches = rules.batches_per_epoch(len(data.data.train), settings.batch) * settings.accumulate
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -272,7 +290,12 @@ def experiment(settings: Settings) -> dict[str, Any]:
 
 
 def _save_adapter(settings: Settings, parts: Parts, folder: Path) -> None:
-    if settings.key.adapts:
+    if settings.rules.dora_by_column and METHODS[settings.method].fixed.get("use_dora"):
+        # stock PEFT has no such DoRA: whole layers, 4 GB of a ViT-g, would be its only form
+        trained = {name: p.detach() for name, p in parts.module.named_parameters() if p.requires_grad}
+        (folder / "adapter").mkdir(exist_ok=True)
+        save_file(trained, folder / "adapter" / "trained.safetensors")
+    elif settings.key.adapts:
         save_pretrained(parts.module.model, folder / "adapter")
         if settings.rules.split_fused and not is_adalora(parts.module.model):
             save_fused_adapter(parts.module.model, folder / "adapter" / "fused")

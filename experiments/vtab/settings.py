@@ -19,7 +19,7 @@ from eva_lightning.methods.registry import METHODS, MethodKey, method_names
 from eva_lightning.names import check_name
 from eva_lightning.streaming_options import ALGORITHMS
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
-from eva_lightning.vision.protocol import PROTOCOLS, Protocol, get_protocol
+from eva_lightning.vision.protocol import ALPHA, BATCH_SIZE, PROTOCOLS, Protocol, explain, get_protocol
 from experiments.runner.command import SettingsCommand
 from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
@@ -64,7 +64,9 @@ class SharedOptions:
         "paper", "paper (its text), or authors-code (what their released pipeline does differently)", INITIALISATION,
         choices=PROTOCOLS,
     )  # fmt: skip
-    alpha: float = option(1.0, "LoRA's alpha; updates are scaled by alpha / rank", RESULT)
+    alpha: float | None = option(
+        None, "LoRA's alpha; updates are scaled by alpha / rank; 1, or the protocol's if not given", RESULT
+    )
     bias: str = option(
         "all", "biases to train with adapters: all, lora_only or none", RESULT, choices=("all", "lora_only", "none")
     )
@@ -102,7 +104,9 @@ class SharedOptions:
     warmup_epochs: float = option(3.0, "epochs of linear warm-up", RESULT, at_least=0)
     weight_decay: float = option(0.05, "AdamW's weight decay", RESULT, at_least=0)
     dropout: float = option(0.0, "dropout on the adapters' inputs", RESULT)
-    batch_size: int = option(64, "images per optimizer step", INITIALISATION, at_least=1)
+    batch_size: int | None = option(
+        None, "images per optimizer step; 64, or the protocol's for the method if not given", INITIALISATION, at_least=1
+    )
     # how a machine does it: part of what comes out in the last bits only
     accumulate: int = option(
         1, "split a batch into this many passes, for small memories", INITIALISATION | PLACE, at_least=1
@@ -126,9 +130,11 @@ class SharedOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.batch_size % self.accumulate:
-            message = f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}"
-            raise InputError(message, setting="accumulate")
+        self._settle()
+        for batch in {*self.rules.batch_size.values(), BATCH_SIZE} if self.batch_size is None else {self.batch_size}:
+            if batch % self.accumulate:
+                message = f"accumulate must divide batch_size {batch}, got {self.accumulate}"
+                raise InputError(message, setting="accumulate")
         if self.algorithm == "paper" and self.rules.decomposition is not None:
             raise InputError(
                 f"protocol={self.protocol} decomposes by one pass over the training images, algorithm=paper until "
@@ -150,11 +156,29 @@ class SharedOptions:
                 setting="algorithm",
             )
 
+    def _settle(self) -> None:
+        """Write down what options that are not given come to, where the protocol leaves no choice by method.
+
+        Under such a protocol a run is the same whether they are given or not. Under others None stays: all runs of an
+        experiment agree in it, and it is another choice than any number.
+        """
+        for name, own, usual in (("alpha", self.rules.alpha, ALPHA), ("batch_size", self.rules.batch_size, BATCH_SIZE)):
+            if not own and getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+
     @property
     def rules(self) -> Protocol:
         """What ``protocol`` and ``split_fused`` ask for."""
         protocol = get_protocol(self.protocol)
         return replace(protocol, split_fused=protocol.split_fused or self.split_fused)
+
+    def batch_for(self, method: str) -> int:
+        """Images per optimizer step of a method."""
+        return self.batch_size or self.rules.batch_size.get(method, BATCH_SIZE)
+
+    def explanation(self, method: str) -> list[str]:
+        """What the protocol means for a method, and what options override."""
+        return explain(self.rules, method, self.alpha, self.batch_size, self.target_modules is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +246,17 @@ class Settings(SharedOptions):
             return Path(self.output) / "cache"
         return None if self.cache == "none" else Path(self.cache)
 
+    @property
+    def batch(self) -> int:
+        """Images per optimizer step."""
+        return self.batch_for(self.method)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: ``lr`` is that of 64 images where the protocol has another batch."""
+        own = self.rules.batch_size.get(self.method)
+        return self.lr if own is None or self.batch_size is not None else self.lr * BATCH_SIZE / own
+
     def adapter_options(self) -> AdapterOptions:
         """The settings that concern adapters.
 
@@ -231,12 +266,22 @@ class Settings(SharedOptions):
         # torch, which a mistyped name need not wait for
         from eva_lightning.methods.apply import AdapterOptions
 
-        rules, own = self.rules, ("state", "rho", "rescale_alpha", "knowledge")
+        rules, method = self.rules, self.method
+        own = ("state", "rho", "rescale_alpha", "knowledge", "alpha", "target_modules", "dora_by_column", "adalora")
         shared = {item.name: getattr(self, item.name) for item in fields(AdapterOptions) if item.name not in own}
         rho = self.rho
         if rules.decomposition is not None and self.key.rho is not None:
             rho = rules.decomposition.rho(self.rank, rho)
-        return AdapterOptions(**shared, rho=rho, rescale_alpha=rules.rescale_alpha, state=self.eva_state)
+        return AdapterOptions(
+            **shared,
+            rho=rho,
+            alpha=rules.alpha.get(method, ALPHA) if self.alpha is None else self.alpha,
+            target_modules=self.target_modules or rules.target_modules.get(method),
+            rescale_alpha=rules.rescale_alpha,
+            dora_by_column=rules.dora_by_column,
+            adalora=rules.adalora,
+            state=self.eva_state,
+        )
 
 
 def headline(metrics: Mapping[str, Any]) -> str:

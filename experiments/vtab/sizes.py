@@ -16,6 +16,7 @@ from eva_lightning.vision.backbone.timm_models import classifier_name, create_ba
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 from experiments.vtab.grid import Grid
 from experiments.vtab.settings import Settings
+from experiments.vtab.sweep_settings import Contender
 
 #: What a final run leaves besides its adapter, and what a tuning run leaves: settings, metrics and log.
 _FINAL_FOLDER, _TUNING_FOLDER = 100_000, 24_000
@@ -106,8 +107,10 @@ def missing_cache_bytes(tasks: Iterable[VTABTask], image_size: int, folder: Path
     )
 
 
-def runs_bytes(size: ModelSize, key: MethodKey, task: VTABTask, grid: Grid) -> int:
+def runs_bytes(size: ModelSize, contender: Contender, task: VTABTask, grid: Grid) -> int:
     """Of the folders of a task's and method's runs, at the grid's largest rank."""
-    tuning, final = grid.sizes(key.adapts)
+    tuning, final = grid.sizes(contender.adapts, contender.searches_rho)
+    final *= len(contender.always) + (len(contender.always) < len(contender.keys))
+    key = contender.keys[0]
     adapter = 4 * size.trained(key, max(grid.ranks), task.classes) if key.adapts else 0
     return tuning * _TUNING_FOLDER + final * (adapter + _FINAL_FOLDER)

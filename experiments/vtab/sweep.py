@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,13 +14,16 @@ from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase, Point
 from experiments.runner.run_folder import Work
+from experiments.runner.tuning import Choice, best_of_each
 from experiments.runner.worker import WorkerOptions
 from experiments.vtab import run
 from experiments.vtab.grid import score
-from experiments.vtab.plan import Plan
+from experiments.vtab.plan import Plan, protocol_notes
 from experiments.vtab.states import SharedState
 from experiments.vtab.sweep_checks import check_everything, check_names, may_keep_models
-from experiments.vtab.sweep_settings import Settings
+from experiments.vtab.sweep_settings import Contender, Settings
+
+_LOGGER = logging.getLogger("experiments.runner.comparison")
 
 #: Phase -> training split (paper, section D.3): tuned on 800/200, trained on all 1,000 and tested.
 SPLITS: dict[Phase, str] = {"tune": "train800", "final": "train800val200"}
@@ -43,19 +47,25 @@ class Sweep(Comparison):
         (check_names if self.settings.plan else check_everything)(self.settings)
 
     def cells(self) -> list[Cell]:
-        return [self._cell(task, key) for task in self.settings.task_names for key in self.settings.keys]
+        return [self._cell(task, each) for task in self.settings.task_names for each in self.settings.contenders]
 
-    def _cell(self, task: str, key: MethodKey) -> Cell:
+    def _cell(self, task: str, contender: Contender) -> Cell:
         grid = self.settings.search
 
         def jobs(phase: Phase, seeds: tuple[int, ...], point: Point) -> list[Job]:
+            key = contender.key_at(point.get("rho"))
             return [make_job(self.settings, task, key, phase, point, seed) for seed in seeds]
 
+        def also(choice: Choice) -> list[Point]:
+            best = best_of_each(choice, "rho")
+            return [best[key.rho] for key in contender.always if key.rho in best]
+
         return Cell(
-            f"{task}, {key}",
-            grid.points(key.adapts),
+            f"{task}, {contender.name}",
+            grid.points(contender.adapts, contender.searches_rho),
             partial(jobs, "tune", grid.tune_seeds),
             partial(jobs, "final", grid.final_seeds),
+            also=also,
         )
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
@@ -76,6 +86,11 @@ class Sweep(Comparison):
     def seconds(self) -> Callable[[Job], float]:
         return self._plan.seconds()
 
+    def prepare(self) -> None:
+        """Say what the protocol means for each method."""
+        for sentence in protocol_notes(self.settings):
+            _LOGGER.info("%s", sentence)
+
     def plan_notes(self) -> list[str]:
         return self._plan.notes()
 
@@ -88,12 +103,15 @@ class Sweep(Comparison):
 
 
 def make_job(settings: Settings, task: str, key: MethodKey, phase: Phase, point: Point, seed: int) -> Job:
-    """A run of the grid's `point`."""
+    """A run of the grid's `point`, by a method whose ρ is that of the point, where it has one."""
+    point = point.replace(rho=None)
     single = settings.run(
         task, key, seed=seed, split=SPLITS[phase], **point.as_dict(), validate=False, plots=False,
         save_adapter=phase == "final", checkpoint_minutes=settings.checkpoint_minutes,
     )  # fmt: skip
     tags = {"task": task, "method": key.key, "seed": seed, "lr": None, "rank": None, **point.as_dict()}
+    if key.rho is not None:
+        tags["rho"] = key.rho
     text = f"{task}, {key}, {point}, seed {seed}, {phase}"
     shared = SharedState.of(single, settings.components(key))
     return Job(build, single, settings.output, phase, tags, text, shared)

@@ -78,7 +78,8 @@ def missing_data(settings: Settings) -> dict[str, InputError]:
     for task in track(settings.task_names, "checking data", transient=True, console=terminal, disable=hidden):
         try:
             for opened in _opened_splits(settings, task):
-                settings.rules.batches_per_epoch(len(opened.train), settings.batch_size)
+                for key in settings.keys:
+                    settings.rules.batches_per_epoch(len(opened.train), settings.batch_for(key.method))
         except InputError as error:
             lacking[task] = error
     return lacking
@@ -107,7 +108,7 @@ class DiskUse:
         cache = 0 if limited else missing_cache_bytes(tasks, settings.image_size, images)
         splits = 1 if settings.rules.decomposition is not None or not settings.search.final_seeds else 2
         states = sum(map(size.state_bytes, settings.states())) * splits * len(settings.task_names)
-        runs = sum(runs_bytes(size, key, task, settings.search) for task in tasks for key in settings.keys)
+        runs = sum(runs_bytes(size, each, task, settings.search) for task in tasks for each in settings.contenders)
         return cls(cache, states, runs)
 
 

@@ -7,12 +7,13 @@ made. Rerun to resume, also after ``kill -9``, with another number of workers or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from eva_lightning.errors import InputError, unknown
-from eva_lightning.methods.registry import MethodKey
+from eva_lightning.methods.registry import METHODS, MethodKey
 from eva_lightning.names import check_name
 from eva_lightning.vision.data.own_tasks import find_task
 from eva_lightning.vision.data.tasks import TASKS, VTABTask
@@ -28,6 +29,38 @@ TABLE_20 = ("fft", "lora", "adalora", "pissa", "olora", "eva", "dora", "eva-dora
 PLACE, SELECTION = Role.PLACE, Role.SELECTION
 
 
+@dataclass(frozen=True)
+class Contender:
+    """What is tuned alone on a task: a method, with every ρ to choose from.
+
+    Attributes:
+        keys: The method with each ρ; one key where it has none, or is to have one only.
+        always: Those that get final runs with their own best learning rate and rank, whichever ρ is chosen.
+    """
+
+    keys: tuple[MethodKey, ...]
+    always: tuple[MethodKey, ...] = ()
+
+    @property
+    def searches_rho(self) -> bool:
+        """Whether ρ is chosen, too."""
+        return len(self.keys) > 1
+
+    @property
+    def name(self) -> str:
+        """What users type for it."""
+        return self.keys[0].method if self.searches_rho else self.keys[0].key
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it has a rank."""
+        return self.keys[0].adapts
+
+    def key_at(self, rho: float | None) -> MethodKey:
+        """Its method at a ρ that was chosen, or at the only one."""
+        return MethodKey(self.keys[0].method, rho) if self.searches_rho else self.keys[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunnerOptions, of_a_run.SharedOptions):
     """What a sweep is asked to do: which runs, how they are run, and what they have in common."""
@@ -35,15 +68,23 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
     root: str = option("data/vtab-1k", "folder that holds the VTAB-1K task folders", PLACE)
     output: str = option("runs/vtab", "folder for tuning and final runs, EVA states and decoded images", PLACE)
     tasks: tuple[str, ...] = option(("all",), "tasks; natural, specialized and structured name groups", SELECTION)
-    methods: tuple[str, ...] = option(TABLE_20, "methods; EVA's ρ behind a colon, as eva:1 (else 2)", SELECTION)
-    grid: str = option("paper", "paper, or a YAML file with lrs, ranks, tune_seeds and final_seeds", SELECTION)
+    methods: tuple[str, ...] = option(
+        TABLE_20,
+        "methods; EVA's ρ behind a colon, as eva:1 (else eva and eva-dora search it, others have 2)",
+        SELECTION,
+    )
+    grid: str = option("paper", "paper, or a YAML file with lrs, ranks, rhos, tune_seeds and final_seeds", SELECTION)
     lrs: tuple[float, ...] | None = option(None, "learning rates to tune over, instead of the grid's", SELECTION)
     ranks: tuple[int, ...] | None = option(None, "ranks to tune over, instead of the grid's", SELECTION)
+    rhos: tuple[float, ...] | None = option(None, "ρ to tune EVA over, instead of the grid's 1 and 2", SELECTION)
     tune_seeds: int | tuple[int, ...] | None = option(
         None, "tuning seeds: how many, or which ones, instead of the grid's", SELECTION
     )
     final_seeds: int | tuple[int, ...] | None = option(
         None, "final seeds: how many (0: tune only), or which ones, instead of the grid's", SELECTION
+    )
+    final_each_rho: bool = option(
+        False, "final runs of every ρ at its own best learning rate and rank, not of the better one alone", SELECTION
     )
     state_components: int | None = option(
         None, "components per layer of the shared EVA states; as many as the grid needs if not given", PLACE,
@@ -87,19 +128,50 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
         return find_task(self.root, name)
 
     @cached_property
-    def keys(self) -> tuple[MethodKey, ...]:
-        """The methods, each once."""
-        keys = tuple(dict.fromkeys(MethodKey.parse(word) for word in self.methods))
-        if not keys:
+    def contenders(self) -> tuple[Contender, ...]:
+        """What is tuned alone, each once; ``eva:1`` beside ``eva`` asks for final runs at ρ = 1 in any case."""
+        named = tuple(dict.fromkeys((word.strip(), MethodKey.parse(word)) for word in self.methods))
+        if not named:
             raise InputError("methods must name at least one method", setting="methods")
-        return keys
+        searched = {
+            word: tuple(MethodKey(word, rho) for rho in sorted(self.search.rhos))
+            for word, _ in named
+            if word in METHODS and METHODS[word].searches_rho
+        }
+        self._refuse_equal_rhos(searched)
+        every = self.search.rhos if self.final_each_rho else ()
+        found: dict[Contender, None] = {}
+        for word, key in named:
+            keys = searched.get(word)
+            if keys is not None:
+                asked = {other for text, other in named if text != word and other in keys}
+                found[Contender(keys, tuple(each for each in keys if each.rho in every or each in asked))] = None
+            elif key not in searched.get(key.method, ()):
+                found[Contender((key,))] = None
+        return tuple(found)
+
+    def _refuse_equal_rhos(self, searched: Mapping[str, tuple[MethodKey, ...]]) -> None:
+        """Under a protocol where all components compete, every ρ above 1 is the same."""
+        uneven = [rho for rho in self.search.rhos if rho > 1]
+        if searched and self.rules.decomposition is not None and len(uneven) > 1:
+            raise InputError(
+                f"protocol {self.protocol} lets all {self.rules.decomposition.components} components of a layer "
+                f"compete whatever ρ above 1 is, so rhos may hold one such value, got {', '.join(map(str, uneven))}",
+                setting="rhos",
+            )
+
+    @cached_property
+    def keys(self) -> tuple[MethodKey, ...]:
+        """The methods with every ρ they run with, each once."""
+        return tuple(dict.fromkeys(key for contender in self.contenders for key in contender.keys))
 
     @cached_property
     def search(self) -> Grid:
         """The grid, with what the command line says otherwise."""
         return load_grid(
-            self.grid, lrs=self.lrs, ranks=self.ranks, tune_seeds=self.tune_seeds, final_seeds=self.final_seeds
-        )
+            self.grid, lrs=self.lrs, ranks=self.ranks, rhos=self.rhos, tune_seeds=self.tune_seeds,
+            final_seeds=self.final_seeds,
+        )  # fmt: skip
 
     def components(self, key: MethodKey) -> int:
         """Components per layer of the shared EVA states that the runs of `key` start from; 0 where they need none.

@@ -19,6 +19,7 @@ from eva_lightning.methods.registry import METHODS
 from eva_lightning.vision.module import ImageClassifier
 from eva_lightning.vision.protocol import module_options
 from experiments.runner.lightning_runs import on_gpu, trainer_precision
+from experiments.vtab.run import left_out
 from experiments.vtab.settings import Settings
 from experiments.vtab.sizes import ModelSize
 
@@ -61,7 +62,7 @@ def measure(settings: Settings, methods: Iterable[str], size: ModelSize, rank: i
     """Time steps of `methods` with the model, image size, batch and precision of `settings`, at LoRA rank `rank`."""
     device = torch.device("cuda" if on_gpu(settings.accelerator) else "cpu")
     wanted = {method: cost_class(method) for method in methods}
-    batch = settings.batch_size // settings.accumulate
+    batch = settings.batch // settings.accumulate
     bench = _Bench(settings, rank, device)
     classes = sorted(set(wanted.values()))
     if device.type == "cpu" and not bench.fits(size, batch, len(classes)):
@@ -181,5 +182,5 @@ class _Bench:
         changed = replace(settings, method=method, eva_state=None)
         if METHODS[method].adapts:
             changed = replace(changed, rank=self.rank)
-        apply_method(method, module, changed.adapter_options())
+        apply_method(method, module, changed.adapter_options(), exclude=left_out(changed, module))
         return module.to(device=self.device, dtype=self.dtype)

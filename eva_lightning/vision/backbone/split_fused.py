@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from timm.layers import GluMlp  # type: ignore[attr-defined]
+from timm.layers import GluMlp, SwiGLU  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from eva_lightning.errors import InputError, InputTypeError
@@ -57,6 +57,11 @@ def split_fused(model: nn.Module) -> list[str]:
             "SwiGLU): leave split_fused out"
         )
     return [path for _, _, path, _ in fused]
+
+
+def swiglu_layers(module: nn.Module) -> list[str]:
+    """Names of the MLPs with a SwiGLU in `module`, split or not."""
+    return [path for path, layer in module.named_modules() if isinstance(layer, GluMlp | SwiGLU)]
 
 
 def split_layers(model: nn.Module) -> dict[str, SplitLinear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ ALIASES: dict[str, str] = {
 
 #: Standard deviation of the head's weights at the start (EVA paper, section D.2).
 HEAD_STD = 2e-5
+_HEAD_INITS = {"normal": nn.init.normal_, "truncated": nn.init.trunc_normal_}
 
 
 def resolve_model(name: str) -> str:
@@ -64,6 +65,7 @@ def create_backbone(
     position_embedding: PositionEmbedding = "official",
     split: bool = False,
     options: Mapping[str, Any] | None = None,
+    head_init: str = "normal",
 ) -> nn.Module:
     """Build a timm model with a fresh linear head on its pooled feature ([CLS] for DINOv2 and plain ViTs).
 
@@ -80,6 +82,8 @@ def create_backbone(
             (:mod:`eva_lightning.vision.backbone.position_embedding`).
         split: Take fused projections apart (:mod:`eva_lightning.vision.backbone.split_fused`).
         options: Further arguments for ``timm.create_model``, such as ``depth``.
+        head_init: How the head's weights are drawn: ``"normal"``, or ``"truncated"`` (``torch.nn.init.trunc_normal_``
+            at its default bounds: the same distribution but for what lies beyond 2, drawn in another way).
 
     Returns:
         Module from images ``(B, 3, image_size, image_size)`` to logits ``(B, num_classes)``.
@@ -89,11 +93,12 @@ def create_backbone(
             architecture (the message names keys), a model without a linear head, or without anything to split.
     """
     check_choice("position_embedding", position_embedding, CHOICES)
+    check_choice("head_init", head_init, _HEAD_INITS)
     weights = weights or Weights(pretrained=False)
     options = dict(sorted((options or {}).items()))
     recipe = _Recipe(name, num_classes, image_size, weights, position_embedding, split, options)
     model = built_or_copied(repr(recipe), lambda: _build(recipe))
-    _initialise_head(model, name)
+    _initialise_head(model, name, _HEAD_INITS[head_init])
     return model
 
 
@@ -221,10 +226,10 @@ def _call_fused_projections(model: nn.Module) -> None:
             setattr(module, "qkv_bias_separate", True)  # noqa: B010  # nn.Module types attributes as tensors
 
 
-def _initialise_head(model: nn.Module, name: str) -> None:
+def _initialise_head(model: nn.Module, name: str, draw: Callable[..., object]) -> None:
     head = model.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         raise InputError(f"{name} has no linear head (its classifier is {type(head).__name__}): choose another model")
-    nn.init.normal_(head.weight, std=HEAD_STD)
+    draw(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)

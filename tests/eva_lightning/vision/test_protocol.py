@@ -32,4 +32,6 @@ def test_unknown_protocol_suggests() -> None:
 
 def test_a_protocol_of_ones_own() -> None:
     mixed = replace(PAPER, split_fused=True)
-    assert module_options(mixed) == {"split_fused": True, "schedule": "cosine", "decay_matrices_only": False}
+    assert module_options(mixed) == {
+        "split_fused": True, "schedule": "cosine", "decay_matrices_only": False, "head_init": "normal",
+    }  # fmt: skip
