@@ -29,8 +29,8 @@ def first_update_directions(
     """The k orthonormal directions of inputs in which first updates are largest, and their shares.
 
     They are the top eigenvectors of ``M = G^T G + (M_1 - G^T G) / n``: the second moment of the gradient of an
-    optimizer step that averages n independent minibatches. With n = 1 it is M_1; for large n they become the right singular
-    vectors of G, which is LoRA-GA's A.
+    optimizer step that averages n independent minibatches. With n = 1 it is M_1; for large n they become the right
+    singular vectors of G, which is LoRA-GA's A.
 
     Args:
         gradient: G, the mean gradient over minibatches, shape ``(out, in)``.

@@ -156,8 +156,8 @@ AUTHORS_CODE = Protocol(
     adalora=AdaLoRASchedule(final=0.2, every=10, penalty=0.1, penalises=False, first_step=0),
     not_followed=(
         (
-            "AdaLoRA, PiSSA and OLoRA there fine-tune transformers' DINOv2 (its own resampling of the position embedding), "
-            "and their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put on PEFT's "
+            "AdaLoRA, PiSSA and OLoRA there fine-tune transformers' DINOv2 (its own resampling of the position "
+            "embedding), and their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put on PEFT's "
             "wrapper, where nothing calls it; here timm's model and a head on [CLS]"
         ),
         (
