@@ -157,8 +157,8 @@ AUTHORS_CODE = Protocol(
     not_followed=(
         (
             "AdaLoRA, PiSSA and OLoRA there fine-tune transformers' DINOv2 (its own resampling of the position "
-            "embedding), and their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put on PEFT's "
-            "wrapper, where nothing calls it; here timm's model and a head on [CLS]"
+            "embedding), and their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put "
+            "on PEFT's wrapper, where nothing calls it; here timm's model and a head on [CLS]"
         ),
         (
             "EVA+DoRA's layers without adapters take part in the distribution of ranks there, and their share is lost; "
