@@ -251,12 +251,12 @@ def test_the_optimizer_holds_the_final_parameters(kind: str) -> None:
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gora", "gora --keep-function"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_bad_ending_leaves_the_module_as_it_was(
     kind: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, callbacks = prepared(kind)
+    module, callbacks = prepared(kind.split()[0], keep_function="--keep-function" in kind)
     before = copy.deepcopy(module.state_dict())
     flags = {n: p.requires_grad for n, p in module.named_parameters()}
     modes = {n: m.training for n, m in module.named_modules()}
