@@ -26,7 +26,7 @@ from torch.nn.modules.module import (
 
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
-from eva_lightning.adapters.base_weight_init import INITIAL_A, remember_start
+from eva_lightning.adapters.base_weight_init import resize
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
 from eva_lightning.adapters.weight_reads import is_read_elsewhere, mark_read_elsewhere
 from eva_lightning.done import done, mark_done, unmark
@@ -306,9 +306,7 @@ def fit_to_checkpoint(
             if layer.path not in incoming:
                 remove(module, layer)
             elif layer.rank != incoming[layer.path] or layer.alpha != alphas.get(layer.path, layer.alpha):
-                layer.resize(incoming[layer.path], alphas.get(layer.path))
-                if hasattr(layer.module, INITIAL_A):
-                    remember_start(layer)  # in the new rank: the checkpoint has the values
+                resize(layer, incoming[layer.path], alphas.get(layer.path))
         sync_configs(module)
     read = description.get("read_elsewhere", ())
     mark_read_elsewhere(layer for layer in find_adapters(module).values() if layer.path in read)

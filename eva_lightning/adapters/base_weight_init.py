@@ -118,6 +118,13 @@ def remember_start(layer: AdapterLayer) -> None:
         layer.module.register_buffer(INITIAL_B, layer.b.detach().clone())
 
 
+def resize(layer: AdapterLayer, rank: int, alpha: float | None = None) -> None:
+    """:meth:`AdapterLayer.resize` of a layer that may keep what it started as: that gets the new shapes too."""
+    layer.resize(rank, alpha)
+    if hasattr(layer.module, INITIAL_A):
+        remember_start(layer)
+
+
 def start_at(layer: AdapterLayer, a: Tensor, b: Tensor, take: bool = True) -> None:
     """Write A and B into a fresh adapter and take ``scaling * B A`` out of the base weight.
 

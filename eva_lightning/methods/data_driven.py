@@ -14,6 +14,7 @@ from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
 from eva_lightning.adapters.base_weight_init import (
     INITIALISATIONS,
     put_back_on_failure,
+    resize,
     start_at,
     takes_from_base,
 )
@@ -166,12 +167,18 @@ class DataDrivenStart(Callback):
         rank_zero_info(line)
 
     def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: nothing but the weights."""
-        return {}
+        """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: ranks and alphas, if it set any."""
+        layers = {} if KINDS[self.kind].ranks is None else find_adapters(pl_module)
+        return {"adapters": {name: [layer.rank, layer.alpha] for name, layer in layers.items()}}
 
     def come_home(self, pl_module: pl.LightningModule, luggage: Mapping[str, Any]) -> None:
         """In that parent process: its adapters, which are about to get the child's weights, are set."""
-        mark_done(find_adapters(pl_module).values(), "restored")
+        layers = find_adapters(pl_module)
+        for name, (rank, alpha) in luggage["adapters"].items():
+            if layers[name].rank != rank:
+                resize(layers[name], rank, alpha)
+        sync_configs(pl_module)
+        mark_done(layers.values(), "restored")
 
     def _statistics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], limit: int
@@ -230,7 +237,7 @@ class DataDrivenStart(Callback):
             changed = {name: rank for name, rank in ranks.items() if rank != chosen[name].rank}
             for name, layer in chosen.items():
                 if name in changed:
-                    layer.resize(changed[name])
+                    resize(layer, changed[name])
                 torch.manual_seed(self.seed)  # for each: what a layer gets does not depend on the others
                 a, b = kind.make(layer, means[name], given)
                 if b is None:

@@ -251,12 +251,12 @@ def test_the_optimizer_holds_the_final_parameters(kind: str) -> None:
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gora", "gora --keep-function"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_bad_ending_leaves_the_module_as_it_was(
     kind: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, callbacks = prepared(kind)
+    module, callbacks = prepared(kind.split()[0], keep_function="--keep-function" in kind)
     before = copy.deepcopy(module.state_dict())
     flags = {n: p.requires_grad for n, p in module.named_parameters()}
     modes = {n: m.training for n, m in module.named_modules()}
@@ -335,12 +335,13 @@ class Saving(pl.Callback):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_agree_with_one_on_the_union(tmp_path: Path) -> None:
-    module, callbacks = prepared("corda", max_batches=6)
+@pytest.mark.parametrize("kind", ["corda", "lora-da", "gora"])
+def test_two_processes_agree_with_one_on_the_union(kind: str, tmp_path: Path) -> None:
+    module, callbacks = prepared(kind, max_batches=6, keep_function=True)
     two = DDPStrategy(start_method="spawn", process_group_backend="gloo")
     run = trainer(*callbacks, Saving(tmp_path, 6), strategy=two, devices=2, max_steps=1)
     run.fit(module, DataLoader(dataset(96, tokens=4), 8, shuffle=False))
-    module, callbacks = prepared("corda", max_batches=6)
+    module, callbacks = prepared(kind, max_batches=6, keep_function=True)
     fit(module, [*callbacks, Saving(tmp_path, 6)])
     first, second, single = (torch.load(tmp_path / f"{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
     assert len(single) == 4 * len(find_adapters(module))
