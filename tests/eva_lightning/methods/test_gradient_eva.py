@@ -48,11 +48,11 @@ def data() -> DataLoader[Any]:
     return DataLoader(dataset(64, tokens=4), BATCH)
 
 
-def started(module: Classifier | None = None, *, rho: float = 1.0, **run: Any) -> dict[str, Any]:
+def started(module: Classifier | None = None, *, rank: int = RANK, rho: float = 1.0, **run: Any) -> dict[str, Any]:
     """The adapters when training starts, at learning rate 0."""
     module = build() if module is None else module
     torch.manual_seed(1)
-    options = AdapterOptions(rank=RANK, alpha=1.0, rho=rho, bias="none")
+    options = AdapterOptions(rank=rank, alpha=1.0, rho=rho, bias="none")
     callbacks = apply_method("eva-gradient", module, options, head="net.head")
     trainer(*callbacks, **{"max_steps": 1, **run}).fit(module, data())
     return find_adapters(module)
@@ -129,7 +129,8 @@ def test_a_gradient_that_comes_in_pieces_is_one(gradients: dict[str, Tensor]) ->
     torch.manual_seed(0)
     module = Classifier(Twice())
     third = module.net.third
-    found = layer_statistics(module, data(), {"third": third}, ("gradient_moment",))["third"]["gradient_moment"]  # type: ignore[dict-item]
+    layers: Any = {"first": module.net.first, "third": third}
+    found = layer_statistics(module, data(), layers, ("gradient_moment",))["third"]["gradient_moment"]
     expected = torch.zeros(HIDDEN, HIDDEN)
     for x, y in data():
         x = torch.tanh(module.net.first(x))  # type: ignore[operator]
@@ -237,18 +238,19 @@ def test_for_the_step_of_the_mean_gradient_lora_ga_is_better(gradients: dict[str
 
 
 def test_ranks_follow_the_shares_within_the_budget(gradients: dict[str, Tensor]) -> None:
-    layers = started(rho=2.0)
+    rank = 7
+    layers = started(rank=rank, rho=2.0)
     shares = {}
     for name, each in gradients.items():
         values = torch.linalg.eigvalsh(step_moment(each, 1)).flip(0)
-        shares[name] = (values / values.sum())[: 2 * RANK]
+        shares[name] = (values / values.sum())[: 2 * rank]
     # one for every layer, the rest to the largest shares
     rest = sorted(((float(s), name) for name, each in shares.items() for s in each[1:]), reverse=True)
-    chosen = [name for _, name in rest[: (RANK - 1) * len(NAMES)]]
+    chosen = [name for _, name in rest[: (rank - 1) * len(NAMES)]]
     expected = {name: 1 + chosen.count(name) for name in NAMES}
     assert {name: layer.rank for name, layer in layers.items()} == expected
     assert len(set(expected.values())) > 1, "nothing to redistribute: the test shows nothing"
-    assert {layer.module.scaling[layer.adapter] for layer in layers.values()} == {1 / RANK}
+    assert {layer.module.scaling[layer.adapter] for layer in layers.values()} == {1 / rank}
 
 
 # --- in training ------------------------------------------------------------------------------------------------------
