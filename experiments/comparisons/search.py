@@ -102,7 +102,7 @@ class SearchSettings(MethodSettings):
 
     def rho_of(self, part: Part, point: Point) -> float | None:
         """The ρ of a part's runs at a point; None for methods that have none."""
-        return point.get("rho", MethodKey.parse(part.method).rho)  # type: ignore[no-any-return]
+        return point.get("rho", MethodKey.parse(part.method).rho)
 
 
 def _check_axis(name: str, values: Sequence[float] | None) -> None:

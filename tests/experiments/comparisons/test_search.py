@@ -175,16 +175,8 @@ def test_the_whole_search_resumes_and_its_choices_are_the_best(
 
 
 def test_one_choice_for_all_tasks_and_ranks_where_that_is_asked_for() -> None:
-    settings = metaworld.parse(
-        [
-            "--init=x",
-            "--methods=fft,lora,eva,eva:2",
-            "--ranks=4,2",
-            "--rhos=1,2",
-            "--grid=1e-3",
-            "--grids={fft:[1e-4,1e-5]}",
-        ]
-    )
+    axes = ["--ranks=4,2", "--rhos=1,2", "--grid=1e-3", "--grids={fft: [1e-4, 1e-5]}"]
+    settings = metaworld.parse(["--init=x", "--methods=fft,lora,eva,eva:2", *axes])
     assert [part.name for part in settings.parts] == ["fft", "lora", "eva", "eva:2"]
     assert [list(map(str, settings.points(part))) for part in settings.parts] == [
         ["lr 1e-05", "lr 0.0001"],
@@ -214,7 +206,7 @@ def test_folders_of_comparisons_made_before_there_was_a_search_are_found_again()
 
 def test_choices_by_success_are_made_on_goals_that_the_result_does_not_use() -> None:
     settings = metaworld.parse(["--init=x", "--select=success", "--eval-episodes=10"])
-    tune, final = (settings.run(Part("lora"), phase, Point.of(lr=1e-3), 0, "push-v3") for phase in ("tune", "final"))  # type: ignore[arg-type]
+    tune, final = (settings.run(Part("lora"), phase, Point.of(lr=1e-3), 0, "push-v3") for phase in ("tune", "final"))
     assert (tune.eval_seed, final.eval_seed) == (100, 0)
     assert (tune.eval_episodes, final.eval_episodes) == (10, 10)
     score = metaworld_comparison.MetaWorld(settings).score

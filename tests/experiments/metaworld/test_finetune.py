@@ -239,7 +239,7 @@ def test_settings_that_came_later_leave_the_identity_of_older_runs_alone() -> No
 
 @pytest.mark.slow
 def test_two_processes_share_a_batch_and_one_of_them_writes(root: Path) -> None:
-    more = ("--dropout=0", "--logger=csv", "--batch-size=8")
+    more = ("--dropout=0", "--logger=csv", "--max-steps=3", "--val-at=1")
     line = command(root, "eva", "--name=two", "--devices=2", *more, seeds=2)
     done = subprocess.run(
         [sys.executable, "-m", "experiments.metaworld", "finetune", *line],
