@@ -146,7 +146,7 @@ def _check_sizes(data: bytes) -> None:
         Exception: An argument is cut off: whatever pickletools raises.
     """
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name.endswith("PUT") and int(argument) > number:
+        if opcode.name.endswith("PUT") and int(argument or 0) > number:
             raise InputError("it refers to a place that is not in it")
 
 

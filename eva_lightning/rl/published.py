@@ -266,19 +266,18 @@ def _first(steps: Steps, count: int) -> Steps:
 
 
 def _changed(steps: Steps, change: Callable[[Array], Array]) -> Steps:
-    return Steps(**{name: None if array is None else change(array) for name, array in vars(steps).items()})
+    arrays: dict[str, Any] = {name: None if array is None else change(array) for name, array in vars(steps).items()}
+    return Steps(**arrays)
 
 
 def _concatenated(parts: Sequence[Steps]) -> Steps:
     if not parts:
         raise InputError("it holds no trajectory")
-    arrays = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-    return Steps(
-        **{
-            name: None if any(each is None for each in found) else np.concatenate(found)
-            for name, found in arrays.items()
-        }
-    )
+    found = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    arrays: dict[str, Any] = {
+        name: None if any(each is None for each in arrays) else np.concatenate(arrays) for name, arrays in found.items()
+    }
+    return Steps(**arrays)
 
 
 def _episodes(task: str, name: str, steps: Steps, horizon: int) -> tuple[TaskDemonstrations, int]:

@@ -22,7 +22,10 @@ PUBLISHED = f"{HUB}ml-jku/meta-world"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 #: What the client raises where the network fails: OSError, and the base of its transport's errors.
-_TRANSPORT = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
+_TRANSPORT: tuple[type[BaseException], ...] = (
+    OSError,
+    *(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__name__ == "HTTPError"),
+)
 
 
 class Source(Protocol):

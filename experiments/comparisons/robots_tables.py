@@ -76,8 +76,9 @@ def success(runs: pd.DataFrame) -> str:
     """How many of all episodes are solved, with Wilson's interval of their share, by both definitions."""
     lines = []
     for definition in definitions():
-        episodes = runs[definition.episodes].tolist() if definition.episodes in runs else [None]
-        if any(not isinstance(run, list) for run in episodes):  # runs made earlier lack one
+        found_in = runs[definition.episodes].tolist() if definition.episodes in runs else []
+        episodes = [run for run in found_in if isinstance(run, list)]
+        if len(episodes) < len(runs):  # runs made earlier lack one
             lines.append(f"{definition.short} {NOTHING}")
             continue
         found = success_range([solved for run in episodes for solved in run])

@@ -16,6 +16,7 @@ from eva_lightning.checkpoint import KEY, fit_to_checkpoint
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.rl.demonstrations import read_index
 from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
+from eva_lightning.rl.protocol import protocol_of
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.rollouts import RolloutResult, evaluate
 from eva_lightning.rl.tasks import parse_tasks
@@ -67,6 +68,8 @@ def run(settings: Settings) -> list[RolloutResult]:
             name = film if len(targets) == 1 else film.with_name(f"{film.stem}-{task}{film.suffix}")
             print(f"{write_video(result.frames, name)}: {len(result.frames)} episodes")
     _report(results, targets)
+    protocol = protocol_of(module.hparams)
+    Console().print(f"protocol: {'without a name' if protocol is None else protocol.name}", highlight=False)
     return results
 
 

@@ -31,6 +31,7 @@ def test_rolls_out_the_tasks_of_the_checkpoint(checkpoint: Path, capsys: pytest.
     assert [r.task for r in results] == ["push-v3", "reach-v3"]
     printed = capsys.readouterr().out
     for words in (
+        "protocol: default",
         "any step",
         "last step",
         "share of episodes solved at any",
