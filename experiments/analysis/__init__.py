@@ -9,7 +9,7 @@ Convergence for batch sizes 4 to 32 (Figure 11), similarity of components across
 and after training (Tables 5 and 6). Writes one PNG each and ``analysis.json`` with the numbers. Every part is kept in
 OUTPUT/parts: safe to interrupt; rerun to resume, or to draw again what is done.
 
-    python -m experiments.analysis gradient-norms --runs runs/vtab     Figure 4, from runs with --gradient-norms
+    python -m experiments.analysis gradients --runs runs/vtab     Figure 4, from runs with --gradient-norms
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from experiments.runner.command import SettingsCommand
 COMMAND = SettingsCommand(
     Settings,
     "python -m experiments.analysis",
-    "The paper's analyses of EVA's initialisation, on digits, a timm backbone or a Decision Transformer.",
+    "The paper's analyses of EVA's initialisation, on digits, a timm backbone or a Decision Transformer. "
+    "(python -m experiments.analysis gradients: Figure 4 from runs.)",
     "experiments.analysis.run:analyse",
 )
 parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -10,18 +10,16 @@ from experiments.runner.ending import leave
 
 COMMANDS = {
     "all": Command("experiments.analysis", "components, ranks and distances of adapters of one model"),
-    "gradient-norms": Command(
+    "gradients": Command(
         "experiments.analysis.gradient_norms", "gradient norms and losses of the first steps, of many runs (Figure 4)"
     ),
 }
 
-_USAGE = ("       python -m experiments.analysis [options]            the same as all",)
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (``sys.argv`` for None) and return its exit status."""
-    words = list(sys.argv[1:] if args is None else args) or ["all"]
-    return dispatch("python -m experiments.analysis", COMMANDS, words, implied=lambda _: "all", usage=_USAGE)
+    words = list(sys.argv[1:] if args is None else args)
+    implied = ["all"] if not words or words[0].startswith("-") else []
+    return dispatch("python -m experiments.analysis", COMMANDS, [*implied, *words])
 
 
 if __name__ == "__main__":

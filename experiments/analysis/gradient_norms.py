@@ -1,4 +1,4 @@
-"""Figure 4 from runs: ``python -m experiments.analysis gradient-norms --runs runs/vtab``.
+"""Figure 4 from runs: ``python -m experiments.analysis gradients --runs runs/vtab``.
 
 Takes every run below the folders that was made with ``--gradient-norms N`` (``experiments.vtab``, its sweep,
 ``experiments.metaworld finetune`` and ``compare``), and draws, for each task, the norm of the gradients and the
@@ -26,7 +26,7 @@ class Settings:
 
 COMMAND = SettingsCommand(
     Settings,
-    "python -m experiments.analysis gradient-norms",
+    "python -m experiments.analysis gradients",
     (__doc__ or "").splitlines()[0],
     "experiments.analysis.gradient_norms_run:compare",
 )
