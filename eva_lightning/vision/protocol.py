@@ -137,6 +137,17 @@ PAPER = Protocol("paper")
 _BY_PEFT = ("adalora", "pissa", "olora")
 _TARGETS = ("qkv.q", "qkv.k", "qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
+_HEAD_OF_TRANSFORMERS = (
+    "AdaLoRA, PiSSA and OLoRA there fine-tune transformers' DINOv2 (its own resampling of the position embedding), and "
+    "their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put on PEFT's wrapper, where "
+    "nothing calls it; here timm's model and a head on [CLS]"
+)
+_LOST_RANKS = (
+    "EVA+DoRA's layers without adapters take part in the distribution of ranks there, and their share is lost; here "
+    "all ranks go to the other layers"
+)
+_OTHERS = "methods that have no pipeline there run as EVA does, at batch 64"
+
 AUTHORS_CODE = Protocol(
     name="authors-code",
     split_fused=True,
@@ -154,18 +165,7 @@ AUTHORS_CODE = Protocol(
     exclude={"eva-dora": ("blocks.0.attn.qkv",)},
     dora_by_column=True,
     adalora=AdaLoRASchedule(final=0.2, every=10, penalty=0.1, penalises=False, first_step=0),
-    not_followed=(
-        (
-            "AdaLoRA, PiSSA and OLoRA there fine-tune transformers' DINOv2 (its own resampling of the position "
-            "embedding), and their head reads [CLS] beside the mean of the patches, as the one for [CLS] alone is put "
-            "on PEFT's wrapper, where nothing calls it; here timm's model and a head on [CLS]"
-        ),
-        (
-            "EVA+DoRA's layers without adapters take part in the distribution of ranks there, and their share is lost; "
-            "here all ranks go to the other layers"
-        ),
-        "methods that have no pipeline there run as EVA does, at batch 64",
-    ),
+    not_followed=(_HEAD_OF_TRANSFORMERS, _LOST_RANKS, _OTHERS),
 )
 
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (PAPER, AUTHORS_CODE)}

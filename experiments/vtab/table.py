@@ -1,4 +1,4 @@
-"""Results beside the paper's Tables 20, 21 and 25: ``python -m experiments.vtab table``.
+"""Results beside the paper's Tables 18, 20, 21 and 25: ``python -m experiments.vtab table``.
 
 Reads the finished runs of a sweep's folder, also while the sweep is running, or of any other folders. Prints the tables
 and writes ``table.md``, ``table.csv`` (unrounded, one value a line), ``table.tex`` with one file per table, and one
@@ -7,10 +7,12 @@ figure per group of tasks. The paper's numbers are in ``paper_tables.csv``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from eva_lightning import plots
@@ -20,13 +22,15 @@ from eva_lightning.methods.registry import method_names
 from eva_lightning.ours import claim, delete
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
+from experiments.vtab.table18 import is_asked_for, table18_sheet
 from experiments.vtab.table_layout import LAYOUTS, Difference, Notes, Sheet, differences, differences_sheet
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
+from experiments.vtab.table_rho import rho_figures
 from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets
 
 _FORMER = ("table.md", "table.csv", "table.tex", "table20.tex", "table21.tex", "table25.tex", "differences.tex",
-           "natural.png", "specialized.png", "structured.png", "average.png")  # fmt: skip
+           "natural.png", "specialized.png", "structured.png", "average.png", "rho.png", "table18.tex")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,12 @@ class Settings:
     )
     output: str = option("runs/vtab/table", "folder for table.md, table.csv, table.tex and figures", Role.PLACE)
     layout: str = option(
-        "all", "20 (accuracy and differences), 21 (deviations), 25 (ablations by group) or all", Role.SELECTION,
-        choices=("20", "21", "25", "all"),
+        "all", "18 (EVA-raw, EVA-max), 20 (accuracy and differences), 21 (deviations), 25 (ablations) or all",
+        Role.SELECTION, choices=("18", "20", "21", "25", "all"),
+    )  # fmt: skip
+    rows: str = option(
+        "best", "best (EVA with the better ρ of each task), or rho (a row for every ρ besides)", Role.SELECTION,
+        choices=("best", "rho"),
     )  # fmt: skip
     baseline: str = option(
         "lora", "method that the others are compared with", Role.SELECTION, choices=method_names("vision")
@@ -75,31 +83,33 @@ def run(settings: Settings) -> Tables:
             raise InputError(f"there are no results of model {settings.model!r}, but of {models}", setting="model")
     folder = Path(settings.output)
     claim(folder, _FORMER, "choose another --output")
-    tables = make_tables(runs, settings.layout, settings.baseline)
+    tables = make_tables(runs, settings.layout, settings.baseline, each_rho=settings.rows == "rho")
     console = Console(highlight=False)
     if console.width < WIDTH and not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     print_sheets(console, tables.sheets, tables.notes)
     with only_process(writable_folder(folder) / ".lock", f"another process is writing tables to {folder}"):
-        files = _write(tables, folder)
+        files = _write(tables, folder, rho_figures(runs))
     count = sum(sample.n for entry in tables.ours for sample in entry.samples.values())
     print(f"{count} runs, {len(tables.ours)} methods -> {settings.output}: {', '.join(files)}")
     return tables
 
 
-def make_tables(runs: pd.DataFrame, layout: str = "all", baseline: str = "lora") -> Tables:
+def make_tables(runs: pd.DataFrame, layout: str = "all", baseline: str = "lora", each_rho: bool = False) -> Tables:
     """All that the command shows of `runs`, which :func:`~experiments.vtab.table_results.read_runs` gives."""
-    ours, notes = gather(runs), Notes()
+    ours, notes = gather(runs, each_rho), Notes()
     found = differences(ours, baseline)
     sheets = [each.sheet(ours, notes) for each in LAYOUTS if layout in (str(each.number), "all")]
+    if layout == "18" or (layout == "all" and is_asked_for(ours)):
+        sheets.append(table18_sheet(ours, notes))
     if layout in ("20", "all"):
         sheets.append(differences_sheet(found, notes))
     return Tables(tuple(ours), tuple(sheets), tuple(found), tuple(notes.sentences))
 
 
-def _write(tables: Tables, folder: Path) -> list[str]:
+def _write(tables: Tables, folder: Path, more: Mapping[str, Figure]) -> list[str]:
     """Write all files into `folder`, in place of those of before; returns their names."""
-    figures = group_figures(tables.ours, Notes(tables.notes))
+    figures = {**group_figures(tables.ours, Notes(tables.notes)), **more}
     texts = {
         "table.md": as_markdown(tables.sheets, tables.notes, list(figures)),
         "table.csv": as_csv(tables.ours, tables.differences),

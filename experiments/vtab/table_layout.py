@@ -72,7 +72,9 @@ class Sheet:
 
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """Columns in blocks that a screen or page is wide enough for: one per group with its mean, and the means."""
-        groups = [group for group in MEAN_COLUMNS[:-1] if self.columns != MEAN_COLUMNS]
+        if not set(self.columns) & set(TASK_COLUMNS):
+            return {"means": self.columns}
+        groups = MEAN_COLUMNS[:-1]
         return {**{group: (*GROUPS[group], group) for group in groups}, "means": MEAN_COLUMNS}
 
 
@@ -127,7 +129,7 @@ def letter(index: int) -> str:
 
 def heading(column: str) -> str:
     """What stands above a column."""
-    return HEADINGS.get(column) or GROUP_HEADINGS[column]
+    return HEADINGS.get(column) or GROUP_HEADINGS.get(column, column)
 
 
 def tasks_of(column: str) -> tuple[str, ...]:
@@ -193,6 +195,9 @@ def _lines(
             yield SheetLine("paper", METHODS[method].label, cells, method)
         for entry in (entry for entry in ours if entry.key.method == method):
             yield SheetLine("ours", entry.label, _cells(entry.samples, value), method, notes.marks(entry.notes))
+            if entry.rhos and table == 20:
+                cells = {task: f"{entry.rhos[task]:g}" for task in entry.samples}
+                yield SheetLine("ours", f"{entry.label}: ρ chosen", cells, method, is_extra=True)
             if line is not None and not set(line.samples) <= set(entry.samples):
                 yield _same_tasks(entry, line, value)
 
@@ -214,6 +219,11 @@ def _cells(samples: Samples, value: Callable[[Sample], float | None]) -> dict[st
         if known:
             cells[column] = f"{statistics.fmean(known):.1f}{_share(len(known), column)}"
     return cells
+
+
+def mean_cells(samples: Samples) -> dict[str, str]:
+    """Text of the mean accuracies over groups of tasks."""
+    return {column: text for column, text in _cells(samples, lambda sample: sample.mean).items() if column in GROUPS}
 
 
 def _share(known: int, column: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import pandas as pd
 
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import digest
-from eva_lightning.methods.registry import METHODS, MethodKey
+from eva_lightning.methods.registry import DEFAULT_RHO, METHODS, MethodKey
+from eva_lightning.vision.protocol import PAPER as PAPER_PROTOCOL
+from eva_lightning.vision.protocol import PROTOCOLS
 from experiments.runner.jobs import Point
 from experiments.runner.run_folder import metrics_below
 from experiments.runner.settings import Role, identity, role_of
@@ -38,6 +40,8 @@ class Ours:
         samples: Task -> accuracy in percent over seeds.
         notes: Why the results cannot be compared with the paper's; empty where they can.
         is_ambiguous: There is another entry of the same method and notes.
+        rhos: Task -> the ρ that was chosen on val200; empty where there is only one, that of `key`.
+        names_rho: Say ρ also where it is 2, as there is an entry of a chosen one.
     """
 
     key: MethodKey
@@ -45,11 +49,16 @@ class Ours:
     samples: Mapping[str, Sample]
     notes: tuple[str, ...]
     is_ambiguous: bool = False
+    rhos: Mapping[str, float] = field(default_factory=dict)
+    names_rho: bool = False
 
     @property
     def label(self) -> str:
         """The method as the paper writes it, with the experiment's identity if two entries are alike otherwise."""
-        return self.key.label + (f" #{self.experiment[:6]}" if self.is_ambiguous else "")
+        label = self.key.label
+        if self.names_rho and self.key.rho == DEFAULT_RHO:
+            label += f" (ρ = {self.key.rho:g})"
+        return label + (f" #{self.experiment[:6]}" if self.is_ambiguous else "")
 
 
 def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
@@ -57,8 +66,9 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
 
     Returns:
         Columns ``experiment`` (identity of the settings that are not one run's), ``model``, ``method`` (with its ρ),
-        ``task``, ``phase`` (``"tune"`` or ``"final"``), ``seed``, ``point`` (learning rate and rank), ``accuracy`` (in
-        percent), ``loss``, ``notes`` (why it cannot be compared with the paper's), ``place`` (the folder).
+        ``family`` (without), ``rho``, ``task``, ``phase`` (``"tune"`` or ``"final"``), ``seed``, ``point`` (learning
+        rate and rank), ``accuracy`` (in percent), ``loss``, ``notes`` (why it cannot be compared with the paper's),
+        ``place`` (the folder).
 
     Raises:
         MissingInputError: One of `folders` is none, or no final run is finished; says what to run.
@@ -95,6 +105,8 @@ def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
         "experiment": digest(metrics["experiment"]),
         "model": metrics["model"],
         "method": MethodKey(metrics["method"], metrics.get("rho")).key,
+        "family": metrics["method"],
+        "rho": metrics.get("rho"),
         "task": metrics["task"],
         "phase": phase,
         "seed": int(metrics["seed"]),
@@ -109,19 +121,21 @@ def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _differences(metrics: Mapping[str, Any]) -> Iterable[str]:
     """Sentences on what tells a run from the paper's, whose settings are the defaults."""
     settings = metrics["experiment"]
-    defaults = identity(Settings(root="", task=next(iter(HEADINGS))), Role.RESULT, without=Role.PER_RUN)
+    protocol = str(settings.get("protocol", PAPER_PROTOCOL.name))
+    usual = Settings(root="", task=next(iter(HEADINGS)), protocol=protocol if protocol in PROTOCOLS else "paper")
+    defaults = identity(usual, Role.RESULT, without=Role.PER_RUN)
     # what a machine does in its own way keeps results comparable
     where = {item.name for item in fields(Settings) if Role.PLACE in role_of(item)}
     names = dict.fromkeys((*defaults, *settings))
     changed = {name: settings.get(name) for name in names if settings.get(name) != defaults.get(name)}
-    model, weights, protocol = (changed.pop(name, None) for name in ("model", "weights", "protocol"))
+    model, weights, _ = (changed.pop(name, None) for name in ("model", "weights", "protocol"))
     if model not in (None, *PAPER_MODELS):
         yield f"model {model} instead of DINOv2-g/14"
     if weights == "none":
         yield "random weights instead of pre-trained ones"
     elif weights is not None:
         yield f"weights of the file {Path(str(weights).split(':')[0]).name}"
-    if protocol is not None:
+    if protocol != PAPER_PROTOCOL.name:
         yield f"protocol {protocol}, not the text of the paper"
     if metrics.get("limited"):
         yield "limited to a part of the data"
@@ -133,27 +147,67 @@ def _differences(metrics: Mapping[str, Any]) -> Iterable[str]:
         yield f"other settings than the defaults, which are the paper's: {words}"
 
 
-def gather(runs: pd.DataFrame) -> list[Ours]:
+def gather(runs: pd.DataFrame, each_rho: bool = False) -> list[Ours]:
     """One entry per method and experiment, in the order of the method registry; a run found twice counts once.
 
     Where there are final runs of several learning rates and ranks, as after a larger grid, those of the best tuning
-    count.
+    count. Where tuning went over several ρ, the ρ is chosen in the same way, task by task (paper, section G); where it
+    did not, every ρ is an entry of its own.
+
+    Args:
+        runs: As :func:`read_runs` gives them.
+        each_rho: Give entries of every ρ besides, each with its own best learning rate and rank. They have the tasks
+            that there are final runs of: ``sweep --final-each-rho`` does those of the ρ that were not chosen.
 
     Raises:
         InputError: Two runs of the same task and seed differ in learning rate, rank or result: says where both are.
     """
+    is_searched = _is_searched(runs)
+    searched = runs[is_searched]
+    searched = searched.assign(
+        method=searched["family"],
+        point=[point.replace(rho=rho) for point, rho in zip(searched["point"], searched["rho"], strict=True)],
+    )
+    better = _entries(searched, searched=True)
+    apart = _entries(runs if each_rho else runs[~is_searched], searched=False)
+    ours = [*better, *(_beside(entry, better) for entry in apart)]
+    names = [(entry.label, entry.notes) for entry in ours]
+    ours = [replace(e, is_ambiguous=names.count(name) > 1) for e, name in zip(ours, names, strict=True)]
+    order = list(METHODS)
+    return sorted(ours, key=lambda e: (order.index(e.key.method), not e.rhos, -(e.key.rho or 0.0)))
+
+
+def _is_searched(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Of each run, whether its method was tuned over several ρ on its task."""
+    place = ["experiment", "family", "task"]
+    counts = runs[runs["phase"] == "tune"].groupby(place)["rho"].nunique()
+    return pd.Series([counts.get(key, 0) > 1 for key in zip(*(runs[name] for name in place), strict=True)], runs.index)
+
+
+def _beside(entry: Ours, better: Sequence[Ours]) -> Ours:
+    """An entry of one ρ, beside that of the chosen one."""
+    for other in better:
+        if (other.key.method, other.experiment) == (entry.key.method, entry.experiment):
+            lacking = [task for task in other.samples if task not in entry.samples]
+            note = f"no final runs on {', '.join(lacking)}: another ρ was chosen (sweep --final-each-rho does them)"
+            return replace(entry, names_rho=True, notes=(*entry.notes, *([note] if lacking else [])))
+    return entry
+
+
+def _entries(runs: pd.DataFrame, searched: bool) -> list[Ours]:
     trials = dict(list(runs[runs["phase"] == "tune"].groupby(_PLACE)))
     final = runs[runs["phase"] == "final"]
     chosen = [_chosen(found, trials.get(place)) for place, found in final.groupby(_PLACE, sort=False)]
     entries = []
-    for (experiment, method), found in pd.concat(chosen).groupby(["experiment", "method"], sort=False):
+    for (experiment, method), found in (
+        pd.concat(chosen).groupby(["experiment", "method"], sort=False) if chosen else ()
+    ):
         values = {task: group["accuracy"].tolist() for task, group in found.groupby("task")}
         samples = {task: Sample.of(values[task]) for task in HEADINGS if task in values}
-        entries.append((MethodKey.parse(method), experiment, samples, tuple(_notes(found, samples))))
-    names = [(key, notes) for key, _, _, notes in entries]
-    ours = [Ours(*entry, names.count((entry[0], entry[3])) > 1) for entry in entries]
-    order = list(METHODS)
-    return sorted(ours, key=lambda entry: (order.index(entry.key.method), -(entry.key.rho or 0.0)))
+        rhos = {str(task): float(group["rho"].iloc[0]) for task, group in found.groupby("task")} if searched else {}
+        key = MethodKey.parse(method)
+        entries.append(Ours(key, experiment, samples, tuple(_notes(found, samples)), rhos=rhos))
+    return entries
 
 
 def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
@@ -167,6 +221,10 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
         if best is not None:
             final = final[final["point"] == best.point]
         notes = list(_grid_notes(final["method"].iloc[0], {point: len(found) for point, found in scores.items()}))
+        most = max(map(len, scores.values()))
+        first = choose(scores, most)
+        if best is not None and first is not None and first.score < best.score:
+            notes.append(f"tuning prefers {first.point}, of which no final run is finished")
     for _, same in final.groupby("seed"):
         first, last = same.iloc[0], same.iloc[-1]
         for _, other in same.iterrows():
@@ -182,14 +240,15 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
 
 def _grid_notes(method: str, seeds: Mapping[Point, int]) -> Iterable[str]:
     """A sentence where tuning did not go over the paper's grid and seeds; `seeds`: how many per point."""
-    wanted, fewest = set(PAPER.points(MethodKey.parse(method).adapts)), min(seeds.values())
+    key, searched = MethodKey.parse(method), any(point.get("rho") is not None for point in seeds)
+    what, sets = ("learning rate, rank and ρ", "sets") if searched else ("learning rate and rank", "pairs")
+    wanted, fewest = set(PAPER.points(key.adapts, searched)), min(seeds.values())
     if set(seeds) != wanted:
-        yield f"learning rate and rank chosen among {len(seeds)} pairs that are not the paper's {len(wanted)}"
+        yield f"{what} chosen among {len(seeds)} {sets} that are not the paper's {len(wanted)}"
     elif fewest < len(PAPER.tune_seeds):
-        yield (
-            f"learning rate and rank chosen by {fewest} seed{'s' * (fewest != 1)} instead of the paper's "
-            f"{len(PAPER.tune_seeds)}"
-        )
+        yield f"{what} chosen by {fewest} seed{'s' * (fewest != 1)} instead of the paper's {len(PAPER.tune_seeds)}"
+    if key.entry.searches_rho and not searched and key.rho == DEFAULT_RHO:
+        yield "ρ = 2 alone, where the paper takes the better of 1 and 2"
 
 
 def _notes(runs: pd.DataFrame, samples: Mapping[str, Sample]) -> Iterable[str]:

@@ -128,7 +128,8 @@ def _our_rows(ours: Sequence[Ours]) -> Iterator[dict[str, Any]]:
             "kind": "accuracy", "source": "ours", "method": entry.key.method, "rho": entry.key.rho,
             "experiment": entry.experiment, **_comparable(entry.notes),
         }  # fmt: skip
-        yield from ({**about, **row} for row in _accuracies(entry.samples))
+        for row in _accuracies(entry.samples):
+            yield {**about, **row, **({"rho": entry.rhos.get(row["column"])} if entry.rhos else {})}
 
 
 def _difference_rows(differences: Sequence[Difference]) -> Iterator[dict[str, Any]]:
@@ -211,4 +212,4 @@ def _group(column: str, columns: Sequence[str]) -> str:
     """What stands above the heading of a column: its group; of all means together "Mean"."""
     if column in GROUPS and len(set(columns) & set(GROUPS)) > 1:
         return "Mean"
-    return next(GROUP_HEADINGS[group] for group, tasks in GROUPS.items() if column in (group, *tasks))
+    return next((GROUP_HEADINGS[group] for group, tasks in GROUPS.items() if column in (group, *tasks)), "")

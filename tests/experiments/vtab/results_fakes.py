@@ -26,6 +26,8 @@ Run = tuple[Job, dict[str, Any]]
 def job(method: str, task: str, seed: int, point: Point | None = None, phase: Phase = "final", **changes: Any) -> Job:
     """A run of a sweep with the paper's settings but for `changes`."""
     key = MethodKey.parse(method)
+    if point is not None and point.get("rho") is not None:
+        key = MethodKey(key.method, point.get("rho"))
     point = point or Point.of(lr=1e-3, rank=8 if key.adapts else None)
     return make_job(Settings(methods=(method,), **changes), task, key, phase, point, seed)
 
@@ -77,6 +79,7 @@ def tuned(runs: Iterable[Run], **how: Any) -> list[Run]:
 
 def tuning_like(method: str, task: str, points: Sequence[Point] | None = None, seeds: int = 3) -> list[Run]:
     """Tuning runs over `points`, or over the paper's."""
-    points = points or PAPER.points(MethodKey.parse(method).adapts)
+    key = MethodKey.parse(method)
+    points = points or PAPER.points(key.adapts, key.entry.searches_rho and ":" not in method)
     trials = [job(method, task, seed, point, "tune") for point in points for seed in range(seeds)]
     return [(trial, metrics(trial, 0.5)) for trial in trials]

@@ -19,6 +19,10 @@ def test_papers_grid_has_its_1140_and_95_runs() -> None:
     assert PAPER.lrs == (2.5e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4)
     assert PAPER.ranks == (2, 4, 8, 16)
     assert PAPER.sizes(adapts=False) == (15, 5)
+    assert PAPER.sizes(adapts=True, searches_rho=True) == (2 * 60, 5)
+    # section G: "we always search for rho = 1 and rho = 2"
+    assert {point.get("rho") for point in PAPER.points(adapts=True, searches_rho=True)} == {1.0, 2.0}
+    assert {point.get("rho") for point in PAPER.points(adapts=True)} == {None}
     assert {point.get("rank") for point in PAPER.points(adapts=False)} == {None}
     assert load_grid("paper") == load_grid(str(CONFIGS / "grid_paper.yaml")) == PAPER
 
@@ -42,10 +46,11 @@ def test_file_and_command_line(tmp_path: Path) -> None:
         ("ranks: [0]", "ranks must be a whole number of at least 1, got 0"),
         ("ranks: [2.5]", r"ranks must be a whole number of at least 1, got 2\.5"),
         ("ranks: [true]", "ranks must be a whole number of at least 1, got True"),
+        ("rhos: [0.5]", r"rhos must be a number of at least 1, got 0\.5"),
         ("tune_seeds: 0", "tune_seeds of the grid must hold at least one value"),
         ("tune_seeds: [-1]", "tune_seeds must be a whole number of at least 0, got -1"),
         ("rank: [2]", "unknown key 'rank': did you mean ranks"),
-        ("- 1", "must be a mapping with any of lrs, ranks, tune_seeds, final_seeds"),
+        ("- 1", "must be a mapping with any of lrs, ranks, tune_seeds, final_seeds, rhos"),
         ("a: [", r"g\.yaml is damaged \(line 2"),
     ],
 )

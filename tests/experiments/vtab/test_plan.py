@@ -108,19 +108,21 @@ def test_plan_counts_runs_and_time_and_starts_nothing(tmp_path: Path, capsys: py
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     rows = {m[0]: m[1:] for m in re.findall(r"^  (\S+) +(\S.*?) tuning \+ +(\S.*?) final", text, re.MULTILINE)}
-    assert rows == {"lora": ("16", "6"), "linear": ("8", "6"), "eva": ("16", "6"), "together": ("40", "18")}
+    assert rows == {"lora": ("16", "6"), "linear": ("8", "6"), "eva": ("32", "6"), "together": ("56", "18")}
     assert "linear" in next(row for row in text.splitlines() if "no rank: that axis collapses" in row)
+    assert "ρ searched over 1 and 2" in next(row for row in text.splitlines() if row.startswith("  eva "))
     assert "EVA states: two per task (train800, all 1,000), of 8 components per layer" in text
     assert "data: all 2 tasks are in" in text
     # by hand: 2 epochs of 800/8 steps and 200 images; 2 epochs of 1000/8 steps, and 711 or 22,735 images
     tune, test = 200 * 0.01, (711 + 22735) * 0.01
     lora = 16 * (200 * 0.5 + tune) + 3 * (2 * 250 * 0.5 + test)
+    eva = lora + 16 * (200 * 0.5 + tune)  # two ρ
     linear = 8 * (200 * 0.25 + tune) + 3 * (2 * 250 * 0.25 + test)
     assert f"  {'lora':<18} {lora / 3600:,.1f} CPU-hours" in text
     assert f"  {'linear':<18} {linear / 3600:,.1f} CPU-hours" in text
     states = 2 * 2 * 16 * 8 * 0.01
-    assert f"work: {(2 * lora + linear + states) / 3600:,.1f} CPU-hours" in text
-    assert f"estimate: {span((2 * lora + linear + states) / 2)} with 2 runs at a time" in text
+    assert f"work: {(lora + eva + linear + states) / 3600:,.1f} CPU-hours" in text
+    assert f"estimate: {span((lora + eva + linear + states) / 2)} with 2 runs at a time" in text
 
 
 @pytest.mark.usefixtures("fixed_speed")
@@ -141,8 +143,8 @@ def test_plan_says_what_is_done_and_failed(tmp_path: Path, capsys: pytest.Captur
     text = capsys.readouterr().out
     rows = {m[0]: m[1:] for m in re.findall(r"^  (\S+) +(\S.*?) tuning \+ +(\S.*?) final", text, re.MULTILINE)}
     assert rows == {
-        "lora": ("16 (16 done)", "6 (6 done)"), "linear": ("8 (8 done)", "6 (6 done)"), "eva": ("16 (16 failed)", "6"),
-        "together": ("40 (24 done, 16 failed)", "18 (12 done)"),
+        "lora": ("16 (16 done)", "6 (6 done)"), "linear": ("8 (8 done)", "6 (6 done)"), "eva": ("32 (32 failed)", "6"),
+        "together": ("56 (24 done, 32 failed)", "18 (12 done)"),
     }  # fmt: skip
     assert f"  {'lora':<18} 0.0 CPU-hours" in text
 

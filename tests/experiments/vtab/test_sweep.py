@@ -52,23 +52,30 @@ def tuning(line: list[str]) -> list[Job]:
 def test_defaults_are_the_papers_table_20() -> None:
     settings = parse([])
     assert settings.task_names == tuple(TASKS)
-    assert tuple(key.key for key in settings.keys) == TABLE_20
+    assert tuple(each.name for each in settings.contenders) == TABLE_20
     expected = {"model": "dinov2_g14", "epochs": 30, "batch_size": 64, "image_size": 224, "weight_decay": 0.05}
     assert {name: getattr(settings.base, name) for name in expected} == expected
     assert settings.base.cache_dir == Path("runs/vtab/cache")
     jobs = tuning([])
-    per_method = {key: sum(job.tags["method"] == key for job in jobs) for key in TABLE_20}
-    assert per_method == {key: 285 if key == "fft" else 1140 for key in per_method}
+    per_method = {key: sum(job.settings.method == key for job in jobs) for key in TABLE_20}
+    several = {"fft": 285, "eva": 2 * 1140, "eva-dora": 2 * 1140}
+    assert per_method == {key: several.get(key, 1140) for key in per_method}
     assert len({job.id for job in jobs}) == len(jobs)
     assert {job.settings.split for job in jobs} == {"train800"}
-    components = {job.tags["method"]: job.shared and job.shared.path.rpartition("-k")[2] for job in jobs}
+    assert {job.settings.rho for job in jobs if job.settings.method in ("eva", "eva-dora")} == {1.0, 2.0}
+    components = {job.settings.method: job.shared and job.shared.path.rpartition("-k")[2] for job in jobs}
     assert components == {key: "32" if key in ("eva", "eva-dora") else None for key in TABLE_20}
 
 
 def test_groups_orders_and_repetitions_of_names() -> None:
     settings = parse(["--tasks", "kitti,natural,kitti", "--methods", "eva,eva:2,eva:1"])
     assert settings.task_names == (*list(TASKS)[:7], "kitti")
-    assert [key.key for key in settings.keys] == ["eva", "eva:1"]
+    (eva,) = settings.contenders
+    assert ([key.rho for key in eva.keys], [key.rho for key in eva.always]) == ([1.0, 2.0], [1.0, 2.0])
+    settings = parse(["--methods", "eva:1,eva:1.5,eva,eva-whiten,eva:1"])
+    assert [each.name for each in settings.contenders] == ["eva:1.5", "eva", "eva-whiten"]
+    assert [each.name for each in parse(["--methods", "eva:2,eva:1"]).contenders] == ["eva", "eva:1"]
+    assert [each.searches_rho for each in parse(["--methods", "eva", "--rhos", "1.5"]).contenders] == [False]
 
 
 def test_identity_of_a_run_is_its_settings(root: Path, output: Path, tmp_path: Path) -> None:
@@ -181,7 +188,7 @@ def test_a_task_and_method_is_finished_before_the_next_one_begins(root: Path, ou
 
 
 def test_long_run_goes_on_from_its_checkpoint(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = "--methods eva --lrs 1e-2 --ranks 4 --tune-seeds 1 --final-seeds 1 --epochs 3 --checkpoint-minutes 0"
+    extra = "--methods eva:2 --lrs 1e-2 --ranks 4 --tune-seeds 1 --final-seeds 1 --epochs 3 --checkpoint-minutes 0"
     whole = all_runs(sweep(words(root, output / "whole", f"--tasks kitti {extra}")))
     training_step, epochs = ImageClassifier.training_step, []
 
@@ -293,7 +300,7 @@ def test_state_is_streamed_once_for_a_whole_sweep(root: Path, output: Path, monk
         return work
 
     monkeypatch.setattr(run, "build", quick)
-    results = sweep(words(root, output, "--tasks kitti --methods eva,eva:1 --lrs 1e-3 --ranks 2,4 --tune-seeds 2"))
+    results = sweep(words(root, output, "--tasks kitti --methods eva:2,eva:1 --lrs 1e-3 --ranks 2,4 --tune-seeds 2"))
     assert len(all_runs(results)) == 2 * (4 + 5)
     assert len((output / "states/computed.log").read_text().splitlines()) == 2  # train800, and all images
     (tune,) = (output / "states").glob("kitti-train800-*.json")
@@ -316,3 +323,42 @@ def test_weights_are_built_once_per_process(root: Path, output: Path, monkeypatc
 
 def _meta() -> bool:
     return torch.empty(0).device.type == "meta"
+
+
+RHO = "--tasks kitti --methods eva --lrs 1e-3,1e-2 --ranks 2,4 --tune-seeds 2 --final-seeds 2"
+
+
+def _by_rho(job: Job) -> float:
+    """At ρ = 1 rank 2 is the better one, at ρ = 2 rank 4, and this is the best."""
+    return 0.5 + 0.1 * ((job.settings.rho, job.settings.rank) in ((1, 2), (2, 4))) + 0.1 * (job.settings.rho == 2)
+
+
+def test_rho_is_chosen_by_validation_and_only_the_better_one_gets_final_runs(root: Path, output: Path) -> None:
+    pool = FakePool(pretend(_by_rho))
+    results = sweep(words(root, output, RHO), pool)
+    assert len(results.tuning) == 2 * 4 * 2
+    assert set(zip(results.runs["rho"], results.runs["rank"], strict=True)) == {(2.0, 4)}
+    assert results.choices["kitti, eva"].point.as_dict() == {"lr": 1e-3, "rank": 4, "rho": 2.0}
+    # the other one's, at its own best rank, on request; nothing is run again
+    pool.jobs.clear()
+    results = sweep(words(root, output, f"{RHO} --final-each-rho"), pool)
+    assert {(job.settings.rho, job.settings.rank, job.phase) for job in pool.jobs} == {(1.0, 2, "final")}
+    assert len(pool.jobs) == 2
+    assert set(zip(results.runs["rho"], results.runs["rank"], strict=True)) == {(1.0, 2), (2.0, 4)}
+
+
+def test_a_sweep_from_before_rho_was_searched_goes_on(root: Path, output: Path) -> None:
+    """Ids and folders of runs with a given ρ are those of runs whose ρ is searched."""
+    pool = FakePool(pretend(_by_rho))
+    before = sweep(words(root, output, RHO.replace("eva", "eva:2")), pool)
+    pool.jobs.clear()
+    after = sweep(words(root, output, RHO), pool)
+    assert {(job.settings.rho, job.phase) for job in pool.jobs} == {(1.0, "tune")}
+    assert set(before.runs["id"]) == set(after.runs["id"])
+    assert set(before.runs["path"]) == set(after.runs["path"])
+
+
+def test_several_rho_above_one_are_refused_where_all_are_the_same() -> None:
+    parse(["--methods", "eva", "--protocol", "authors-code", "--rhos", "1,2"])
+    with pytest.raises(ValueError, match=r"lets all 32 components .* rhos may hold one such value, got 1\.5, 2\.0"):
+        parse(["--methods", "eva", "--protocol", "authors-code", "--rhos", "1,1.5,2"])

@@ -96,9 +96,9 @@ def test_a_configs_commands_are_understood(file: Path) -> None:
     (_, *sweep), table, single = commands
     settings = sweep_settings.parse([*sweep])
     method = file.stem.removeprefix("dinov2_g14_").replace("_", "-")
-    assert [key.method for key in settings.keys] == [method]
+    assert [each.name for each in settings.contenders] == [method]
     assert settings.model == "dinov2_g14"
-    tuning, final = settings.search.sizes(METHODS[method].adapts)
+    tuning, final = settings.search.sizes(METHODS[method].adapts, METHODS[method].searches_rho)
     comment = " ".join(line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
     assert f"{19 * tuning:,} tuning runs and {19 * final} final ones" in comment
     assert table == ["table"]
