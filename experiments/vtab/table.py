@@ -24,13 +24,16 @@ from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
 from experiments.vtab.table18 import is_asked_for, table18_sheet
 from experiments.vtab.table_layout import LAYOUTS, Difference, Notes, Sheet, differences, differences_sheet
+from experiments.vtab.table_own import own_folders, own_sheet
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
 from experiments.vtab.table_rho import rho_figures
 from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets
 
-_FORMER = ("table.md", "table.csv", "table.tex", "table20.tex", "table21.tex", "table25.tex", "differences.tex",
-           "natural.png", "specialized.png", "structured.png", "average.png", "rho.png", "table18.tex")  # fmt: skip
+_FORMER = (
+    *("table.md", "table.csv", "table.tex", "own.tex", "table18.tex", "table20.tex", "table21.tex", "table25.tex"),
+    *("differences.tex", "natural.png", "specialized.png", "structured.png", "average.png", "rho.png"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class Settings:
     )
     output: str = option("runs/vtab/table", "folder for table.md, table.csv, table.tex and figures", Role.PLACE)
     layout: str = option(
-        "all", "18 (EVA-raw, EVA-max), 20 (accuracy and differences), 21 (deviations), 25 (ablations) or all",
-        Role.SELECTION, choices=("18", "20", "21", "25", "all"),
+        "all", "18 (EVA-raw, EVA-max), 20 (accuracy and differences), 21 (deviations), 25 (ablations), own (folders "
+        "that are none of VTAB-1K's tasks) or all",
+        Role.SELECTION, choices=("18", "20", "21", "25", "own", "all"),
     )  # fmt: skip
     rows: str = option(
         "best", "best (EVA with the better ρ of each task), or rho (a row for every ρ besides)", Role.SELECTION,
@@ -99,11 +103,19 @@ def make_tables(runs: pd.DataFrame, layout: str = "all", baseline: str = "lora",
     """All that the command shows of `runs`, which :func:`~experiments.vtab.table_results.read_runs` gives."""
     ours, notes = gather(runs, each_rho), Notes()
     found = differences(ours, baseline)
-    sheets = [each.sheet(ours, notes) for each in LAYOUTS if layout in (str(each.number), "all")]
-    if layout == "18" or (layout == "all" and is_asked_for(ours)):
+    own = own_folders(ours)
+    # a table of the paper's without a line of ours is none of the results
+    beside = any(task not in own for entry in ours for task in entry.samples)
+    sheets = [own_sheet(ours, found, notes)] if own and layout in ("own", "all") else []
+    sheets += [
+        each.sheet(ours, notes) for each in LAYOUTS if layout == str(each.number) or (layout == "all" and beside)
+    ]
+    if layout == "18" or (layout == "all" and beside and is_asked_for(ours)):
         sheets.append(table18_sheet(ours, notes))
-    if layout in ("20", "all"):
+    if layout == "20" or (layout == "all" and beside):
         sheets.append(differences_sheet(found, notes))
+    if not sheets:
+        raise InputError("all results are of VTAB-1K's tasks, none of other folders", setting="layout")
     return Tables(tuple(ours), tuple(sheets), tuple(found), tuple(notes.sentences))
 
 

@@ -100,7 +100,8 @@ class Difference:
     @property
     def tasks(self) -> list[str]:
         """The tasks that both sides have."""
-        return [task for task in HEADINGS if task in self.first and task in self.second]
+        shared = [task for task in self.first if task in self.second]
+        return [*(task for task in HEADINGS if task in shared), *(task for task in shared if task not in HEADINGS)]
 
     def over(self, tasks: Iterable[str]) -> tuple[Interval | None, int]:
         """The mean difference over those of `tasks` that both sides have, None without any; and how many they are."""
@@ -193,10 +194,10 @@ def _lines(
             cells = {} if table == 25 else _cells(line.samples, value)
             cells |= {group: f"{mean:.1f}" for group, mean in line.averages[table].items()}
             yield SheetLine("paper", METHODS[method].label, cells, method)
-        for entry in (entry for entry in ours if entry.key.method == method):
+        for entry in (e for e in ours if e.key.method == method and not HEADINGS.keys().isdisjoint(e.samples)):
             yield SheetLine("ours", entry.label, _cells(entry.samples, value), method, notes.marks(entry.notes))
             if entry.rhos and table == 20:
-                cells = {task: f"{entry.rhos[task]:g}" for task in entry.samples}
+                cells = {task: f"{entry.rhos[task]:g}" for task in entry.samples if task in HEADINGS}
                 yield SheetLine("ours", f"{entry.label}: ρ chosen", cells, method, is_extra=True)
             if line is not None and not set(line.samples) <= set(entry.samples):
                 yield _same_tasks(entry, line, value)
@@ -266,7 +267,9 @@ def differences_sheet(found: Sequence[Difference], notes: Notes) -> Sheet:
         for column in columns:
             interval, shared = difference.over(tasks_of(column))
             if interval is not None:
-                cells[column] = _difference_text(interval) + _share(shared, column)
+                cells[column] = difference_text(interval) + _share(shared, column)
+        if not cells:  # its sides share no task, or other folders alone
+            continue
         marks = notes.marks(difference.notes)
         lines.append(SheetLine(difference.source, difference.label, cells, difference.section, marks))
     caption = (
@@ -280,7 +283,8 @@ def differences_sheet(found: Sequence[Difference], notes: Notes) -> Sheet:
     return Sheet("differences", "Differences with intervals", caption, columns, tuple(lines))
 
 
-def _difference_text(interval: Interval) -> str:
+def difference_text(interval: Interval) -> str:
+    """A difference with its interval, and a star where that excludes 0."""
     text = interval.text(1, sign=True).replace("-", "−").replace("−0.0", "+0.0", 1)
     return f"{text}*" if interval.excludes_zero else text
 

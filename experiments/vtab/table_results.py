@@ -93,8 +93,9 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
 
 
 def _is_ours(metrics: Mapping[str, Any]) -> bool:
-    """Whether a run is one on VTAB-1K."""
-    known = metrics.get("task") in HEADINGS and metrics.get("method") in METHODS and "experiment" in metrics
+    """Whether a run is one on VTAB-1K, or on another folder of images by the same commands."""
+    images = metrics.get("task") in HEADINGS or metrics.get("group") == "other"
+    known = images and metrics.get("method") in METHODS and "experiment" in metrics
     return known and metrics.get("evaluation_split") in _PHASES
 
 
@@ -203,7 +204,7 @@ def _entries(runs: pd.DataFrame, searched: bool) -> list[Ours]:
         pd.concat(chosen).groupby(["experiment", "method"], sort=False) if chosen else ()
     ):
         values = {task: group["accuracy"].tolist() for task, group in found.groupby("task")}
-        samples = {task: Sample.of(values[task]) for task in HEADINGS if task in values}
+        samples = {task: Sample.of(values[task]) for task in _in_order(values)}
         rhos = {str(task): float(group["rho"].iloc[0]) for task, group in found.groupby("task")} if searched else {}
         key = MethodKey.parse(method)
         entries.append(Ours(key, experiment, samples, tuple(_notes(found, samples)), rhos=rhos))
@@ -238,6 +239,12 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
     return final.assign(notes=[(*found, *notes) for found in final["notes"]])
 
 
+def _in_order(tasks: Iterable[str]) -> list[str]:
+    """VTAB-1K's in the order of the paper's columns, then other folders by name, each once."""
+    found = set(tasks)
+    return [*(task for task in HEADINGS if task in found), *sorted(found - HEADINGS.keys())]
+
+
 def _grid_notes(method: str, seeds: Mapping[Point, int]) -> Iterable[str]:
     """A sentence where tuning did not go over the paper's grid and seeds; `seeds`: how many per point."""
     key, searched = MethodKey.parse(method), any(point.get("rho") is not None for point in seeds)
@@ -262,5 +269,5 @@ def _notes(runs: pd.DataFrame, samples: Mapping[str, Sample]) -> Iterable[str]:
         few = [task for task in samples if samples[task].n != SEEDS]
         tasks[f"{' or '.join(map(str, counts))} seed{'s' * (counts != [1])} instead of {SEEDS}"] = few
     for note, concerned in tasks.items():
-        where = [task for task in HEADINGS if task in concerned]
+        where = _in_order(concerned)
         yield note if len(where) == len(samples) else f"{note} (on {', '.join(where)})"
