@@ -26,7 +26,9 @@ from experiments.runner.comparison import Results
 GROUPS: dict[str, tuple[str, ...]] = {
     "what pre-training is worth": ("linear-random", "scratch", "linear", "fft"),
     "other adapters than LoRA's": ("dora", "rslora", "lora+", "adalora", "lora-redistribute"),
-    "initialised from weights, gradients or covariances": ("pissa", "milora", "olora", "ailora", "corda", "corda-kpm", "lora-ga"),
+    "initialised from weights, gradients or covariances": (
+        "pissa", "milora", "olora", "ailora", "corda", "corda-kpm", "lora-ga",
+    ),  # fmt: skip
     "EVA and its ablations": (
         "eva:1", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor",
     ),
