@@ -63,7 +63,7 @@ class Injection:
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
     _fast_paths: list[tuple[nn.Module, str, Any]] = field(repr=False, default_factory=list)
-    # PiSSA, MiLoRA and OLoRA move a part of the base weight into the adapter
+    # PiSSA, MiLoRA, OLoRA and AILoRA move a part of the base weight into the adapter
     _weights: list[tuple[nn.Parameter, Tensor]] = field(repr=False, default_factory=list)
     _stale_configs: list[tuple[Any, dict[str, Any]]] = field(repr=False, default_factory=list)
 

@@ -112,7 +112,10 @@ _TABLE = (
     _weight_based("pissa", "PiSSA"),
     _weight_based("milora", "MiLoRA"),
     _weight_based("olora", "OLoRA"),
-    _weight_based("ailora", "AILoRA", prepare="eva_lightning.methods.lora:prepare_ailora", fixed={}),
+    # no command line takes the Decision Transformer's fused projections apart
+    _weight_based(
+        "ailora", "AILoRA", prepare="eva_lightning.methods.lora:prepare_ailora", fixed={}, halves=("vision",)
+    ),
     Method("gaussian", "LoRA (normal A)", fixed={"initialisation": "gaussian"}),
     Method("orthogonal", "Orthogonal", fixed={"initialisation": "orthogonal"}),
     _data_driven("corda", "CorDA", needs="inputs"),
