@@ -230,6 +230,7 @@ def _serving(folder: Path) -> Iterator[tuple[str, list[str | None]]]:
         server.server_close()
 
 
+@pytest.mark.slow  # a process of its own, for the client reads its settings once
 def test_the_hub_is_asked_and_a_download_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     folder, out = tmp_path / "remote", tmp_path / "out"
     folder.mkdir()
