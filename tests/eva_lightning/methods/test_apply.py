@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from eva_lightning.adalora_schedule import AdaLoRASchedule, start_rank
 from eva_lightning.adapters import inject, save_pretrained
-from eva_lightning.adapters.adalora import RankAllocation, start_rank
+from eva_lightning.adapters.adalora import RankAllocation
 from eva_lightning.adapters.base_weight_init import INITIALISATIONS
 from eva_lightning.checkpoint import load_from_checkpoint
 from eva_lightning.methods import METHODS
@@ -129,7 +130,9 @@ def test_adalora_ends_with_the_rank_budget() -> None:
     assert allocation is not None
     layers = [m for m in module.modules() if hasattr(m, "lora_E")]
     left = [int((m.lora_E["default"] != 0).sum()) for m in layers]  # type: ignore[index]
-    assert start_rank(3) == 4
+    # section C.3 of the EVA paper, and peft_trainer.py of its authors' code
+    assert [start_rank(rank) for rank in (2, 4, 8, 16)] == [6, 8, 12, 20]
+    assert {layer.lora_A["default"].shape[0] for layer in layers} == {3 + 4}  # type: ignore[index]
     assert sum(left) == 3 * len(layers) == sum(allocation.ranks().values())
     assert max(left) > min(left)
 
@@ -149,6 +152,26 @@ def test_adalora_penalty_is_pefts() -> None:
     factors = 2 * sum(hasattr(m, "lora_E") for m in module.modules())
     (0.5 * torch.norm(a @ a.T - torch.eye(len(a)), p="fro") / factors).backward()
     torch.testing.assert_close(layer.lora_A["default"].grad, a.grad)
+
+
+def test_adalora_schedule_is_pefts_with_other_numbers() -> None:
+    """0.1 T, 0.2 T, every 10 steps, counted from 0, and a weight that no loss contains: the authors' vision code."""
+    module, _ = prepared("adalora")
+    schedule = AdaLoRASchedule(final=0.2, every=10, penalty=0.1, penalises=False, first_step=0)
+    allocation = RankAllocation(module, 100, schedule)
+    config = allocation.config
+    assert (config.tinit, config.tfinal, config.deltaT, config.orth_reg_weight) == (10, 20, 10, 0.1)
+    assert config.total_step == 100
+    allocation.add_penalty_gradient()
+    assert all(p.grad is None for p in module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    masked = []
+    for step in range(1, 32):
+        allocation.step(step)
+        masked.append(allocation.config.rank_pattern is not None)
+    # PEFT's first allocation after the warm-up of 10 steps is at its step 20, our 21st
+    assert masked.index(True) == 20
 
 
 def test_adalora_without_an_end_is_refused() -> None:

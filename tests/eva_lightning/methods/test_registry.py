@@ -13,7 +13,7 @@ IN_THE_ORDER_OF_REPORTS = [
     "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "ailora",
     "gaussian", "orthogonal", "corda", "corda-kpm", "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva",
     "eva-gradient", "eva-dora", "eva-whiten", "eva-rotate",
-    "eva-permute", "eva-minor", "lora-redistribute",
+    "eva-permute", "eva-minor", "lora-redistribute", "eva-raw", "eva-max",
 ]  # fmt: skip
 VISION_ALONE = {"linear", "ailora"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from eva_lightning.adapters import find_adapters
+from eva_lightning.adapters import find_adapters, find_targets
 from eva_lightning.sealed import read_sealed_json
 from eva_lightning.vision.backbone.split_fused import split_layers
 from eva_lightning.vision.backbone.timm_models import create_backbone
@@ -206,3 +206,56 @@ def test_names_of_runs_tell_the_protocols_apart() -> None:
 def test_module_of_the_authors_protocol_is_split(arguments: list[str]) -> None:
     _, module, _ = run.assemble(parse([*arguments, "--protocol", "authors-code", "--method", "linear"]))
     assert len(split_layers(module)) == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "factor", "adapters", "scaling"),
+    [
+        ("eva", 64, 1, 36, 1 / 4),
+        ("lora", 32, 2, 36, 1 / 4),
+        ("fft", 32, 2, 0, None),
+        ("dora", 32, 2, 36, 1 / 4),
+        ("pissa", 64, 1, 36, 8 / 4),
+        ("olora", 64, 1, 36, 8 / 4),
+    ],
+)
+def test_methods_of_the_authors_code(
+    arguments: list[str], method: str, batch: int, factor: int, adapters: int, scaling: float | None
+) -> None:
+    line = [word for word in arguments if word not in ("--batch-size", "8")]
+    settings = parse([*line, "--protocol", "authors-code", "--method", method])
+    assert (settings.batch, settings.peak_lr) == (batch, factor * 1e-2)
+    # a batch that is given wins, with the learning rate as given
+    _, module, _ = run.assemble(given := parse([*arguments, "--protocol", "authors-code", "--method", method]))
+    assert (given.batch, module.lr) == (8, 1e-2)
+    if method != "eva":  # whose adapters come at the start of fit
+        found = find_adapters(module)
+        assert len(found) == adapters
+        assert {x.module.scaling[x.adapter] for x in found.values()} == (set() if scaling is None else {scaling})
+    assert (
+        parse([*arguments, "--protocol", "authors-code", "--method", "pissa", "--alpha", "1"]).adapter_options().alpha
+        == 1
+    )
+
+
+@pytest.mark.parametrize("model", ["vit_small_patch14_dinov2", "vit_giant_patch14_dinov2"])
+def test_layers_of_the_methods_from_peft(model: str) -> None:
+    """q, k, v, output.dense, fc1, fc2; a SwiGLU of transformers has neither fc1 nor fc2 (weights_in, weights_out)."""
+    settings = Settings(root="x", task="kitti", method="pissa", protocol="authors-code", model=model, image_size=28)
+    with torch.device("meta"):
+        module = ImageClassifier(model, 4, 28, split_fused=True, model_options={"depth": 2})
+    options, excluded = settings.adapter_options(), run.left_out(settings, module)
+    names, _ = find_targets(module, options.target_modules, excluded, head=module.head_name)
+    attention = ["attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj"]
+    mlp = [] if "giant" in model else ["mlp.fc1", "mlp.fc2"]
+    assert names == [f"model.blocks.{block}.{part}" for block in (0, 1) for part in attention + mlp]
+
+
+def test_eva_dora_of_the_authors_code(arguments: list[str], seen: dict[str, Any], tmp_path: Path) -> None:
+    metrics = execute([*arguments, "--protocol", "authors-code", "--method", "eva-dora"])
+    assert len(metrics["ranks"]) == 33
+    assert not any("blocks.0.attn.qkv" in name for name in metrics["ranks"])
+    assert sum(metrics["ranks"].values()) == 4 * 33
+    log = (tmp_path / "runs/run/log.txt").read_text() if (tmp_path / "runs/run/log.txt").exists() else ""
+    assert not log or "a frozen magnitude and norms per input column" in log
+    assert (tmp_path / "runs/run/adapter/trained.safetensors").is_file()

@@ -16,6 +16,7 @@ from experiments.vtab import table
 from experiments.vtab.table_layout import Sheet, SheetLine, letter
 from experiments.vtab.table_paper import GROUPS, HEADINGS
 from experiments.vtab.table_results import gather, read_runs
+from experiments.vtab.table_rho import rho_curves, rho_figures
 from experiments.vtab.table_write import as_csv, as_latex, as_markdown
 from tests.experiments.vtab.results_fakes import Run, frame, job, metrics, sweep_like, tuned, tuning_like, write
 
@@ -365,3 +366,60 @@ def test_bad_input_is_one_sentence(
 
 def test_letters_go_on_behind_z() -> None:
     assert [letter(index) for index in (0, 25, 26, 27, 701, 702)] == ["a", "z", "aa", "ab", "zz", "aaa"]
+
+
+def _of_rho(rho: float, val: float, test: float | None, task: str = "kitti", rank: int = 8) -> list[Run]:
+    """A tuning run and, if `test` is given, two final ones at a ρ."""
+    point = Point.of(lr=1e-3, rank=rank, rho=rho)
+    tune = job("eva", task, 0, point, "tune")
+    finals = [job("eva", task, seed, point) for seed in (0, 1)] if test is not None else []
+    return [(tune, metrics(tune, val)), *((run, metrics(run, test or 0.0)) for run in finals)]
+
+
+def test_eva_is_the_better_rho_of_each_task_and_each_rho_on_request() -> None:
+    runs = [
+        *_of_rho(1, 0.7, 0.10), *_of_rho(2, 0.6, 0.90),  # the test set does not choose
+        *_of_rho(1, 0.5, None, "svhn"), *_of_rho(2, 0.6, 0.40, "svhn"),
+    ]  # fmt: skip
+    (eva,) = tables(runs).ours
+    assert eva.label == "EVA"
+    assert eva.rhos == {"kitti": 1.0, "svhn": 2.0}
+    assert {task: sample.mean for task, sample in eva.samples.items()} == pytest.approx({"kitti": 10, "svhn": 40})
+    made = tables(runs, each_rho=True)
+    assert [entry.label for entry in made.ours] == ["EVA", "EVA (ρ = 2)", "EVA (ρ = 1)"]
+    assert [set(entry.samples) for entry in made.ours[1:]] == [{"kitti", "svhn"}, {"kitti"}]
+    assert any("no final runs on svhn" in note and "--final-each-rho" in note for note in made.ours[2].notes)
+    (chosen,) = lines(sheet(made, "table20"), "EVA: ρ chosen", "ours")
+    assert chosen.cells == {"kitti": "1", "svhn": "2"}
+
+
+def test_rho_that_tuning_prefers_without_final_runs_is_said() -> None:
+    (eva,) = tables([*_of_rho(1, 0.7, None), *_of_rho(2, 0.6, 0.9)]).ours
+    assert eva.rhos == {"kitti": 2.0}
+    assert "tuning prefers lr 0.001, rank 8, rho 1, of which no final run is finished" in eva.notes
+
+
+def test_accuracy_over_rho_is_each_at_its_best_point() -> None:
+    runs = [
+        *_of_rho(1, 0.5, 0.3), *_of_rho(1, 0.4, None, rank=2), *_of_rho(1.5, 0.6, 0.5), *_of_rho(3, 0.2, 0.1),
+    ]  # fmt: skip
+    tune, final = rho_curves(frame(runs))
+    assert {rho: interval.mean for rho, interval in tune.values.items()} == pytest.approx({1: 50, 1.5: 60, 3: 20})
+    assert {rho: interval.mean for rho, interval in final.values.items()} == pytest.approx({1: 30, 1.5: 50, 3: 10})
+    assert list(rho_figures(frame(runs))) == ["rho.png"]
+    assert rho_figures(frame(sweep_like(["eva", "lora"], tasks=FEW))) == {}
+
+
+def test_table_18_has_raw_and_max() -> None:
+    runs = sweep_like(["lora", "eva", "eva-raw", "eva-max"], tasks=FEW)
+    found = sheet(tables(runs), "table18")
+    (paper,), (ours,) = lines(found, "EVA-Raw", "paper"), lines(found, "EVA-Raw", "ours")
+    assert [paper.cells[column] for column in ("CoLA", "GLUE average")] == ["69.4 ± 1.1", "85.3"]
+    exact = statistics.fmean(x for task in ("cifar", "caltech101") for x in accuracies(runs, "eva-raw", task))
+    assert ours.cells["natural"] == f"{exact:.1f} (2/7)"
+    assert not set(paper.cells) & set(ours.cells)
+    # the averages are those of the printed columns
+    for line in (line for line in found.lines if line.source == "paper"):
+        values = [float(line.cells[column].split()[0]) for column in ("CoLA", "MRPC", "RTE", "STS-B")]
+        assert statistics.fmean(values) == pytest.approx(float(line.cells["GLUE average"]), abs=0.1)
+    assert "table18" not in [each.name for each in tables(sweep_like(["lora"], tasks=FEW)).sheets]
