@@ -27,13 +27,29 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "what pre-training is worth": ("linear-random", "scratch", "linear", "fft"),
     "other adapters than LoRA's": ("dora", "rslora", "lora+", "adalora", "lora-redistribute"),
     "initialised from weights, gradients or covariances": (
-        "pissa", "milora", "olora", "ailora", "corda", "corda-kpm", "lora-ga", "lora-ga-peft", "lora-da", "lora-one",
-        "gora", "eva-gradient",
-    ),  # fmt: skip
-    "EVA and its ablations": (
-        "eva:1", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor",
+        "pissa",
+        "milora",
+        "olora",
+        "ailora",
+        "corda",
+        "corda-kpm",
+        "lora-ga",
+        "lora-ga-peft",
+        "lora-da",
+        "lora-one",
+        "gora",
+        "eva-gradient",
     ),
-}  # fmt: skip
+    "EVA and its ablations": (
+        "eva:1",
+        "eva",
+        "eva-dora",
+        "eva-whiten",
+        "eva-rotate",
+        "eva-permute",
+        "eva-minor",
+    ),
+}
 
 #: Method -> how the summary introduces its accuracy.
 WORTH = {
