@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "other adapters than LoRA's": ("dora", "rslora", "lora+", "adalora", "lora-redistribute"),
     "initialised from weights, gradients or covariances": (
         "pissa", "milora", "olora", "ailora", "corda", "corda-kpm", "lora-ga",
-    ),  # fmt: skip
+    ),
     "EVA and its ablations": (
         "eva:1", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor",
     ),
