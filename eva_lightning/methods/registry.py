@@ -47,6 +47,7 @@ class Method:
         prepare: Where its prepare function is, ``"module:function"``.
         fixed: Keyword arguments of that function: what the user does not choose.
         halves: Where it is offered.
+        revision: Counts the changes of what it computes: results of before are not taken for those of now.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Method:
     prepare: str = "eva_lightning.methods.lora:prepare"
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     halves: tuple[Half, ...] = ("vision", "rl")
+    revision: int = 1
 
     @property
     def adapts(self) -> bool:
@@ -103,12 +105,12 @@ def _ablation(name: str, label: str, *, state_kind: StateKind = "major", **fixed
 _TABLE = (
     _full("scratch", "From scratch", trains="everything", changes_base=True, halves=("rl",)),
     _full("linear", "Linear", trains="head", halves=("vision",)),
-    _full("fft", "FFT", trains="everything"),
+    _full("fft", "FFT", trains="everything", revision=2),
     Method("lora", "LoRA"),
     Method("dora", "DoRA", fixed={"use_dora": True}),
     Method("rslora", "rsLoRA", fixed={"use_rslora": True}),
     Method("lora+", "LoRA+", prepare="eva_lightning.methods.lora:prepare_plus"),
-    Method("adalora", "AdaLoRA", prepare="eva_lightning.methods.adalora:prepare"),
+    Method("adalora", "AdaLoRA", prepare="eva_lightning.methods.adalora:prepare", revision=2),
     _weight_based("pissa", "PiSSA"),
     _weight_based("milora", "MiLoRA"),
     _weight_based("olora", "OLoRA"),
@@ -120,7 +122,7 @@ _TABLE = (
     Method("orthogonal", "Orthogonal", fixed={"initialisation": "orthogonal"}),
     _data_driven("corda", "CorDA", needs="inputs"),
     _data_driven("corda-kpm", "CorDA (KPM)", needs="inputs"),
-    _data_driven("lora-ga", "LoRA-GA", needs="gradients"),
+    _data_driven("lora-ga", "LoRA-GA", needs="gradients", changes_base=True, revision=2),
     _data_driven("lora-ga-peft", "LoRA-GA (PEFT)", needs="gradients"),
     _data_driven("lora-da", "LoRA-DA", needs="inputs and gradients", moves=True),
     _data_driven("lora-one", "LoRA-One", needs="gradients", moves=True),
@@ -141,6 +143,12 @@ _TABLE = (
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 """Every method by name, in the order of reports."""
+
+
+def method_identity(name: str) -> str:
+    """What stands for a method in a run's identity: its name, and its revision where there was one before."""
+    revision = METHODS[name].revision if name in METHODS else 1
+    return name if revision == 1 else f"{name}, revision {revision}"
 
 
 def method_names(half: Half) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
-from eva_lightning.methods import METHODS, MethodKey, method_names
+from eva_lightning.methods.registry import METHODS, MethodKey, method_identity, method_names
 from eva_lightning.names import check_name
 from eva_lightning.rl.protocol import PROTOCOLS
 from eva_lightning.rl.tasks import MAX_HORIZON, MAX_SEED, MODES, TARGETS, parse_tasks
@@ -115,7 +115,9 @@ class Settings(SharedOptions):
     """Everything a fine-tuning is asked to do. With one task and one seed it is a single run."""
 
     task: tuple[str, ...] = option(MISSING, "tasks such as push-v3, or cw10: one run each", PER_RUN)
-    method: str = option("eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"))
+    method: str = option(
+        "eva", ", ".join(method_names("rl")), PER_RUN, choices=method_names("rl"), identity=method_identity
+    )
     rank: int = option(4, "LoRA rank; EVA's mean rank per layer; AdaLoRA's last", PER_RUN, at_least=1)
     rho: float = option(2.0, "EVA: largest rank over mean rank (1 keeps ranks uniform)", PER_RUN, at_least=1)
     lr: float = option(1e-3, "peak learning rate; tune it for each method", PER_RUN, above=0)

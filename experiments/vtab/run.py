@@ -145,7 +145,7 @@ def _data(settings: Settings, split: str) -> VTAB1K:
 
 
 def _knowledge(settings: Settings, folder: str) -> Any:
-    size = settings.batch_size // settings.accumulate
+    size = settings.batch // settings.accumulate
     return folder_loader(folder, settings.image_size, size, normalization=settings.normalization, seed=settings.seed)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import file_digest
-from eva_lightning.methods.registry import METHODS, MethodKey, method_names
+from eva_lightning.methods.registry import METHODS, MethodKey, method_identity, method_names
 from eva_lightning.names import check_name
 from eva_lightning.streaming_options import ALGORITHMS
 from eva_lightning.vision.data.splits import PROTOCOLS as SPLITS
@@ -187,7 +187,13 @@ class Settings(SharedOptions):
 
     root: str = option(MISSING, "folder that holds the VTAB-1K task folders", PLACE)
     task: str = option(MISSING, "task, such as caltech101", INITIALISATION | PER_RUN)
-    method: str = option("eva", ", ".join(method_names("vision")), RESULT | PER_RUN, choices=method_names("vision"))
+    method: str = option(
+        "eva",
+        ", ".join(method_names("vision")),
+        RESULT | PER_RUN,
+        choices=method_names("vision"),
+        identity=method_identity,
+    )
     rank: int = option(16, "LoRA rank; EVA's mean rank per layer", RESULT | PER_RUN, at_least=1)
     rho: float = option(
         2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", RESULT | PER_RUN, at_least=1
