@@ -61,9 +61,7 @@ def gradient_eva(layer: AdapterLayer, means: Means, given: Given) -> tuple[Tenso
     return _directions(layer, means, given, layer.rank)[0], None
 
 
-def gradient_eva_ranks(
-    layers: Mapping[str, AdapterLayer], means: Mapping[str, Means], given: Given
-) -> dict[str, int]:
+def gradient_eva_ranks(layers: Mapping[str, AdapterLayer], means: Mapping[str, Means], given: Given) -> dict[str, int]:
     """Ranks by the share of the expected squared update that directions carry, as EVA does by explained variance.
 
     The sum of ranks stays, a layer gets at most ``round(r * rho)``, and at least 1: a layer with any gradient keeps an

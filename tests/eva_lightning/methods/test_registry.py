@@ -11,8 +11,8 @@ from eva_lightning.methods import METHODS, MethodKey, method_names
 
 IN_THE_ORDER_OF_REPORTS = [
     "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda",
-    "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva", "eva-dora", "eva-whiten", "eva-rotate",
-    "eva-permute", "eva-minor", "lora-redistribute",
+    "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva", "eva-gradient", "eva-dora",
+    "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_bad_keys_are_named(text: str, sentence: str) -> None:
 def test_every_method_in_the_order_of_reports() -> None:
     assert list(METHODS) == [method.name for method in METHODS.values()] == IN_THE_ORDER_OF_REPORTS
     assert list(method_names("vision")) == IN_THE_ORDER_OF_REPORTS[1:]
-    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:19]]
+    assert list(method_names("rl")) == ["scratch", *IN_THE_ORDER_OF_REPORTS[2:20]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,7 +87,7 @@ def test_which_methods_need_which_state() -> None:
     assert len(streaming) == len(INITS) + 1
     assert {m for m, kind in streaming.items() if kind == "minor"} == {"eva-minor"}
     assert [m for m, method in METHODS.items() if not method.adapts] == ["scratch", "linear", "fft"]
-    assert {m for m, method in METHODS.items() if method.redistributes} == set(streaming) - {"eva-minor"}
+    assert {m for m, method in METHODS.items() if method.redistributes} == {*streaming, "eva-gradient"} - {"eva-minor"}
     assert MethodKey.parse("eva:1.5").components(16) == 24
     assert MethodKey.parse("eva-minor").components(16) == 16
     assert MethodKey.parse("lora").components(16) == 0
@@ -96,7 +96,7 @@ def test_which_methods_need_which_state() -> None:
 def test_what_methods_ask_of_training_data() -> None:
     needs = {name: method.needs for name, method in METHODS.items() if method.needs != "nothing"}
     eva = {name: "inputs" for name, method in METHODS.items() if method.state_kind}
-    gradients = dict.fromkeys(("lora-ga", "lora-ga-peft", "lora-one", "gora"), "gradients")
+    gradients = dict.fromkeys(("lora-ga", "lora-ga-peft", "lora-one", "gora", "eva-gradient"), "gradients")
     assert needs == {"corda": "inputs", "lora-da": "inputs and gradients", **gradients, **eva}
 
 
