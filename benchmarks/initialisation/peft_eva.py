@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import SVDHook, initialize_lora_eva_weights
 from torch import Tensor, nn
 
 from benchmarks.clock import Stopwatch
 from benchmarks.initialisation.runner import Outcome, Runner, autocast, fingerprint
+from eva_lightning.adapters import find_adapters
 
 
 def initialise(runner: Runner, max_batches: int, targets: Sequence[str], tau: float = 0.99) -> Outcome:
@@ -59,11 +59,7 @@ def initialise(runner: Runner, max_batches: int, targets: Sequence[str], tau: fl
         prefix + name.removeprefix("base_model.model."): hook.svd.components_.cpu()
         for name, hook in loader.hooks.items()
     }
-    given = {
-        prefix + name.removeprefix("base_model.model."): module.r["default"]
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    given = {prefix + name: layer.rank for name, layer in find_adapters(model).items()}
     ranks = {name: given.get(name, 0) for name in targets}  # those of rank 0 are gone
     return Outcome(timing, forwards - 1, forwards, not loader.capped, components, ranks, fingerprint(model, {}))
 

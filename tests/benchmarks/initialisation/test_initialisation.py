@@ -96,6 +96,8 @@ def test_peft_stops_by_itself_where_it_converges(runner: Runner) -> None:
     assert capped.n_batches == 3
     assert set(capped.components) == set(TARGETS)
     assert all(v.shape[0] == 8 for v in capped.components.values())
+    assert set(capped.ranks) == set(TARGETS)
+    assert sum(capped.ranks.values()) == 4 * len(TARGETS)
 
 
 def test_covariances_match_a_dense_svd() -> None:
