@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -35,5 +36,6 @@ def folder_loader(
     return DataLoader(images, batch_size, sampler=EpochShuffle(len(files), seed), collate_fn=_as_fetched)
 
 
-def _as_fetched(batch: Batch) -> Batch:
-    return batch  # SplitDataset fetches a whole batch at once
+def _as_fetched(batch: Any) -> Batch:
+    fetched: Batch = batch  # SplitDataset fetches a whole batch at once
+    return fetched
