@@ -1,6 +1,6 @@
 """How large the first step of training is from each start at equal rank: EVA-grad, EVA, LoRA-GA's directions, random.
 
-python -m benchmarks first-update --root DIR --task caltech101 --model dinov2_s14 --weights FILE --image-size 56 --rank 4
+python -m benchmarks first-update --root DIR --task caltech101 --model dinov2_s14 --weights FILE --image-size 56
 """
 
 from __future__ import annotations

@@ -20,6 +20,11 @@ from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.checkpoint_io import AtomicCheckpointIO
+<<<<<<< HEAD
+=======
+from eva_lightning.errors import InputError
+from eva_lightning.files import replacing, writable_folder
+>>>>>>> right-grid
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.state import EVAState
@@ -293,8 +298,8 @@ def _save_adapter(settings: Settings, parts: Parts, folder: Path) -> None:
     if settings.rules.dora_by_column and METHODS[settings.method].fixed.get("use_dora"):
         # stock PEFT has no such DoRA: whole layers, 4 GB of a ViT-g, would be its only form
         trained = {name: p.detach() for name, p in parts.module.named_parameters() if p.requires_grad}
-        (folder / "adapter").mkdir(exist_ok=True)
-        save_file(trained, folder / "adapter" / "trained.safetensors")
+        with replacing(writable_folder(folder / "adapter") / "trained.safetensors") as temporary:
+            save_file(trained, temporary)
     elif settings.key.adapts:
         save_pretrained(parts.module.model, folder / "adapter")
         if settings.rules.split_fused and not is_adalora(parts.module.model):

@@ -55,7 +55,9 @@ def _best_points(trials: pd.DataFrame) -> dict[tuple[str, float], object]:
     """Task and ρ -> the learning rate and rank of the best tuning."""
     best = {}
     for (task, rho), found in trials.groupby(["task", "rho"]):
-        scores = {point: [score(run) for run in same.to_dict("records")] for point, same in found.groupby("point")}
+        scores = {
+            point: [score(run) for run in same.to_dict("records")] for point, same in found.groupby("point", sort=False)
+        }
         choice = choose(scores, max(map(len, scores.values())))
         if choice is not None:
             best[str(task), float(rho)] = choice.point
