@@ -20,11 +20,7 @@ from eva_lightning import plots
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.checkpoint_io import AtomicCheckpointIO
-<<<<<<< HEAD
-=======
-from eva_lightning.errors import InputError
 from eva_lightning.files import replacing, writable_folder
->>>>>>> right-grid
 from eva_lightning.methods.apply import apply_method
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.state import EVAState
