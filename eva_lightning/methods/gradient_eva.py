@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from eva_lightning.adapters import AdapterLayer
@@ -29,9 +28,9 @@ def first_update_directions(
 ) -> tuple[Tensor, Tensor]:
     """The k orthonormal directions of inputs in which first updates are largest, and their shares.
 
-    They are the top eigenvectors of ``M = G^T G + (M_1 - G^T G) / n``: the second moment of the gradient of an optimizer
-    step that averages n independent minibatches. With n = 1 it is M_1; for large n they become the right singular
-    vectors of G, which is LoRA-GA's A.
+    They are the top eigenvectors of ``M = G^T G + (M_1 - G^T G) / n``: the second moment of the gradient of an
+    optimizer step that averages n independent minibatches. With n = 1 it is M_1; for large n they become the right
+    singular vectors of G, which is LoRA-GA's A.
 
     Args:
         gradient: G, the mean gradient over minibatches, shape ``(out, in)``.
