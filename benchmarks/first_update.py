@@ -1,4 +1,4 @@
-"""How large the first step of training is from each start at equal rank: EVA-grad, EVA, LoRA-GA's directions, random.
+"""How large the first step of training is from each start, at equal rank: EVA-grad, EVA, LoRA-GA's directions, random.
 
 python -m benchmarks first-update --root DIR --task caltech101 --model dinov2_s14 --weights FILE --image-size 56
 """
@@ -43,9 +43,9 @@ def compare(settings: Settings) -> pd.DataFrame:
     """Print and return each start's measures, summed over layers, in percent of EVA-grad's.
 
     Per layer, with P the projection on A's rows, G_b the gradient of a minibatch and G their mean: ``mean ‖G_b P‖²``
-    over the minibatches that chose A (first update) and over others (held out), ``‖G P‖²`` (mean gradient), ``mean
-    ‖G_b P x‖²`` over minibatches and tokens (function change), and the decrease of the held-out loss to first order,
-    ``<G', G P>`` with G' its gradient.
+    over the minibatches that chose A (first update) and over others (held out), ``‖G P‖²`` (mean gradient),
+    ``mean ‖G_b P x‖²`` over minibatches and tokens (function change), and the decrease of the held-out loss to first
+    order, ``<G', G P>`` with G' its gradient.
     """
     data, module, _ = assemble(replace(settings, method="lora"))
     data.setup("fit")
@@ -63,11 +63,10 @@ def compare(settings: Settings) -> pd.DataFrame:
             sums[start] = [x + y for x, y in zip(sums.get(start, [0.0] * len(values)), values, strict=True)]
     table = pd.DataFrame.from_dict(sums, orient="index", columns=list(MEASURES))
     table = (100 * table / table.loc["EVA-grad"]).rename_axis("start").reset_index()
-    images = [sum(len(y) for _, y in part) for part in (seen, held)]
     processor = describe_machine(torch.device("cpu"))["processor"]
     print(
         f"{settings.task}, {settings.model}, rank {settings.rank}, seed {settings.seed}: {len(layers)} layers, "
-        f"{images[0]} images seen, {images[1]} held out; {processor}\n"
+        f"{len(seen)} minibatches of {settings.batch_size} images seen, {len(held)} held out; {processor}\n"
     )
     print(as_markdown(table, 1))
     return table
