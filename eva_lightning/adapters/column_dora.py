@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_lightning.adapters.adapter_layer import AdapterLayer
@@ -62,7 +62,7 @@ def norm_by_column(layer: AdapterLayer) -> None:
     """
     m, adapter = layer.module, layer.adapter
     usual = is_linear(layer.base) and not getattr(m, "fan_in_fan_out", False) and m.lora_B[adapter].bias is None
-    if not usual or layer.is_quantised or getattr(m.lora_dropout[adapter], "p", 0):
+    if not usual or layer.is_quantised or not isinstance(m.lora_dropout[adapter], nn.Identity):
         raise InputError(
             f"dora_by_column is for linear layers without dropout, LoRA biases or quantisation, but {layer.name!r} is "
             "none: leave it out, or use dora as PEFT has it"

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from eva_lightning.methods.registry import METHODS
 from eva_lightning.plots import PALETTE
+from experiments.runner.jobs import Point
 from experiments.runner.statistics import Interval, Sample, mean_over
 from experiments.runner.tuning import choose
 from experiments.vtab.grid import score
@@ -51,7 +52,7 @@ def rho_curves(runs: pd.DataFrame) -> list[RhoCurve]:
     return curves
 
 
-def _best_points(trials: pd.DataFrame) -> dict[tuple[str, float], object]:
+def _best_points(trials: pd.DataFrame) -> dict[tuple[str, float], Point]:
     """Task and ρ -> the learning rate and rank of the best tuning."""
     best = {}
     for (task, rho), found in trials.groupby(["task", "rho"]):
@@ -64,7 +65,7 @@ def _best_points(trials: pd.DataFrame) -> dict[tuple[str, float], object]:
     return best
 
 
-def _samples(runs: pd.DataFrame, best: dict[tuple[str, float], object]) -> dict[str, dict[float, Sample]]:
+def _samples(runs: pd.DataFrame, best: dict[tuple[str, float], Point]) -> dict[str, dict[float, Sample]]:
     found: dict[str, dict[float, Sample]] = {}
     for (task, rho), same in runs.groupby(["task", "rho"]):
         counted = same[[point == best.get((str(task), float(rho))) for point in same["point"]]].drop_duplicates("seed")

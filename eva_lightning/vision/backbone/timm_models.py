@@ -36,7 +36,7 @@ ALIASES: dict[str, str] = {
 
 #: Standard deviation of the head's weights at the start (EVA paper, section D.2).
 HEAD_STD = 2e-5
-_HEAD_INITS = {"normal": nn.init.normal_, "truncated": nn.init.trunc_normal_}
+_HEAD_INITS: dict[str, Callable[..., object]] = {"normal": nn.init.normal_, "truncated": nn.init.trunc_normal_}
 
 
 def resolve_model(name: str) -> str:
