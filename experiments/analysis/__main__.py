@@ -15,6 +15,7 @@ COMMANDS = {
     ),
 }
 
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (``sys.argv`` for None) and return its exit status."""
     words = list(sys.argv[1:] if args is None else args)
