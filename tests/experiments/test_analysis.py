@@ -151,7 +151,7 @@ def test_parts_depend_on_nothing_else(robots: list[str], tmp_path: Path) -> None
         ("--model test_vit --checkpoint x", "--model is a vision backbone and checkpoint a Decision Transformer: give"),
         ("--model test_vit", "--task goes with --model and --checkpoint: name a task of the data, got None"),
         ("--task push", "--task goes with --model and --checkpoint: the digits have no tasks, got push"),
-        ("--parts rank", "--parts: part must be one of convergence, batch-sizes, batch-orders, ranks, distances"),
+        ("--parts rank", "--parts: unknown part 'rank': did you mean ranks?"),
         ("--checkpoint none.ckpt --task push", "there is no checkpoint none.ckpt: make one with"),
         ("--model test_vi --task kitti", "unknown model 'test_vi'"),
     ],
