@@ -193,7 +193,7 @@ class UnsignedHook(peft_module.SVDHook):
 
 def ours(net: nn.Module, batches: list[Batch], r: int, rho: float) -> EVAState:
     callback = EVAInitCallback(rho, r, algorithm="paper", verbose=False)
-    return state_by(callback, Classifier(copy.deepcopy(net)), DataLoader(batches, batch_size=None))
+    return state_by(callback, Classifier(copy.deepcopy(net)), batches)
 
 
 @pytest.mark.parametrize(("seed", "r", "rho", "n"), [(0, 4, 1.0, 9), (1, 4, 2.0, 9), (1, 8, 2.0, 22), (2, 8, 2.0, 3)])
@@ -425,7 +425,7 @@ def _worker(rank: int, folder: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_all_processes_stop_at_once_with_the_same_state(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["n_batches"] == second["n_batches"] > 2
     assert first["meta"]["selected_converged"] == 12

@@ -57,8 +57,9 @@ def test_only_components_that_get_a_rank_have_to_converge() -> None:
     assert converged == {"a": True, "b": False, "none": True}
     assert checks.counts() == (4, 5)
     assert checks.share(converged) == pytest.approx(0.8)  # of components, not of layers
-    assert checks.history["a"] == [(2, pytest.approx(math.cos(math.radians(3)), abs=1e-5))]
-    assert checks.history["b"] == [(2, pytest.approx(math.cos(math.radians(80)), abs=1e-5))]
+    for layer, degrees in (("a", 3), ("b", 80)):
+        ((n, value),) = checks.history[layer]
+        assert (n, value) == (2, pytest.approx(math.cos(math.radians(degrees)), abs=1e-5))
     assert "none" not in checks.history or checks.history["none"][-1][1] == 1
 
 
