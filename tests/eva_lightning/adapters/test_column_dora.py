@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 from eva_lightning.adapters import find_adapters, inject, merge_and_unload, save_pretrained
 
 
-def _net() -> nn.Sequential:
+def _net() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def _adapted() -> nn.Sequential:
+def _adapted() -> Any:
     """With adapters whose B is not 0."""
     net = _net()
     inject(net, r=2, alpha=3.0, target_modules=["0"], head=None, dora_by_column=True)
@@ -27,7 +28,7 @@ def _adapted() -> nn.Sequential:
     return net
 
 
-def _dense(net: nn.Sequential, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _dense(net: Any, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> Any:
     """``m V / ||V||`` column by column (adapters/dora_linear.py of the authors' code), gradients through the norm."""
     base = _net()[0]
     moved = base.weight.detach() + 3.0 / 2 * b @ a
