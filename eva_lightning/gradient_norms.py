@@ -110,7 +110,10 @@ class GradientNorms(Callback):
         }
         if not norms:
             return
-        row = {"step": trainer.global_step + 1, **{name: norms[name] for name in ("a", "b") if name in norms}}
+        row: dict[str, float] = {
+            "step": trainer.global_step + 1,
+            **{name: norms[name] for name in ("a", "b") if name in norms},
+        }
         row["norm"] = sum(norm**2 for norm in norms.values()) ** 0.5
         self.rows.append(row)
         logged = {f"gradient_norm/{'all' if name == 'norm' else name}": row[name] for name in row if name != "step"}

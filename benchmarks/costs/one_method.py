@@ -112,7 +112,8 @@ def main() -> int:
     """Read settings as JSON, print the figures as JSON; 2 and one sentence where the method cannot be had here."""
     given = json.load(sys.stdin)
     torch.set_num_threads(given.pop("threads"))
-    settings = OneMethod(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    settings = OneMethod(**values)
     try:
         with quiet():
             print(json.dumps(measure(settings)))

@@ -127,9 +127,12 @@ def open_source(settings: Settings) -> Source:
     Raises:
         InputError: Something is missing or wrong, or there are fewer samples than are to be used.
     """
-    kinds = {"digits": Digits, "vision": Vision, "robots": Robots}
-    found: Source = kinds[settings.source](settings)
-    return found
+    kinds: dict[str, type[Digits] | type[Vision] | type[Robots]] = {
+        "digits": Digits,
+        "vision": Vision,
+        "robots": Robots,
+    }
+    return kinds[settings.source](settings)
 
 
 def _enough(settings: Settings, there: int, what: str) -> None:
@@ -229,8 +232,9 @@ class Robots:
         self.module = DecisionTransformerModule.from_pretrained(str(settings.checkpoint))
         self.mask_fn: MaskFn | None = self.module.mask_fn
         self._data = self._open(seed=0)
-        self._dataset: Any = self._data.train_dataloader().dataset
-        _enough(settings, len(self._dataset), f"the windows of {settings.task}'s demonstrations")
+        dataset: Any = self._data.train_dataloader().dataset
+        self._dataset = dataset
+        _enough(settings, len(dataset), f"the windows of {settings.task}'s demonstrations")
         parameters = sum(p.numel() for p in self.module.parameters())
         self.model_text = f"Decision Transformer of {parameters / 1e6:.2g} M parameters"
         self.data_text = f"{settings.images} windows of {self.module.context} steps of {settings.task}"
