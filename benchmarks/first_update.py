@@ -62,7 +62,7 @@ def compare(settings: Settings) -> pd.DataFrame:
             values = _measure(a.double(), first[name], other[name])
             sums[start] = [x + y for x, y in zip(sums.get(start, [0.0] * len(values)), values, strict=True)]
     table = pd.DataFrame.from_dict(sums, orient="index", columns=list(MEASURES))
-    table = (100 * table / table.loc["EVA-grad"]).rename_axis("start").reset_index()
+    table = (100 * table / table.loc["EVA-grad"]).rename_axis("start")
     processor = describe_machine(torch.device("cpu"))["processor"]
     print(
         f"{settings.task}, {settings.model}, rank {settings.rank}, seed {settings.seed}: {len(layers)} layers, "
