@@ -16,7 +16,7 @@ COMMANDS = {
         "benchmarks.costs", "seconds, peak memory and share of training of every initialisation (Figure 5)"
     ),
     "resize": Command("benchmarks.resize", "ranks, adapter resize and optimizer rebuild alone"),
-    "first-update": Command("benchmarks.first_update", "size of the first step from each start, at equal rank"),
+    "starts": Command("benchmarks.first_update", "size of the first step from each start, at equal rank"),
     "vtab": Command("benchmarks.vtab", "epochs and data of VTAB-1K beside a bare PyTorch loop; g/14 on a GPU"),
     "metaworld": Command("benchmarks.metaworld", "collection, data and rollouts beside the bare simulator"),
 }

@@ -1,6 +1,6 @@
 """How large the first step of training is from each start, at equal rank: EVA-grad, EVA, LoRA-GA's directions, random.
 
-python -m benchmarks first-update --root DIR --task caltech101 --model dinov2_s14 --weights FILE --image-size 56
+python -m benchmarks starts --root DIR --task caltech101 --model dinov2_s14 --weights FILE --image-size 56
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def compare(settings: Settings) -> pd.DataFrame:
             values = _measure(a.double(), first[name], other[name])
             sums[start] = [x + y for x, y in zip(sums.get(start, [0.0] * len(values)), values, strict=True)]
     table = pd.DataFrame.from_dict(sums, orient="index", columns=list(MEASURES))
-    table = (100 * table / table.loc["EVA-grad"]).rename_axis("start").reset_index()
+    table = (100 * table / table.loc["EVA-grad"]).rename_axis("start")
     processor = describe_machine(torch.device("cpu"))["processor"]
     print(
         f"{settings.task}, {settings.model}, rank {settings.rank}, seed {settings.seed}: {len(layers)} layers, "
@@ -107,6 +107,6 @@ def _measure(a: Tensor, seen: Means, held: Means) -> list[float]:
 
 
 COMMAND = SettingsCommand(
-    Settings, "python -m benchmarks first-update", (__doc__ or "").splitlines()[0], "benchmarks.first_update:compare"
+    Settings, "python -m benchmarks starts", (__doc__ or "").splitlines()[0], "benchmarks.first_update:compare"
 )
 parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line
