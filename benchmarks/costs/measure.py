@@ -96,7 +96,7 @@ def _row(settings: Settings, key: MethodKey, costs: Costs) -> dict[str, str]:
         "method": key.label,
         "reads": key.entry.needs,
         "seconds": Figure.of(costs["seconds"]).text(".2f"),
-        "share of training": f"{_share(settings, costs):.2%}",
+        "share of training": f"{100 * _share(settings, costs):.2g}%",
         "memory": format_bytes(max(0, int(statistics.median(costs["bytes"])))),
         "training step": f"{statistics.median(costs['step_seconds']):.3f} s",
         "its memory": format_bytes(max(0, int(statistics.median(costs["step_bytes"])))),
@@ -110,7 +110,7 @@ def _share(settings: Settings, costs: Costs) -> float:
 def _figure(settings: Settings, found: dict[MethodKey, Costs], title: str) -> Any:
     shares = {key.label: 100 * _share(settings, costs) for key, costs in found.items()}
     texts = {
-        key.label: f"{_share(settings, costs):.2%}, {statistics.median(costs['seconds']):.2g} s, "
+        key.label: f"{100 * _share(settings, costs):.2g}%, {statistics.median(costs['seconds']):.2g} s, "
         f"{format_bytes(max(0, int(statistics.median(costs['bytes']))))}"
         for key, costs in found.items()
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
 
 from eva_lightning import plots
 from eva_lightning.errors import InputError, MissingInputError
@@ -21,7 +23,7 @@ from experiments.runner.gradient_norms import FILE
 from experiments.runner.yaml_files import read_yaml
 
 NORM, OF_A, OF_B, LOSS = (
-    "gradient norm (A and B; weights without adapters)",
+    "gradient norm, A and B (FFT: weights)",
     "gradient norm of A",
     "of B",
     "training loss",
@@ -43,7 +45,8 @@ def compare(settings: Settings) -> pd.DataFrame:
                 title = f"{task}, mean and standard deviation over runs"
                 figure = plots.early_steps(panels, (NORM, OF_A, OF_B), list(shown["label"].unique()), title)
                 plots.save(figure, output / f"fig4_gradient_{name}_{task}.png", dpi=110)
-        tables.show(_table(shown), f"{task}: means over runs")
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        tables.show(_table(shown), f"{task}: means over runs", console=console)
     print(f"figures in {output}")
     return rows
 

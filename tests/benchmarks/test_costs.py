@@ -71,7 +71,7 @@ def test_costs_are_printed_drawn_kept_and_reused(
         assert min(*of_method["seconds"], *of_method["step_seconds"]) > 0
     printed = capsys.readouterr().out
     eva = document["costs"]["eva:1"]
-    assert f"{eva['seconds'][0] / (1000 * eva['step_seconds'][0]):.2%}" in printed
+    assert f"{100 * eva['seconds'][0] / (1000 * eva['step_seconds'][0]):.2g}%" in printed
     assert "olora: not run, olora cannot be had here" in printed
     assert (tmp_path / "fig5_costs.png").is_file()
     costs.main([*line, "--training-steps=10"])
