@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
-from eva_lightning.vision.data.splits import Split
+from eva_lightning.vision.data.split_files import Split
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 
