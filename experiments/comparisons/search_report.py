@@ -65,6 +65,8 @@ def write_candidates(settings: SearchSettings, results: Results, file: Path) -> 
 def at_best_rank(settings: SearchSettings, results: Results) -> DataFrame:
     """The final runs, of several ranks that were tuned apart those of the one that was best in tuning."""
     runs = results.runs
+    if "rank" not in settings.tune_per:
+        return runs
     best: dict[tuple[str, str | None], Part] = {}
     for part, _ in sorted(_choices(settings, results), key=lambda found: (found[1].score, found[0].rank or 0)):
         if _of(runs, part).any():

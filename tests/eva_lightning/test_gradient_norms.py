@@ -102,7 +102,8 @@ def batches() -> DataLoader[Any]:
 
 def fit(method: str, norms: GradientNorms, *more: pl.Callback, module: Any = None, **options: Any) -> Net:
     module = module or Net()
-    callbacks = apply_method(method, module, AdapterOptions(rank=RANK, alpha=ALPHA, bias="none"), head="net.4")
+    rank = RANK + 1 if method == "orthogonal" else RANK  # whose rank is even
+    callbacks = apply_method(method, module, AdapterOptions(rank=rank, alpha=ALPHA, bias="none"), head="net.4")
     ckpt = options.pop("ckpt_path", None)
     trainer(*callbacks, norms, *more, **{"max_steps": 4, "max_epochs": -1, **options}).fit(
         module, batches(), ckpt_path=ckpt
@@ -148,7 +149,7 @@ def test_optimizers_of_other_kinds(module: dict[str, bool], options: dict[str, A
         assert row["norm"] == pytest.approx(wanted["norm"], rel=0.01)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "scratch"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("scratch", "ailora")])  # which needs attentions
 def test_every_method_has_rows_but_linear(method: str) -> None:
     norms = GradientNorms(2)
     module = fit(method, norms)

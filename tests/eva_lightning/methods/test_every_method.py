@@ -178,10 +178,12 @@ def test_starts_and_trains_under_mixed_precision(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_accumulation_starts_alike_and_takes_fewer_steps(method: str) -> None:
+def test_accumulation_takes_fewer_steps_from_the_same_start(method: str) -> None:
     module, start, _ = run(method, accumulate_grad_batches=2, max_epochs=1)
     plain = trained(method)[1]
-    assert [name for name, value in plain.weights.items() if not torch.equal(start.weights[name], value)] == []
+    differ = [name for name, value in plain.weights.items() if not torch.equal(start.weights[name], value)]
+    # it starts from the gradients of optimizer steps, which average two minibatches here
+    assert bool(differ) == (method == "eva-gradient")
     assert (start.steps, plain.steps) == (3, 6 * EPOCHS)
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, start.weights[name])}
     assert any("lora_" in name for name in changed) == METHODS[method].adapts

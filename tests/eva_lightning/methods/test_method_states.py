@@ -22,7 +22,7 @@ from tests.eva_lightning.vision.fakes import make_task
 
 INITS = {
     "eva": "eva", "eva-dora": "eva", "eva-whiten": "whiten", "eva-rotate": "rotate", "eva-permute": "permute",
-    "eva-minor": "minor", "lora-redistribute": "redistribute",
+    "eva-minor": "minor", "lora-redistribute": "redistribute", "eva-raw": "eva", "eva-max": "eva",
 }  # fmt: skip
 LARGEST = 16
 """Components held: what rank 8 with ρ = 2 needs."""
@@ -69,7 +69,11 @@ def test_one_state_serves_every_method_and_rank(
     held = EVAState.load(states[kind])
     layers = find_adapters(module)
     ranks = {name: layers[name].rank if name in layers else 0 for name in held.components}
-    expected = dict.fromkeys(ranks, rank) if method == "eva-minor" else held.redistribute(rank, 2.0)
+    expected = (
+        dict.fromkeys(ranks, rank)
+        if method == "eva-minor"
+        else held.redistribute(rank, 2.0, METHODS[method].fixed.get("metric", "ratio"))
+    )
     assert ranks == expected
     generator = torch.Generator().manual_seed(3)
     for name, layer_rank in ranks.items():

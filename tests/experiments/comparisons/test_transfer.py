@@ -207,7 +207,8 @@ def test_the_plan_runs_nothing(root: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_the_config_that_is_shipped() -> None:
     settings = transfer.parse([f"--config={CONFIG}"])
-    assert {key.partition(":")[0] for key in settings.labels} == {*method_names("vision"), "scratch", "linear-random"}
+    methods = {key.partition(":")[0] for key in settings.labels}
+    assert methods - {*method_names("vision")} == {"scratch", "linear-random"}
     assert {"eva", "eva:1", "scratch", "linear-random"} < set(settings.labels)
     assert settings.seeds >= 3
     assert settings.evaluated_epochs == (1, 2, 3, 6)

@@ -20,7 +20,7 @@ from tests.paths import ROOT
 
 CHECKOUT = ROOT
 GRID = (
-    "--tasks kitti,dmlab --methods eva --lrs 1e-3,1e-2 --ranks 2,4 --tune-seeds 3 --final-seeds 2 "
+    "--tasks kitti,dmlab --methods eva --lrs 1e-3,1e-2 --ranks 2,4 --rhos 2 --tune-seeds 3 --final-seeds 2 "
     "--grid configs/vtab/grid_paper.yaml"
 )
 RUNS = 2 * (2 * 2 * 3 + 2)

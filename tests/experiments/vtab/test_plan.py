@@ -131,7 +131,7 @@ def test_plan_says_what_is_done_and_failed(tmp_path: Path, capsys: pytest.Captur
     done = pretend()
 
     def work(job: Job) -> Outcome:
-        if job.tags["method"] != "eva" or job.phase == "final":
+        if not job.tags["method"].startswith("eva") or job.phase == "final":
             return done(job)
         job.folder.fail("no")
         return Outcome(job.id, "failed", error="no")
