@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eva_lightning.methods import MethodKey, method_names
+from eva_lightning.methods import MethodKey
 from experiments.comparisons.settings import MethodSettings
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, option
@@ -22,10 +22,12 @@ from experiments.runner.settings import Role, option
 NOT_PRETRAINED = {"scratch": "From scratch", "linear-random": "Linear, random weights"}
 
 
-def _all_methods() -> tuple[str, ...]:
-    known = [name for name in method_names("vision") if name not in NOT_PRETRAINED]
-    place = known.index("eva")
-    return (*NOT_PRETRAINED, *known[:place], "eva:1", *known[place:])
+#: What is compared unless something else is asked for: those of docs/transfer.md.
+COMPARED = (
+    *NOT_PRETRAINED,
+    *("linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "corda", "lora-ga"),
+    *("eva:1", "eva", "eva-dora", "eva-whiten", "eva-rotate", "eva-permute", "eva-minor", "lora-redistribute"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Settings(Recipe, MethodSettings):
     """What to compare; the layout of ``configs/vtab/transfer.yaml``."""
 
     methods: tuple[str, ...] = option(
-        _all_methods(), f"methods, EVA's ρ behind a colon; {' and '.join(NOT_PRETRAINED)}: not pre-trained",
+        COMPARED, f"methods, EVA's ρ behind a colon; {' and '.join(NOT_PRETRAINED)}: not pre-trained",
         Role.SELECTION,
     )  # fmt: skip
     seeds: int = option(6, "seeds per method, from 0", Role.SELECTION, at_least=1)
