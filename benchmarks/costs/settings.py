@@ -9,9 +9,7 @@ from benchmarks.harness import BenchmarkSettings
 from eva_lightning.errors import InputError
 from eva_lightning.methods.registry import METHODS, Half, MethodKey
 from experiments.analysis import settings as of_analysis
-from experiments.metaworld.finetune import checkpoint_identity
 from experiments.runner.settings import Role, check_settings, option
-from experiments.vtab.settings import weights_identity
 
 #: Optimizer steps of the paper's trainings: 30 epochs of 1,000 images in batches of 64 (section D.2), 100K (E.2).
 TRAINING_STEPS = {"digits": 480, "vision": 480, "robots": 100_000}
@@ -24,27 +22,12 @@ def preparing(half: Half) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BenchmarkSettings):
+class Settings(BenchmarkSettings, of_analysis.ModelAndData):
     """Which model and data, which methods, how often."""
 
     methods: tuple[str, ...] = option(
         ("all",), "methods; all: every one that prepares something, and LoRA for comparison", Role.SELECTION
     )
-    model: str | None = option(
-        None, "timm name, or dinov2_s14 ...: on a VTAB-1K task; the digits' small ViT if not given", Role.RESULT
-    )
-    weights: str = option(
-        "pretrained", "of --model: pretrained (Hugging Face hub), none (random), or a weight file", Role.RESULT,
-        identity=weights_identity,
-    )  # fmt: skip
-    root: str = option("data/vtab-1k", "with --model: folder that holds the VTAB-1K task folders", Role.PLACE)
-    image_size: int = option(224, "with --model: height and width of the images", Role.RESULT, at_least=1)
-    checkpoint: str | None = option(
-        None, "a pre-trained Decision Transformer: on a Meta-World task", Role.RESULT,
-        identity=lambda path: None if path is None else checkpoint_identity(path),
-    )  # fmt: skip
-    data: str = option("data/metaworld", "with --checkpoint: folder of demonstrations", Role.PLACE)
-    task: str | None = option(None, "task of --model or --checkpoint", Role.RESULT)
     images: int = option(448, "training images, or windows per epoch", Role.RESULT, at_least=32)
     rank: int = option(16, "LoRA rank", Role.RESULT, at_least=1)
     batch_size: int = option(16, "images or windows per minibatch", Role.RESULT, at_least=1)

@@ -24,28 +24,41 @@ PARTS: dict[str, tuple[str, ...]] = {
 _SOURCE = ("model", "weights", "task", "image_size", "checkpoint", "pretrain_epochs")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which model and data, and how much to stream and to train."""
+@dataclass(frozen=True, kw_only=True)
+class ModelAndData:
+    """What is looked at: a timm backbone on images, a Decision Transformer on demonstrations, or the digits' ViT."""
 
-    output: str = option("runs/analysis", "folder", Role.PLACE)
-    parts: tuple[str, ...] = option(tuple(PARTS), "what to analyse", Role.SELECTION, choices=PARTS)
     model: str | None = option(
-        None, "timm name, or dinov2_s14 ...: analyse it on a VTAB-1K task; the digits' small ViT if not given",
+        None, "timm name, or dinov2_s14 ...: on a VTAB-1K task or another folder; the digits' small ViT if not given",
         Role.RESULT,
     )  # fmt: skip
     weights: str = option(
         "pretrained", "of --model: pretrained (Hugging Face hub), none (random), or a weight file", Role.RESULT,
         identity=weights_identity,
     )  # fmt: skip
-    root: str = option("data/vtab-1k", "with --model: folder that holds the VTAB-1K task folders", Role.PLACE)
+    root: str = option("data/vtab-1k", "with --model: folder that holds the task folders", Role.PLACE)
     image_size: int = option(224, "with --model: height and width of the images", Role.RESULT, at_least=1)
     checkpoint: str | None = option(
-        None, "a pre-trained Decision Transformer: analyse it on a Meta-World task", Role.RESULT,
+        None, "a pre-trained Decision Transformer: on a Meta-World task", Role.RESULT,
         identity=lambda path: None if path is None else checkpoint_identity(path),
     )  # fmt: skip
     data: str = option("data/metaworld", "with --checkpoint: folder of demonstrations", Role.PLACE)
     task: str | None = option(None, "task of --model or --checkpoint, such as caltech101 or push-v3", Role.RESULT)
+
+    @property
+    def source(self) -> str:
+        """Which model and data: ``"digits"``, ``"vision"`` or ``"robots"``."""
+        if self.checkpoint is not None:
+            return "robots"
+        return "digits" if self.model is None else "vision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelAndData):
+    """Which model and data, and how much to stream and to train."""
+
+    output: str = option("runs/analysis", "folder", Role.PLACE)
+    parts: tuple[str, ...] = option(tuple(PARTS), "what to analyse", Role.SELECTION, choices=PARTS)
     r: int = option(4, "rank per layer, Tables 5 and 6", Role.RESULT, at_least=1)
     components: int = option(16, "per layer, Figures 5, 11 and 12", Role.RESULT, at_least=1)
     map_rank: int = option(16, "rank of Figures 13 and 14, whose largest rho is 3", Role.RESULT, at_least=1)
@@ -78,19 +91,12 @@ class Settings:
             object.__setattr__(self, "task", resolve_task(str(self.task)))
 
     @property
-    def source(self) -> str:
-        """Which model and data: ``"digits"``, ``"vision"`` or ``"robots"``."""
-        if self.checkpoint is not None:
-            return "robots"
-        return "digits" if self.model is None else "vision"
-
-    @property
     def rate(self) -> float:
         """The learning rate."""
         return self.lr if self.lr is not None else 1e-2 if self.source == "digits" else 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PartSettings(Settings):
     """One analysis, or one training of it: what :class:`~experiments.runner.run_folder.RunFolder` tells apart."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -51,9 +52,9 @@ class SearchSettings(MethodSettings):
             raise InputError("tune_per rank goes with ranks, which are not given", setting="tune_per")
 
     @property
+    @abstractmethod
     def task_names(self) -> tuple[str, ...]:
         """All tasks."""
-        raise NotImplementedError
 
     @property
     def searches(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(RunnerOptions):
+class MethodSettings(RunnerOptions, ABC):
     """Settings of a comparison of methods, each at a learning rate tuned for it alone."""
 
     methods: tuple[str, ...] = option((), "methods, with EVA's ρ behind a colon where it is not 2", Role.SELECTION)
@@ -74,13 +75,13 @@ class MethodSettings(RunnerOptions):
         """The networks are small: runs train on the CPU."""
         return False
 
+    @abstractmethod
     def key_and_label(self, text: str) -> tuple[str, str]:
         """How a method is written in settings and in tables.
 
         Raises:
             InputError: There is no such method here; names the nearest.
         """
-        raise NotImplementedError
 
     @property
     def labels(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,25 +84,25 @@ class TunedComparison(Comparison):
         """The final runs of `method` at a learning rate that is given."""
         return Cell(f"{method} at {lr:g}", [], no_jobs, partial(self._final_jobs, method), Point.of(lr=lr))
 
+    @abstractmethod
     def jobs(self, method: str, lr: float, phase: Phase) -> list[Job]:
         """Runs of a method, over seeds and perhaps tasks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Mean scores of tuning runs: ``method``, ``lr`` and columns for :meth:`scores_table`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores_table(self, scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
         """What :meth:`scores` gives, with the rates chosen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tuning_record(self) -> dict[str, Any]:
         """What else to note about the tuning, but for its rule and scores."""
-        raise NotImplementedError
 
+    @abstractmethod
     def report_runs(self, runs: pd.DataFrame) -> Markup:
         """Print the tables, and return the section."""
-        raise NotImplementedError
 
     def report(self, results: Results) -> None:
         """Write the learning rates chosen, or print the tables, write ``results.json`` and make the section."""

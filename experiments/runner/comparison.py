@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ _ALIKE = 3
 _MOST_ALIKE = 16
 
 
-class Comparison:
-    """What is compared; derive from it. Only :meth:`cells` and :meth:`report` are needed.
+class Comparison(ABC):
+    """What is compared; derive from it.
 
     Attributes:
         options: How it is run.
@@ -54,19 +55,19 @@ class Comparison:
     modules: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - there may be nothing to refuse
         """Refuse what cannot work, before anything starts."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - nor to make
         """Make what all runs need, such as pre-trained weights and decoded images."""
 
+    @abstractmethod
     def cells(self) -> list[Cell]:
         """What is tuned alone, in the order of the report."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
         """Of a tuning run; lower is better, compared number by number."""
-        raise NotImplementedError
 
     def in_words(self, score: tuple[float, ...]) -> str:
         """What a choice was made by, for the terminal."""
@@ -76,9 +77,9 @@ class Comparison:
         """A finished run's figures in a few words."""
         return ""
 
+    @abstractmethod
     def seconds(self) -> Callable[[Job], float]:
         """How long a run takes by the speed measured now, for ``--plan``."""
-        raise NotImplementedError
 
     def plan_notes(self) -> list[str]:
         """More lines for ``--plan``, after :meth:`seconds`."""
@@ -88,9 +89,9 @@ class Comparison:
         """How processes work."""
         return WorkerOptions(self.options.threads_per_run(), self.modules)
 
+    @abstractmethod
     def report(self, results: Results) -> None:
         """Write tables and figures of what is finished, and say where they are."""
-        raise NotImplementedError
 
 
 def run_comparison(comparison: Comparison, pool: Callable[[], Pool] | None = None) -> Results:

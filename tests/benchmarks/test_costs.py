@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import costs
 from benchmarks.costs import measure
@@ -14,22 +13,14 @@ from benchmarks.costs.settings import Settings, preparing
 from eva_lightning.errors import InputError
 from eva_lightning.methods import METHODS
 from eva_lightning.methods.registry import Method
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
-
-TASK = "handle-press-side-v3"
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A tiny pre-trained network and demonstrations."""
     folder = tmp_path_factory.mktemp("metaworld")
-    collect([TASK], 4, folder / "data", horizon=20, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt")
+    make_robot(folder, horizon=20)
     text = (
         f"--checkpoint {folder / 'init.ckpt'} --data {folder / 'data'} --task {TASK} --images 32 --rank 2 "
         "--batch-size 8 --repeats 1 --steps 2 --training-steps 1000 --accelerator cpu"

@@ -9,27 +9,20 @@ import timm
 import torch
 
 from eva_lightning.analysis import component_cosines
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.analysis import command_line, main, parse, parts
 from experiments.analysis.settings import part_settings
 from experiments.analysis.sources import Streamed, open_source
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 from tests.eva_lightning.vision.fakes import make_task
 
 FIGURES = {"fig5", "fig11", "fig12", "fig13", "fig14", "table6"}
-TASK = "handle-press-side-v3"
 
 
 @pytest.fixture(scope="module")
 def robots(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A tiny pre-trained network and demonstrations."""
     folder = tmp_path_factory.mktemp("metaworld")
-    collect([TASK], 4, folder / "data", horizon=30, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt")
+    make_robot(folder)
     return [f"--checkpoint={folder / 'init.ckpt'}", f"--data={folder / 'data'}", f"--task={TASK}", "--map-rank=4"]
 
 

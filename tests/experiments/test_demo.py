@@ -11,20 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from scipy import stats
 
 from eva_lightning.rl import rendering
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments import demo
 from experiments.comparisons import digits, digits_run, robots, robots_film, robots_run
 from experiments.metaworld import finetune_run
 from experiments.runner.run_folder import RunFolder
+from tests.eva_lightning.rl.tiny import make_robot
 
-TASK = "handle-press-side-v3"
 VISION = ["--parts=vision", "--seeds=2", "--epochs=2", "--labels=40", "--pretrain-epochs=1", "--workers=0"]
 RL = ["--parts=rl", "--workers=0"]
 RATES = dict.fromkeys({*digits.METHODS, *robots.METHODS}, 1e-3)
@@ -174,11 +170,8 @@ def test_tuning_writes_the_configuration_that_the_demo_reads(tuned: Path) -> Non
 def rl_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny settings, with a tiny network to start from."""
     folder = tmp_path_factory.mktemp("config")
-    collect([TASK], 2, folder / "data", horizon=12, progress=False)
-    torch.manual_seed(3)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    checkpoint = save_weights(module, folder / "tiny.ckpt")
+    make_robot(folder, episodes=2, horizon=12)
+    checkpoint = folder / "init.ckpt"
     content = {
         "checkpoint": str(checkpoint), "tasks": ["handle-press-side"], "seeds": 2, "updates": 4, "batch_size": 4,
         "episodes": 2, "demonstrations": 2, "held_out": 1, "rank": 2, "horizon": 12, "film_size": 32,

@@ -6,30 +6,21 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.analysis import gradient_norms
 from experiments.metaworld import finetune
 from experiments.runner.gradient_norms import FILE
 from experiments.runner.run_folder import RunFolder
 from experiments.vtab import settings as vtab
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 from tests.eva_lightning.vision.fakes import make_task
-
-TASK = "handle-press-side-v3"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of LoRA and one run of EVA and of full fine-tuning on one task of each half."""
     folder = tmp_path_factory.mktemp("runs")
-    collect([TASK], 3, folder / "data", horizon=20, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt")
+    make_robot(folder, episodes=3, horizon=20)
     for method, seeds in (("lora", 2), ("eva", 1), ("fft", 1)):
         text = (
             f"--task {TASK} --init {folder / 'init.ckpt'} --data {folder / 'data'} --output {folder / 'runs'} "

@@ -20,30 +20,16 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.methods.gradient_eva import first_update_directions
 from eva_lightning.methods.training_statistics import layer_statistics
-from tests.modules import CLASSES, HIDDEN, IN, Classifier, correlated, dataset, trainer
+from tests.eva_lightning.methods.three_layers import ThreeLayers
+from tests.modules import HIDDEN, Classifier, correlated, dataset, trainer
 
 NAMES = ("net.first", "net.second", "net.third")
 BATCH, RANK = 8, 3
 
 
-class Net(nn.Module):
-    """Layers wide, square and tall, on (batch, tokens, IN)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(IN, HIDDEN)
-        self.second = nn.Linear(HIDDEN, HIDDEN)
-        self.third = nn.Linear(HIDDEN, IN)
-        self.head = nn.Linear(IN, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.first(x))
-        return self.head(torch.tanh(self.third(x + torch.tanh(self.second(x)))).mean(1))
-
-
 def build() -> Classifier:
     torch.manual_seed(0)
-    return Classifier(Net(), lr=0.0)
+    return Classifier(ThreeLayers(), lr=0.0)
 
 
 def data() -> DataLoader[Any]:
@@ -122,7 +108,7 @@ def test_the_statistics_are_those_of_all_minibatches_to_fp32(gradients: dict[str
 def test_a_gradient_that_comes_in_pieces_is_one(gradients: dict[str, Tensor]) -> None:
     """A block under reentrant checkpointing, run twice: each run gives a piece of the gradient."""
 
-    class Twice(Net):
+    class Twice(ThreeLayers):
         def forward(self, x: Tensor) -> Tensor:
             x = torch.tanh(self.first(x))
             halves = [torch.utils.checkpoint.checkpoint(self.third, half, use_reentrant=True) for half in x.chunk(2)]

@@ -19,7 +19,8 @@ from eva_lightning.errors import InputError
 from eva_lightning.methods import METHODS, data_driven
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.methods.starts import KINDS
-from tests.modules import CLASSES, HIDDEN, IN, Classifier, dataset, trainer
+from tests.eva_lightning.methods.three_layers import ThreeLayers
+from tests.modules import Classifier, dataset, trainer
 
 MOVING = tuple(name for name, method in METHODS.items() if method.moves_function)
 SAMPLES = 32
@@ -28,28 +29,12 @@ ALPHA = 2.0
 ROOT = math.sqrt(RANK)
 
 
-class Net(nn.Module):
-    """Three layers with weights wide, tall and square, on (batch, tokens, IN)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(IN, HIDDEN)
-        self.second = nn.Linear(HIDDEN, HIDDEN)
-        self.third = nn.Linear(HIDDEN, IN)
-        self.head = nn.Linear(IN, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.first(x))
-        x = torch.tanh(self.third(x + torch.tanh(self.second(x))))
-        return self.head(x.mean(1))
-
-
 NAMES = ("net.first", "net.second", "net.third")
 
 
 def build(lr: float = 0.0) -> Classifier:
     torch.manual_seed(0)
-    return Classifier(Net(), lr=lr)
+    return Classifier(ThreeLayers(), lr=lr)
 
 
 def data(batch_size: int = 8) -> DataLoader[Any]:

@@ -4,21 +4,17 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 from pandas import DataFrame
 
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
 from eva_lightning.sealed import read_sealed_json
 from experiments.comparisons import metaworld, metaworld_comparison, metaworld_report
 from experiments.metaworld import finetune, table
 from experiments.runner.jobs import Job
 from experiments.runner.results import Results
 from experiments.runner.run_folder import Work
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 from tests.paths import ROOT
 
-TASK = "handle-press-side-v3"
 CONFIG = ROOT / "configs" / "metaworld" / "compare.yaml"
 
 
@@ -26,12 +22,7 @@ CONFIG = ROOT / "configs" / "metaworld" / "compare.yaml"
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of one task and a pre-trained network, both tiny."""
     folder = tmp_path_factory.mktemp("metaworld")
-    collect([TASK], 4, folder / "data", horizon=30, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt")
-    return folder
+    return make_robot(folder)
 
 
 def command(root: Path, output: Path, *more: str) -> list[str]:

@@ -10,11 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
 from eva_lightning.sealed import read_sealed_json
 from experiments.comparisons import metaworld, metaworld_comparison
 from experiments.comparisons.settings import Part
@@ -23,9 +19,9 @@ from experiments.runner.jobs import Job, Point
 from experiments.runner.results import Results
 from experiments.runner.run_folder import Work
 from experiments.runner.yaml_files import read_yaml
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 from tests.paths import ROOT
 
-TASK = "handle-press-side-v3"
 CONFIG = ROOT / "configs" / "metaworld" / "finetune_paper.yaml"
 
 #: Typed from the paper's text: section -> settings.
@@ -53,12 +49,7 @@ TABLE_23 = ("FFT", "LoRA", "AdaLoRA", "PiSSA", "OLoRA", "EVA", "DoRA", "EVA+DoRA
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of one task and a pre-trained network, both tiny."""
     folder = tmp_path_factory.mktemp("search")
-    collect([TASK], 4, folder / "data", horizon=30, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=1, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt")
-    return folder
+    return make_robot(folder, layers=1)
 
 
 def shrunk(root: Path, output: Path, *more: str) -> list[str]:

@@ -14,30 +14,22 @@ import pytest
 import torch
 
 from eva_lightning.methods import METHODS, method_names
-from eva_lightning.rl.collection import collect
-from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint, save_weights
-from eva_lightning.rl.trajectories import TrajectoryDataModule
+from eva_lightning.rl.module import DecisionTransformerModule, read_checkpoint
 from eva_lightning.sealed import read_sealed_json
 from eva_lightning.state import EVAState
 from experiments.metaworld import evaluate, finetune, finetune_run, table
 from experiments.metaworld.finetune_run import build, prepare
 from experiments.runner.run_folder import RunFolder, perform
 from experiments.runner.settings import Role, identity
+from tests.eva_lightning.rl.tiny import TASK, make_robot
 from tests.paths import ROOT
-
-TASK = "handle-press-side-v3"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of one task and a pre-trained network, both tiny."""
     folder = tmp_path_factory.mktemp("metaworld")
-    collect([TASK], 4, folder / "data", horizon=30, progress=False)
-    torch.manual_seed(7)
-    data = TrajectoryDataModule(folder / "data", [TASK], context=4, val_episodes=1)
-    module = DecisionTransformerModule(**data.statistics, width=16, layers=2, heads=2, context=4)  # type: ignore[arg-type]
-    save_weights(module, folder / "init.ckpt", about={"tasks": [TASK]})
-    return folder
+    return make_robot(folder, about={"tasks": [TASK]})
 
 
 def command(root: Path, method: str = "eva", *more: str, seeds: int = 1) -> list[str]:
