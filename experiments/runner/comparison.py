@@ -77,9 +77,9 @@ class Comparison(ABC):
         """A finished run's figures in a few words."""
         return ""
 
-    @abstractmethod
-    def seconds(self) -> Callable[[Job], float]:
-        """How long a run takes by the speed measured now, for ``--plan``."""
+    def seconds(self) -> Callable[[Job], float] | None:
+        """How long a run takes by the speed measured now, for ``--plan``; None where nothing measures it."""
+        return None
 
     def plan_notes(self) -> list[str]:
         """More lines for ``--plan``, after :meth:`seconds`."""
@@ -176,11 +176,14 @@ def _plan(comparison: Comparison, schedule: Schedule) -> str:
         finished = sum(row.status == "done" for row in jobs)
         number = len(jobs) + sum(job.phase == phase for job in later)
         lines.append(f"{title}: {number} runs, {finished} of them finished")
+    lines += comparison.plan_notes()
+    if seconds is None:
+        return "\n".join(lines)
     total = sum(map(seconds, [*(row.job for row in known if row.status == "pending"), *later]))
     slots = comparison.options.slots_here()
     at_a_time = f"{slots} run{'' if slots == 1 else 's'} at a time"
     estimate = f"estimate: {span(total / slots)} with {at_a_time}, if nothing else needs the machine"
-    return "\n".join([*lines, *comparison.plan_notes(), estimate])
+    return "\n".join([*lines, estimate])
 
 
 def _run(comparison: Comparison, hold: Hold, open_: Callable[[], Pool]) -> Results:

@@ -232,13 +232,14 @@ class VTAB1K(L.LightningDataModule):
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=_as_fetched,
+            collate_fn=as_fetched,
             num_workers=self.workers if dataset.pixels is None else 0,
             # an own generator: otherwise every pass over the loader would advance the global random state
             generator=torch.Generator().manual_seed(self.seed),
         )
 
 
-def _as_fetched(batch: Any) -> Batch:
+def as_fetched(batch: Any) -> Batch:
+    """A collation for :class:`SplitDataset`, which fetches a whole batch at once."""
     fetched: Batch = batch
     return fetched

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
@@ -19,6 +20,9 @@ from eva_lightning.errors import InputError
 from eva_lightning.reading import read_bytes
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp"})
+#: Of images that people keep and that are not decoded.
+_OTHER_SUFFIXES = frozenset({".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".heic", ".avif"})
 
 #: Pixels of the largest image that is decoded: 0.2 GB. The largest originals (Retinopathy) have 18 million.
 MOST_PIXELS = 50_000_000
@@ -34,6 +38,22 @@ JPEG_START = b"\xff\xd8"
 #: has a hundred, and pixels that look like them are rare; only large files can have so many.
 _MOST_PARTS, _HARMLESS = 300_000, 2**20
 _PARTS = {b"\x89PNG": rb"[A-Za-z]{4}", b"GIF8": rb"!"}
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` and below it, by their names, sorted; hidden files are passed over.
+
+    Raises:
+        InputError: One is of a format that is not decoded: it would be missing without a word.
+    """
+    files = sorted(path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
+    strange = next((path for path in files if path.suffix.lower() in _OTHER_SUFFIXES), None)
+    if strange is not None:
+        raise InputError(
+            f"{strange} is of a format that is not read: convert it to {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or "
+            "move it away"
+        )
+    return [path for path in files if path.suffix.lower() in _SUFFIXES]
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:

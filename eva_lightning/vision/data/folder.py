@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import DataLoader
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
+from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset, as_fetched
+from eva_lightning.vision.data.decoding import image_files
 from eva_lightning.vision.data.split_files import Split
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 
 
 def folder_loader(
@@ -28,14 +26,9 @@ def folder_loader(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise MissingInputError(f"there is no folder of images {folder}")
-    files = sorted(str(f.relative_to(root)) for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = [str(file.relative_to(root)) for file in image_files(root)]
     if not files:
-        raise InputError(f"{folder} and the folders below it hold no image ({', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"{folder} and the folders below it hold no image")
     split = Split(root.name, root, tuple(files), (0,) * len(files))
     images = SplitDataset(split, image_size, normalization=normalization)
-    return DataLoader(images, batch_size, sampler=EpochShuffle(len(files), seed), collate_fn=_as_fetched)
-
-
-def _as_fetched(batch: Any) -> Batch:
-    fetched: Batch = batch  # SplitDataset fetches a whole batch at once
-    return fetched
+    return DataLoader(images, batch_size, sampler=EpochShuffle(len(files), seed), collate_fn=as_fetched)

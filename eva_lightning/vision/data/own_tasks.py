@@ -21,11 +21,9 @@ from pathlib import Path
 from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.names import check_name
 from eva_lightning.reading import read_text
+from eva_lightning.vision.data.decoding import image_files
 from eva_lightning.vision.data.split_files import read_split
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask
-
-#: What Pillow reads of what data sets hold.
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 #: The names of the folders of other layouts, by what they are for.
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -163,8 +161,7 @@ def _images(folder: Path, base: Path) -> dict[str, list[str]]:
     """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth."""
     found = {}
     for place in sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        paths = [path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-        if paths:
+        if paths := image_files(place):
             found[place.name] = sorted((path.relative_to(folder).as_posix() for path in paths), key=_digest)
     if not found:
         raise MissingInputError(

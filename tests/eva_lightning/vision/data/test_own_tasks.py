@@ -115,6 +115,10 @@ def test_what_cannot_be_a_task_is_one_sentence(tmp_path: Path) -> None:
     images(tmp_path / "few" / "y", 2)
     with pytest.raises(InputError, match="class y of .*few has 2 images, and 3 are needed"):
         find_task(tmp_path, "few")
+    images(tmp_path / "new" / "x", 9)
+    images(tmp_path / "new" / "y", 9, ".webp")
+    with pytest.raises(InputError, match=r"000\.webp is of a format that is not read: convert it to JPEG"):
+        find_task(tmp_path, "new")
     for name in ("x", "y"):
         images(tmp_path / "gap" / "train" / name, 5)
     images(tmp_path / "gap" / "test" / "x", 5)
