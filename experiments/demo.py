@@ -3,7 +3,7 @@
     python -m experiments.demo
 
 has two parts. The first (:mod:`experiments.comparisons.digits`) pre-trains a small Vision Transformer on the digits 0-4
-and fine-tunes it on 200 labelled images of the digits 5-9 with every method and five seeds, at tuned and at lower
+and fine-tunes it on 200 labelled images of the digits 5-9 with every method and four seeds, at tuned and at lower
 learning rates. The second (:mod:`experiments.comparisons.robots`) fine-tunes a Decision Transformer on robot tasks and
 rolls it out in MuJoCo. Both print tables and write ``runs/demo/report.html``. Safe to interrupt; rerun to resume:
 finished runs are kept under ``runs/demo``. ``--fresh`` deletes them first; ``--parts vision`` or ``--parts rl`` does

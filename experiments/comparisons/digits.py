@@ -38,7 +38,7 @@ LOWER = 10  # the second comparison divides LoRA's tuned rate by this
 class Settings(TunedSettings):
     """Settings of the comparison; the layout of ``configs/demo.yaml``."""
 
-    seeds: int = option(5, "runs per method", Role.SELECTION, at_least=1)
+    seeds: int = option(4, "runs per method", Role.SELECTION, at_least=1)
     epochs: int = option(10, "fine-tuning epochs", Role.RESULT, at_least=1)
     labels: int = option(200, "labelled images of 5-9", Role.RESULT, at_least=1)
     pretrain_epochs: int = option(30, "pre-training epochs", Role.RESULT, at_least=1)
