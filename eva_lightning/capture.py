@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from eva_lightning.layer_inputs import LayerInputs, Tokens
 from eva_lightning.svd import StreamingSVD
+from eva_lightning.svd.inputs import flatten_tokens
 from eva_lightning.token_subsampling import TokenChoice
 
 
@@ -142,7 +143,7 @@ class InputCapture:
         if last is not None and (last.layer == name or last.call != call or last.inputs.kind != inputs.kind):
             last = None
         shared = last is not None and last.is_same_memory(x)
-        pieces: Iterable[Tokens] = inputs.tokens(x, mask, self.choice)
+        pieces: Iterable[Tokens] = inputs.tokens(x, mask, self.choice.of(self.owner.get(name, name)))
         if inputs.in_one_piece and not shared:
             pieces = list(pieces)
             # equal in the tokens that count is enough: where others differ, another minibatch will show it
@@ -162,8 +163,22 @@ class InputCapture:
         if name in self.paused:
             return
         with self._located(name), _full_precision(x.device):
-            for piece in pieces:
-                self.engines[name].update(*piece)
+            self._take_in(name, inputs, pieces)
+            if self.choice.is_open(name, inputs.width):
+                self._learn(name, inputs, x, mask)
+
+    def _take_in(self, name: str, inputs: LayerInputs, pieces: Iterable[Tokens]) -> None:
+        for piece in pieces:
+            self.engines[name].update(*piece)
+
+    def _learn(self, name: str, inputs: LayerInputs, x: Tensor, mask: Tensor | None) -> None:
+        """Find out from the layer's first tokens whether it needs more than others, and if so take them in too."""
+        tokens, counts = next(iter(inputs.tokens(x, mask, self.choice.of(name))))
+        tokens = flatten_tokens(tokens, counts, inputs.width)
+        if not len(tokens):
+            return
+        self.choice.learn(name, tokens, self.engines[name].k, getattr(inputs.module, "out_features", None))
+        self._take_in(name, inputs, inputs.tokens(x, mask, self.choice.of(name, added=True)))
 
     @contextmanager
     def _located(self, name: str) -> Iterator[None]:
@@ -186,6 +201,7 @@ class InputCapture:
             self._broken.add(name)
             return False
         self.engines[name] = self.engines[owner].clone()
+        self.choice.same(name, owner)
         del self.owner[name]
         return True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_lightning.errors import InputError, InputTypeError
-from eva_lightning.token_subsampling import TokenChoice
+from eva_lightning.token_subsampling import LayerTokens
 
 Tokens = tuple[Tensor, "Tensor | None"]
 
@@ -42,7 +42,7 @@ class LayerInputs:
         """The tensor the layer ``name`` works on in this call, batch first, and the mask for it."""
         return layer_input(name, args, kwargs), mask
 
-    def tokens(self, x: Tensor, mask: Tensor | None, choice: TokenChoice) -> Iterator[Tokens]:
+    def tokens(self, x: Tensor, mask: Tensor | None, choice: LayerTokens) -> Iterator[Tokens]:
         """Pieces of shape (..., width), each with its mask of shape (...) or ``None``."""
         mask = fit_mask(mask, x.shape[:-1], x.device)
         if x.dim() >= 3:
@@ -76,7 +76,7 @@ class PatchInputs(LayerInputs):
         self.padding = _padding(filters)
         self.kind = ("patches", self.kernel, self.stride, self.padding)
 
-    def tokens(self, x: Tensor, mask: Tensor | None, choice: TokenChoice) -> Iterator[Tokens]:
+    def tokens(self, x: Tensor, mask: Tensor | None, choice: LayerTokens) -> Iterator[Tokens]:
         d = len(self.kernel)
         x = x.unsqueeze(0) if x.dim() == d + 1 else x
         patches = F.pad(x, self.padding)

@@ -9,33 +9,72 @@ import torch
 from torch import Tensor
 
 from eva_lightning.streaming_options import TokensPerSample
+from eva_lightning.svd import token_noise
 
 _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512
-_WIDE = 512
+_MEDIUM = 1152
+_PER_NOISE = 36
+_SHARE_OF_PRODUCT = 0.25
 
 
 def automatic(tokens: int, samples: int, width: int) -> int:
-    """Tokens to use of each of `samples` samples of `tokens` tokens for ``tokens_per_sample="auto"``.
+    """Tokens to use of each of `samples` samples of `tokens` tokens for ``tokens_per_sample="auto"``, in any layer.
 
-    32 of a sample, and at least 512 of a minibatch, in models wider than that two per dimension: there more is needed,
-    and the forward pass takes long enough to hide it. All where that would leave out less than half. Tokens of one
-    image or text resemble each other, so more samples help more than more tokens of each (measured in
-    ``docs/engine.md``).
+    32 of a sample, and of a minibatch at least 512, three per dimension in narrow models and two per dimension in those
+    wider than 576: there more is needed, and the forward pass takes long enough to hide it. All where that would leave
+    out less than half. Tokens of one image or text resemble each other, so more samples help more than more tokens of
+    each (measured in ``docs/engine.md``).
 
     Args:
         tokens: tokens of a sample.
         samples: samples of a minibatch.
         width: median width of the layers' inputs.
     """
-    per_batch = max(_AUTO_PER_BATCH, 2 * width if width > _WIDE else 0)
+    per_batch = max(_AUTO_PER_BATCH, min(3 * width, _MEDIUM), 2 * width)
     wanted = max(_AUTO_PER_SAMPLE, math.ceil(per_batch / max(1, samples)))
     return tokens if tokens < 2 * wanted else wanted
 
 
+@dataclass(frozen=True)
+class Need:
+    """How many tokens a layer is to have beyond what all have.
+
+    Attributes:
+        per_batch: of a minibatch.
+        share: most of the tokens there are.
+    """
+
+    per_batch: float = 0.0
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, tokens: Tensor, k: int, out: int | None) -> Need:
+        """From the tokens of a layer's first minibatch.
+
+        In proportion to what a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`), so that it
+        costs all wide layers about the same; but never so many that a sketch of them takes more than a quarter of the
+        flops of the layer's own product.
+
+        Args:
+            tokens: shape ``(n, width)``.
+            k: components wanted.
+            out: columns of the layer's product, if they are known.
+        """
+        if len(tokens) < 4 * k:  # too few to tell
+            return cls()
+        share = 1.0 if out is None else _SHARE_OF_PRODUCT * out / (2 * (2 * k + 16))
+        return cls(_PER_NOISE * token_noise(tokens, k), share)
+
+    def count(self, tokens: int, samples: int, least: int) -> int:
+        """Tokens of each sample, at least `least`."""
+        wanted = min(math.ceil(self.per_batch / max(1, samples)), int(self.share * tokens))
+        return min(max(least, wanted), tokens)
+
+
 @dataclass
 class TokenChoice:
-    """The same tokens for all layers of a minibatch, other ones in every minibatch.
+    """Which tokens of a minibatch each layer gets: other ones in every minibatch, and more where more are needed.
 
     Attributes:
         per_sample: how many.
@@ -48,36 +87,91 @@ class TokenChoice:
     width: int = 0
     _n_batches: int = 0
     _chosen: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
+    _needs: dict[str, Need] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Start a minibatch."""
         self._n_batches += 1
         self._chosen.clear()
 
-    def positions(self, tokens: int, samples: int, device: torch.device) -> Tensor | None:
-        """Ascending indices of the tokens to use in every sample, or ``None`` for all."""
-        key = (tokens, samples, device)
-        if key not in self._chosen:
-            n = self._count(tokens, samples)
-            # going round one permutation shows every position equally often: where position embeddings dominate, as in
-            # the first block of a vision transformer, fresh draws would weigh them by chance
-            window = torch.arange(n * (self._n_batches - 1), n * self._n_batches) % tokens if n < tokens else None
-            self._chosen[key] = None if window is None else self._order(tokens, 0)[window].sort().values.to(device)
-        return self._chosen[key]
+    def of(self, layer: str, added: bool = False) -> LayerTokens:
+        """The tokens of a layer; only those that :meth:`learn` has just added to them if `added`."""
+        return LayerTokens(self, self._needs.get(layer, Need()), added)
 
-    def rows(self, counted: int, tokens: int, samples: int, device: torch.device) -> Tensor | None:
-        """Ascending indices into the `counted` tokens that a mask leaves of all samples, or ``None`` for all."""
-        key = ("rows", counted, tokens, samples, device)
-        if key not in self._chosen:
-            n = self._count(tokens, samples) * samples
-            order = self._order(counted, self._n_batches)[:n] if n < counted else None
-            self._chosen[key] = None if order is None else order.sort().values.to(device)
-        return self._chosen[key]
+    def is_open(self, layer: str, width: int) -> bool:
+        """Whether :meth:`learn` should be asked. Only for layers wider than most: they need most."""
+        return self.per_sample == "auto" and width > self.width > 0 and layer not in self._needs
 
-    def _count(self, tokens: int, samples: int) -> int:
+    def learn(self, layer: str, tokens: Tensor, k: int, out: int | None) -> None:
+        """Find out how many tokens a layer needs, see :meth:`Need.of`; holds from now on."""
+        self._needs[layer] = Need.of(tokens, k, out)
+
+    def same(self, layer: str, other: str) -> None:
+        """Give `layer` as many tokens as `other` has."""
+        if other in self._needs:
+            self._needs[layer] = self._needs[other]
+
+    def least(self, tokens: int, samples: int) -> int:
+        """Tokens of a sample that every layer gets."""
         if self.per_sample == "auto":
             return automatic(tokens, samples, self.width)
         return tokens if self.per_sample is None else min(self.per_sample, tokens)
 
+    def positions(self, tokens: int, first: int, n: int, device: torch.device) -> Tensor | None:
+        """`n` ascending positions in every sample, in round `first` of the minibatch on; ``None`` for all."""
+        if n >= tokens:
+            return None
+        key = (tokens, first, n, device)
+        if key not in self._chosen:
+            # going round one permutation shows every position equally often: where position embeddings dominate, as in
+            # the first block of a vision transformer, fresh draws would weigh them by chance
+            self._chosen[key] = self._order(tokens, 0)[torch.arange(first, first + n) % tokens].sort().values.to(device)
+        return self._chosen[key]
+
+    def rows(self, counted: int, first: int, n: int, device: torch.device) -> Tensor | None:
+        """Ascending indices of `n` of `counted` tokens, drawn anew in every minibatch; ``None`` for all."""
+        if first == 0 and n >= counted:
+            return None
+        key = ("rows", counted, first, n, device)
+        if key not in self._chosen:
+            self._chosen[key] = self._order(counted, self._n_batches)[first : first + n].sort().values.to(device)
+        return self._chosen[key]
+
+    @property
+    def before(self) -> int:
+        """Minibatches before this one."""
+        return self._n_batches - 1
+
     def _order(self, n: int, draw: int) -> Tensor:
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + draw))
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The choice for one layer in one minibatch.
+
+    Attributes:
+        choice: that of all layers.
+        need: the layer's own.
+        added: only the tokens beyond those of a layer without needs.
+    """
+
+    choice: TokenChoice
+    need: Need = Need()
+    added: bool = False
+
+    def positions(self, tokens: int, samples: int, device: torch.device) -> Tensor | None:
+        """Ascending indices of the tokens to use in every sample, or ``None`` for all."""
+        least, n = self._counts(tokens, samples)
+        if self.added:
+            return self.choice.positions(tokens, least * (self.choice.before + 1), n - least, device)
+        return self.choice.positions(tokens, n * self.choice.before, n, device)
+
+    def rows(self, counted: int, tokens: int, samples: int, device: torch.device) -> Tensor | None:
+        """Ascending indices into the `counted` tokens that a mask leaves of all samples, or ``None`` for all."""
+        least, n = (count * samples for count in self._counts(tokens, samples))
+        return self.choice.rows(counted, least, n - least, device) if self.added else self.choice.rows(counted, 0, n, device)
+
+    def _counts(self, tokens: int, samples: int) -> tuple[int, int]:
+        least = self.choice.least(tokens, samples)
+        return least, self.need.count(tokens, samples, least)

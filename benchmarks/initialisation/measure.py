@@ -9,16 +9,16 @@ from typing import Any
 from benchmarks.clock import Timing
 from benchmarks.harness import Figure, describe_machine, publish, say
 from benchmarks.initialisation import memory, peft_eva
+from benchmarks.initialisation.comparison import PEFT, compare_layers
 from benchmarks.initialisation.report import print_tables
 from benchmarks.initialisation.runner import Outcome, Runner
 from benchmarks.initialisation.settings import Settings
 from benchmarks.initialisation.variance import add_captured_variance
+from benchmarks.initialisation.weights import choose_weights
 from benchmarks.models import build_classifier
 from benchmarks.photographs import Images, make_images
 from benchmarks.profiling import profile_ours
 from eva_lightning.adapters.targets import find_targets
-
-PEFT = "PEFT"
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -26,10 +26,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     device = settings.torch_device()
     before = describe_machine(device)
     models = [_Model.build(name, settings).measure() for name in settings.model_names]
-    weights = settings.weights or "random, power-law spectra"
-    return publish(
-        {"models": models}, before, settings, lambda console: print_tables(models, settings, weights, console)
-    )
+    return publish({"models": models}, before, settings, lambda console: print_tables(models, settings, console))
 
 
 @dataclass
@@ -38,6 +35,7 @@ class _Model:
 
     name: str
     settings: Settings
+    weights: str
     images: Images
     runner: Runner
     targets: list[str]
@@ -49,7 +47,8 @@ class _Model:
     def build(cls, name: str, settings: Settings) -> _Model:
         """The model and its images."""
         say(f"{name}: building model and images")
-        classifier = build_classifier(name, settings.image_size, settings.weights, settings.seed)
+        weights = choose_weights(name, settings.weights)
+        classifier = build_classifier(name, settings.image_size, weights.file, settings.seed)
         targets, _ = find_targets(classifier, None, None, "auto")
         n_batches = settings.streamed + settings.heldout_batches
         images = make_images(settings.images, n_batches, settings.batch_size, settings.image_size, settings.seed)
@@ -62,7 +61,7 @@ class _Model:
             settings.rho,
         )
         callbacks = {f"ours ({engine})": arguments for engine, arguments in settings.callbacks().items()}
-        return cls(name, settings, images, runner, targets, callbacks)
+        return cls(name, settings, weights.words, images, runner, targets, callbacks)
 
     def measure(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -77,6 +76,7 @@ class _Model:
             "model": self.name,
             "parameters": sum(p.numel() for p in self.runner.classifier.parameters()),
             "layers": len(self.targets),
+            "weights": self.weights,
             "images": self.images.source,
             "load_average": load,
             "forward": {
@@ -91,6 +91,7 @@ class _Model:
             say(f"{self.name}: exact SVDs")
             heldout = self.images.batches[self.settings.streamed :]
             result["variance_in_top_32"] = add_captured_variance(rows, self.runner, self.targets, outcomes, heldout)
+            compare_layers(rows)
         if not self.settings.no_memory:
             result["memory_method"] = self._memory(rows)
         if self.settings.profile:

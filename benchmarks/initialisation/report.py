@@ -8,17 +8,17 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.harness import INTERVAL, Figure, table_of
+from benchmarks.initialisation.comparison import ahead_in_words, layers_in_words
 from benchmarks.initialisation.settings import Settings
 from benchmarks.profiling import profile_table
 
 
-def print_tables(models: Sequence[Mapping[str, Any]], settings: Settings, weights: str, console: Console) -> None:
+def print_tables(models: Sequence[Mapping[str, Any]], settings: Settings, console: Console) -> None:
     """Print what was measured.
 
     Args:
         models: Of the document, one per model.
         settings: Of the command.
-        weights: What the weights are, in words.
         console: Where to print.
     """
     rows = [_row(model, row) for model in models for row in model["methods"]]
@@ -27,8 +27,15 @@ def print_tables(models: Sequence[Mapping[str, Any]], settings: Settings, weight
         f"Seconds and ratios: median. {INTERVAL} ÷ forward: over the plain forward of the same minibatches right "
         "before and after. Captured: median / minimum over layers, 1 is the optimum."
     )
+    console.print(
+        "Ahead of PEFT: layers in which ours captures more of the same minibatches (-: they streamed different ones) / "
+        "of those held out."
+    )
     for model in models:
-        console.print(_notes(model, weights))
+        console.print(_notes(model))
+        for row in model["methods"]:
+            for line in layers_in_words(row):
+                console.print(line, highlight=False)
         for method, profile in model.get("profile", {}).items():
             console.print(profile_table(profile, f"profile of {method}"))
 
@@ -43,6 +50,7 @@ def _row(model: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
         "CPU ÷ forward": f"{row['over_forward_cpu']['median']:.3f}",
         "captured ÷ exact": _accuracy(row.get("captured")),
         "held-out": _accuracy(row.get("heldout")),
+        "ahead of PEFT": ahead_in_words(row),
         "peak memory": f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else "",
         "PEFT ÷ ours": _peft_ratio(row.get("peft_over_ours"), model["methods"][-1]),
     }
@@ -58,8 +66,8 @@ def _accuracy(values: Mapping[str, float] | None) -> str:
     return "" if values is None else f"{values['median']:.6f} / {values['min']:.6f}"
 
 
-def _notes(model: Mapping[str, Any], weights: str) -> str:
-    notes = [f"{model['model']}: {model['layers']} layers; weights: {weights}; {model['images']}"]
+def _notes(model: Mapping[str, Any]) -> str:
+    notes = [f"{model['model']}: {model['layers']} layers; {model['weights']}; {model['images']}"]
     if "variance_in_top_32" in model:
         notes.append(f"the top 32 directions hold {model['variance_in_top_32']:.0%} of the variance (median layer)")
     for row in model["methods"]:

@@ -15,17 +15,14 @@ from experiments.runner.settings import Role, check_settings, option
 SIZES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # Lightning's
 PRECISIONS = (*ALIASES, "32-true", "bf16-true", "bf16-mixed", "16-mixed")
+_MODELS = f"timm names, or dinov2_s14 ... dinov2_g14; {', '.join(SIZES)} stand for vit_..._patch16_224"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(BenchmarkSettings):
     """Which models to measure, and where."""
 
-    models: tuple[str, ...] = option(
-        ("small",),
-        f"timm names, or dinov2_s14 ... dinov2_g14; {', '.join(SIZES)} stand for vit_..._patch16_224",
-        Role.RESULT,
-    )
+    models: tuple[str, ...] = option(("small",), _MODELS, Role.RESULT)
     r: int = option(16, "mean rank per layer", Role.RESULT, at_least=1)
     rho: float = option(2.0, "largest rank over mean rank", Role.RESULT, at_least=1)
     image_size: int = option(224, "in pixels", Role.RESULT, at_least=1)
@@ -62,6 +59,7 @@ class ModelSettings(BenchmarkSettings):
 class Settings(ModelSettings):
     """What to compare, on which images."""
 
+    models: tuple[str, ...] = option(("dinov2_s14",), _MODELS, Role.RESULT)
     batches: int = option(16, "most minibatches of ours", Role.RESULT, at_least=1)
     peft_batches: int | None = option(
         None, "most minibatches of PEFT; 0: without PEFT; as --batches if not given", Role.RESULT, at_least=0
@@ -77,7 +75,9 @@ class Settings(ModelSettings):
     tokens_per_sample: str | None = option(None, "a number or 'all'; the callback's if not given", Role.RESULT)
     tau: float = option(0.99, "convergence threshold of both", Role.RESULT, above=0, at_most=1)
     images: str | None = option(None, "folder with image files; 1/f noise if not given", Role.PLACE)
-    weights: str | None = option(None, "weight file; random weights with decaying spectra if not given", Role.PLACE)
+    weights: str | None = option(
+        None, "weight file; if not given real ones of dinov2_s14, random ones of other models", Role.PLACE
+    )
     peft_repeats: int = option(1, "timed runs of PEFT", Role.RESULT, at_least=1)
     no_reference: bool = option(False, "skip the exact SVD and captured variances", Role.SELECTION)
     no_memory: bool = option(False, "skip the peak memory", Role.SELECTION)

@@ -16,6 +16,7 @@ from eva_lightning.svd.selected_cosine import SelectedCosineRule
 from eva_lightning.svd.sketch import SketchSVD
 from eva_lightning.svd.solver import Solution, solve
 from eva_lightning.svd.stopping import CosineRule, DoublingRule, StoppingRule, make_stopping_rule
+from eva_lightning.svd.token_noise import token_noise
 
 __all__ = [
     "ENGINES",
@@ -36,5 +37,6 @@ __all__ = [
     "message_bytes",
     "place_engines",
     "solve",
+    "token_noise",
     "total_bytes",
 ]

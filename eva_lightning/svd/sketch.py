@@ -12,7 +12,7 @@ from eva_lightning.svd.engine import EPS
 from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
 from eva_lightning.svd.low_rank import Factor, FactoredSVD
 
-FRESH = 16
+FRESH = 8
 _DEPENDENT = 1e-6
 
 
@@ -57,7 +57,7 @@ class SketchSVD(FactoredSVD):
     @staticmethod
     def kept(dim: int, k: int) -> int:
         """Rows of the factorization."""
-        return min(2 * k, dim)
+        return min(2 * k + 8, dim)
 
     @classmethod
     def estimate_bytes(cls, dim: int, k: int) -> int:
@@ -118,7 +118,7 @@ class SketchSVD(FactoredSVD):
 
 
 def _columns(dim: int, k: int) -> int:
-    return min(2 * k + FRESH, dim)
+    return min(2 * k + 8 + FRESH, dim)
 
 
 def _first(tokens: Tensor, kept: int, columns: int) -> Factor:
