@@ -177,7 +177,7 @@ class InputCapture:
         tokens = flatten_tokens(tokens, counts, inputs.width)
         if not len(tokens):
             return
-        self.choice.learn(name, tokens, self.engines[name].k, getattr(inputs.module, "out_features", None))
+        self.choice.learn(name, tokens, self.engines[name].k, _columns_of(inputs.module))
         self._take_in(name, inputs, inputs.tokens(x, mask, self.choice.of(name, added=True)))
 
     @contextmanager
@@ -204,6 +204,10 @@ class InputCapture:
         self.choice.same(name, owner)
         del self.owner[name]
         return True
+
+
+def _columns_of(module: nn.Module) -> int | None:
+    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
 
 
 @contextmanager

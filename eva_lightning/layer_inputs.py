@@ -55,6 +55,8 @@ class LayerInputs:
             else:
                 index = choice.positions(tokens, samples, x.device)
                 x = x if index is None else x.flatten(1, -2).index_select(1, index)
+        elif choice.added:
+            return  # all are used already
         yield x, mask
 
 

@@ -12,7 +12,9 @@ from eva_lightning.svd.engine import EPS
 from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
 from eva_lightning.svd.low_rank import Factor, FactoredSVD
 
-FRESH = 8
+# Directions beyond k that are followed: those of flat spectra are not told apart from the top k at once.
+_MORE = 8
+_FRESH = 16
 _DEPENDENT = 1e-6
 
 
@@ -38,13 +40,13 @@ class _Block:
 class SketchSVD(FactoredSVD):
     """Streaming block power method with a Nyström approximation (Halko et al. 2011; Tropp et al. 2017).
 
-    The state is a factorization of rank 2k of what was seen up to some point, and since then only the product of the
-    covariance with an orthonormal basis Q: the 2k directions known at that point and 16 fresh Gaussian ones, which
-    notice what is orthogonal to everything before. An update costs two products of the batch with 2k + 16 columns
+    The state is a factorization of rank 2k + 8 of what was seen up to some point, and since then only the product of
+    the covariance with an orthonormal basis Q: the 2k + 8 directions known at that point and 16 fresh Gaussian ones,
+    which notice what is orthogonal to everything before. An update costs two products of the batch with 2k + 24 columns
     instead of one with `dim` columns. Whenever the number of tokens has doubled, and when a result is asked for, the
-    covariance C is approximated by ``C Q (Q^T C Q)^-1 (C Q)^T``, truncated to rank 2k, and Q is renewed: a handful of
-    times in a stream. The approximation is below C, so singular values are underestimated, never overestimated; total
-    variance and mean are exact.
+    covariance C is approximated by ``C Q (Q^T C Q)^-1 (C Q)^T``, truncated to rank 2k + 8, and Q is renewed: a handful
+    of times in a stream. The approximation is below C, so singular values are underestimated, never overestimated;
+    total variance and mean are exact.
 
     State and messages between ranks are O(k * dim). What is truncated is lost, so the result depends slightly on the
     order of the batches.
@@ -57,7 +59,7 @@ class SketchSVD(FactoredSVD):
     @staticmethod
     def kept(dim: int, k: int) -> int:
         """Rows of the factorization."""
-        return min(2 * k + 8, dim)
+        return min(2 * k + _MORE, dim)
 
     @classmethod
     def estimate_bytes(cls, dim: int, k: int) -> int:
@@ -117,8 +119,13 @@ class SketchSVD(FactoredSVD):
         )
 
 
+def sketch_columns(k: int) -> int:
+    """Columns that the covariance is multiplied with, in layers at least that wide."""
+    return 2 * k + _MORE + _FRESH
+
+
 def _columns(dim: int, k: int) -> int:
-    return min(2 * k + 8 + FRESH, dim)
+    return min(sketch_columns(k), dim)
 
 
 def _first(tokens: Tensor, kept: int, columns: int) -> Factor:

@@ -1,11 +1,13 @@
-"""Which tokens are used: enough of them, every position equally often, of masked ones those that count."""
+"""Which tokens are used: enough of them, every position equally often, of masked ones those that count, and more in
+layers that need more."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from eva_lightning.token_subsampling import TokenChoice, automatic
+from eva_lightning.token_subsampling import Need, TokenChoice, automatic
+from tests.svd_helpers import decaying
 
 CPU = torch.device("cpu")
 
@@ -13,10 +15,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("tokens", "samples", "width", "expected"),
     [
-        (197, 16, 192, 32),
+        (197, 16, 192, 36),  # three per dimension
         (197, 64, 192, 32),  # never fewer of a sample
-        (197, 4, 192, 197),  # 128 would be more than half
-        (512, 4, 192, 128),  # at least 512 of a minibatch
+        (197, 4, 192, 197),  # 144 would be more than half
+        (512, 4, 96, 128),  # at least 512 of a minibatch
+        (257, 16, 384, 72),
         (197, 16, 768, 96),  # two per dimension of wide models
         (257, 64, 1536, 48),
         (40, 32, 128, 40),
@@ -31,10 +34,10 @@ def test_goes_round_all_positions() -> None:
     choice, seen = TokenChoice(5, seed=3), torch.zeros(20)
     for _ in range(8):
         choice.begin()
-        index = choice.positions(20, 2, CPU)
+        index = choice.of("a").positions(20, 2, CPU)
         assert index is not None
         assert len(index.unique()) == 5
-        assert choice.positions(20, 2, CPU) is index  # the same for all layers of a minibatch
+        assert choice.of("b").positions(20, 2, CPU) is index  # the same for all layers of a minibatch
         seen[index] += 1
     assert seen.eq(2).all()
 
@@ -44,17 +47,67 @@ def test_rows_of_a_mask_are_drawn_anew_in_every_minibatch() -> None:
     draws = []
     for _ in range(2):
         choice.begin()
-        rows = choice.rows(50, 20, 3, CPU)
+        rows = choice.of("a").rows(50, 20, 3, CPU)
         assert rows is not None
         assert len(rows.unique()) == 12
         assert int(rows.max()) < 50
         draws.append(rows)
     assert not torch.equal(*draws)
-    assert choice.rows(12, 20, 3, CPU) is None  # no more than wanted
+    assert choice.of("a").rows(12, 20, 3, CPU) is None  # no more than wanted
 
 
 @pytest.mark.parametrize("per_sample", [None, 20, 30])
 def test_all_tokens(per_sample: int | None) -> None:
     choice = TokenChoice(per_sample)
     choice.begin()
-    assert choice.positions(20, 2, CPU) is None
+    assert choice.of("a").positions(20, 2, CPU) is None
+
+
+def flat(n: int, dim: int) -> torch.Tensor:
+    return decaying(n, dim, power=0.3, mean=0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_that_needs_more_gets_them_in_its_first_minibatch_too(masked: bool) -> None:
+    choice = TokenChoice(width=64)
+    tokens, samples, least = 400, 16, 32
+
+    def chosen(added: bool = False) -> torch.Tensor:
+        of = choice.of("wide", added)
+        found = of.rows(tokens * samples, tokens, samples, CPU) if masked else of.positions(tokens, samples, CPU)
+        assert found is not None
+        return found
+
+    choice.begin()
+    assert not choice.is_open("narrow", 64)
+    assert choice.is_open("wide", 256)
+    before = chosen()
+    choice.learn("wide", flat(512, 256), 8, None)
+    assert not choice.is_open("wide", 256)
+    added = chosen(added=True)
+    n = len(before) + len(added)
+    assert n > 1.5 * len(before)
+    assert len(torch.cat([before, added]).unique()) == n  # none twice
+    choice.begin()
+    assert len(chosen()) == n  # as many in every minibatch: all weigh the same
+    other = choice.of("narrow").positions(tokens, samples, CPU)
+    assert other is not None
+    assert len(other) == least
+
+
+def test_needs_follow_the_spectrum_the_tails_and_the_price() -> None:
+    steep, flatter = decaying(512, 256, power=1.5), flat(512, 256)
+    loud = flatter * torch.where(torch.arange(512) % 16 == 0, 5.0, 1.0)[:, None]
+    needs = [Need.of(x, 8, None) for x in (steep, flatter, loud)]
+    assert needs[0].per_batch < needs[1].per_batch < needs[2].per_batch
+    # a sketch of k = 8 multiplies with 40 columns twice: all tokens cost a quarter of a product with 320 columns
+    assert [Need.of(flatter, 8, out).share for out in (320, 160)] == [1.0, 0.5]
+    assert Need(1e9, 0.5).count(200, 4, least=32) == 100
+    assert Need(1e9, 0.1).count(200, 4, least=32) == 32  # never fewer than other layers
+    assert Need(400, 1.0).count(200, 4, least=32) == 100
+
+
+def test_too_few_or_broken_tokens_ask_for_nothing() -> None:
+    assert Need.of(flat(20, 256), 8, None) == Need()
+    assert Need.of(torch.full((100, 64), float("nan")), 8, None).per_batch == 0
+    assert Need.of(torch.ones(100, 64), 8, None).per_batch == 0

@@ -50,7 +50,7 @@ def test_auto_makes_narrow_layers_exact_while_they_fit_the_budget() -> None:
 
 def test_a_budget_too_small_for_the_smallest_states_is_refused_with_both_numbers() -> None:
     dims = {"wide": 4096, "narrow": 512}
-    with pytest.raises(ValueError, match=r"at least 4\.6 MiB for 2 layers with k=32.*budget is 1\.0 MiB"):
+    with pytest.raises(ValueError, match=r"at least 5\.0 MiB for 2 layers with k=32.*budget is 1\.0 MiB"):
         choose_engines(dims, 32, "auto", 2**20)
     assert choose_engines(dims, 32, "auto", 2**20, offload=True)["wide"] == "sketch"
     assert set(choose_engines(dims, 32, "exact", 0).values()) == {"exact"}
