@@ -15,8 +15,9 @@ from eva_lightning.svd.sketch import sketch_columns
 _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512
 _MEDIUM = 1152
-# At 16 minibatches the choice then costs a layer 0.1 to 0.2% of what it captures.
-_PER_NOISE = 32
+# Tokens in proportion to the noise would make the losses of all layers equal, to its root their sum least for the same
+# cost (in layers of equal width). In between; at 16 minibatches the choice then costs a layer 0.1 to 0.2%.
+_PER_NOISE, _POWER = 98, 0.75
 _SHARE_OF_PRODUCT = 0.25
 
 
@@ -54,9 +55,8 @@ class Need:
     def of(cls, tokens: Tensor, k: int, out: int | None) -> Need:
         """From the tokens of a layer's first minibatch.
 
-        In proportion to what a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`), so that it
-        costs all wide layers about the same; but never so many that a sketch of them takes more than a quarter of the
-        flops of the layer's own product.
+        The more, the more a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`); but never so many
+        that a sketch of them takes more than a quarter of the flops of the layer's own product.
 
         Args:
             tokens: shape ``(n, width)``.
@@ -66,7 +66,7 @@ class Need:
         if len(tokens) < 4 * k:  # too few to tell
             return cls()
         share = 1.0 if out is None else _SHARE_OF_PRODUCT * out / (2 * sketch_columns(k))
-        return cls(_PER_NOISE * token_noise(tokens, k), share)
+        return cls(_PER_NOISE * token_noise(tokens, k) ** _POWER, share)
 
     def count(self, tokens: int, samples: int, least: int) -> int:
         """Tokens of each sample, at least `least`."""

@@ -4,7 +4,7 @@
 
 A test of how many tokens a decomposition needs wants real spectra and real tails, but the inputs of one layer of DINOv2
 ViT-S/14 over 256 images take hundreds of MB. Of a few hard layers this keeps the eigenvalues of the covariance of their
-inputs, and how unevenly tokens contribute (quantiles of a scale per token): tokens of any number can be drawn from that.
+inputs, and how unevenly tokens contribute (quantiles of a scale per token): from that tokens of any number are drawn.
 Directions are left out, because no engine depends on them, and that tokens of one image are alike.
 """
 

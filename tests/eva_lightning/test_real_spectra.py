@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning import StreamingOptions, compute_eva_state
-from eva_lightning.adapters.targets import linear_layers
 
 SPECTRA = json.loads(Path(__file__).with_name("dinov2_s14_spectra.json").read_text(encoding="utf-8"))["layers"]
 BATCHES, SAMPLES, TOKENS, K = 16, 16, 257, 32
@@ -77,7 +76,14 @@ class Recorded:
         """Layer -> captured variance over the optimum."""
         net = Layers()
         settings = StreamingOptions(max_batches=BATCHES, stopping="never", **options)
-        state = compute_eva_state(net, lambda: iter(self.batches), dict(net.named_children()), K, settings)
+        state = compute_eva_state(
+            net,
+            lambda: iter(self.batches),
+            dict(net.named_children()),
+            K,
+            settings,
+            forward_fn=lambda model, batch: model(batch),
+        )
         found = {}
         for name, covariance, best in zip(SPECTRA, self.covariances, self.optimum, strict=True):
             v = state.components[name.replace(".", "_")]
