@@ -16,9 +16,9 @@ _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512
 _MEDIUM = 1152
 # Tokens in proportion to the noise would make the losses of all layers equal, to its root their sum least for the same
-# cost (in layers of equal width). In between; at 16 minibatches the choice then costs a layer 0.1 to 0.2%.
+# cost (in layers of equal width). In between; at 16 minibatches the choice then costs a layer 0.03 to 0.3%.
 _PER_NOISE, _POWER = 104, 0.75
-_SHARE_OF_PRODUCT = 0.25
+_SHARE_OF_PRODUCT = 0.3
 
 
 def automatic(tokens: int, samples: int, width: int) -> int:
@@ -56,7 +56,7 @@ class Need:
         """From the tokens of a layer's first minibatch.
 
         The more, the more a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`); but never so many
-        that a sketch of them takes more than a quarter of the flops of the layer's own product.
+        that a sketch of them takes more than 0.3 of the flops of the layer's own product.
 
         Args:
             tokens: shape ``(n, width)``.
