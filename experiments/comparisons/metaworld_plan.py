@@ -169,13 +169,15 @@ def notes(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> list[str]:
     ]
     if any(line.startswith("checkpoint") for line in speed.missing):
         lines.append("  timed with an untrained network of the paper's size: 4 layers of width 512")
+    # made first: it measures
+    by_method = list(_by_method(settings, speed, cells)) if settings.searches else []
     steps = ", ".join(f"{kind} {seconds:.3g}" for kind, seconds in speed.kinds.items())
     scaled = "" if speed.windows == settings.batch_size else f" (from {speed.windows})"
     lines.append(
         f"measured: seconds per step of {settings.batch_size} windows{scaled}: {steps}; per episode "
         f"{speed.episode:.3g}; on {_device(speed)}"
     )
-    return [*lines, *_by_method(settings, speed, cells)] if settings.searches else lines
+    return [*lines, *by_method]
 
 
 def _by_method(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> Iterator[str]:
