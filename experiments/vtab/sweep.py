@@ -69,11 +69,12 @@ class Sweep(Comparison):
         )
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        return score(metrics)
+        return score(metrics, self.settings.select)
 
     def in_words(self, score: tuple[float, ...]) -> str:
-        """The accuracy a choice was made by."""
-        return f"{-score[0]:.1%} on val200"
+        """The accuracy or the loss a choice was made by."""
+        by_loss = self.settings.select == "loss"
+        return f"{f'a loss of {score[0]:.3f}' if by_loss else f'{-score[0]:.1%}'} on val200"
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         return f"{metrics.get('evaluation_split')} {metrics['accuracy']:.1%}"
