@@ -39,7 +39,7 @@ def default_cache() -> Path:
 def package_weights(
     release: Release, cache: Path | None = None, timeout: float = 4.0, say: Say = to_stderr, source: Path | None = None
 ) -> Path:
-    """The file of the release's weights in the cache; where it is missing or damaged, it is made.
+    """The file of the release's weights in the cache; where it is missing or damaged, or `source` is given, it is made.
 
     Args:
         release: Whose weights.
@@ -55,14 +55,14 @@ def package_weights(
     """
     folder = default_cache() if cache is None else cache
     file = folder / release.file_name
-    if _fault(file, release) is None:
+    if source is None and _fault(file, release) is None:
         return file
     writable_folder(folder)
     with _alone(folder / f".{file.name}.lock", say):
         fault = _fault(file, release)
-        if fault is None:  # another process was faster
+        if source is None and fault is None:  # another process was faster
             return file
-        if file.exists():
+        if fault is not None and file.exists():
             say(f"{fault}: making it again")
         work = folder / f".{file.name}.download"
         with nullcontext(source) if source is not None else downloaded(release, work, timeout, say) as given:

