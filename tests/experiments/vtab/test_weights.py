@@ -108,8 +108,16 @@ def _of_vit_b() -> dict[str, Tensor]:
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
+def _with_registers() -> dict[str, Tensor]:
+    """The first tensors of DINOv2 ViT-S/14 with registers: its position embedding has no part for the class token."""
+    shapes = {"cls_token": (1, 1, 384), "reg_token": (1, 4, 384), "pos_embed": (1, 37 * 37, 384)}
+    patches = {"patch_embed.proj.weight": (384, 3, 14, 14), "patch_embed.proj.bias": (384,)}
+    return {name: torch.zeros(shape) for name, shape in {**shapes, **patches}.items()}
+
+
 OTHERS: dict[str, tuple[Any, str]] = {
     "vit-b": (_of_vit_b, r"it lacks .* more; cls_token has shape \[1, 1, 768\] where \[1, 1, 384\] is needed"),
+    "registers": (_with_registers, r"it lacks blocks\.0\.norm1\.weight, .* more; it has the surplus reg_token$"),
     "resnet": (
         lambda: timm.create_model("test_resnet").state_dict(),
         r"it lacks cls_token, .* more; it has the surplus",
