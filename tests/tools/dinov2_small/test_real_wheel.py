@@ -1,4 +1,4 @@
-"""The real package: its graph converts to the pinned weights and computes the same. 90 MB, so only where it is named."""
+"""The real package: its graph converts to the pinned weights and computes the same. 90 MB: only where it is named."""
 
 from __future__ import annotations
 
