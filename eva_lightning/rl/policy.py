@@ -105,7 +105,8 @@ class DecisionTransformerPolicy:
             expected = "are needed after the first step" if rewards is None else "must be None at the first step"
             raise InputError(f"rewards {expected} of an episode, at step {self._step}")
         training = [part for part in self.module.modules() if part.training]
-        self.module.eval()
+        if training:
+            self.module.eval()
         try:
             with torch.inference_mode():
                 self._append(observations, rewards)
@@ -168,4 +169,7 @@ class DecisionTransformerPolicy:
         begin = cache.length if filling else 0
         steps = torch.arange(self._start, self._step + 1, device=self._tokens.device)[None]
         placed = model.place(self._tokens[:, begin:end], steps[:, begin // TOKENS_PER_STEP :], begin)
-        return model.act(placed, cache if filling else None)
+        if filling:
+            return model.act(placed, cache)
+        size = max(1, int(__import__("os").environ.get("ROWS","768")) // placed.shape[1])
+        return torch.cat([model.act(part) for part in placed.split(size)])
