@@ -1,4 +1,4 @@
-"""A Decision Transformer as a policy: N environments in lock-step, one batched call per step."""
+"""A Decision Transformer as a policy: N environments in lock-step, batched calls at every step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Mode = Literal["exact", "streaming"]
 
 #: Tokens of a step that are known when its action is wanted: return-to-go and state.
 _KNOWN = ACTING_TOKEN + 1
+#: Tokens that a CPU computes at a time: what passes between layers stays in its cache, which saves a tenth.
+_TOKENS_PER_CALL = 768
 
 
 class DecisionTransformerPolicy:
@@ -171,5 +173,5 @@ class DecisionTransformerPolicy:
         placed = model.place(self._tokens[:, begin:end], steps[:, begin // TOKENS_PER_STEP :], begin)
         if filling:
             return model.act(placed, cache)
-        size = max(1, int(__import__("os").environ.get("ROWS","768")) // placed.shape[1])
-        return torch.cat([model.act(part) for part in placed.split(size)])
+        parts = 1 if placed.is_cuda else -(-placed.shape[0] * placed.shape[1] // _TOKENS_PER_CALL)
+        return torch.cat([model.act(part) for part in placed.chunk(parts)])

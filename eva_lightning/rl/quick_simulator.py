@@ -1,7 +1,7 @@
 """metaworld's environments with less Python around the simulator: the same bits in less time.
 
-What MuJoCo computes is left as it is. Saved are the model's compilation for every further environment of a task, half of
-each reset, and most of the time between simulator and observation.
+What MuJoCo computes in a step is left as it is. Saved are the model's compilation for every further environment of a
+task, half of each reset, and most of the time between simulator and observation.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class QuickSimulator:
 
         def force(pad: str) -> float:
             touching = with_object & (pairs == self.data.geom(pad).id).any(axis=1)
-            return sum(self.data.efc_force[contact.efc_address[touching]])
+            return float(sum(self.data.efc_force[contact.efc_address[touching]]))
 
-        return 0 < force("leftpad_geom") and 0 < force("rightpad_geom")
+        return force("leftpad_geom") > 0 and force("rightpad_geom") > 0
 
 
 @functools.cache
