@@ -62,7 +62,7 @@ def test_a_pinched_object_is_touched() -> None:
     with MetaWorldEnvironment("push-v3", split="eval") as env:
         plain.set_task(env._goals[0])
         observation = plain.reset()[0]
-        expert, found = ENV_POLICY_MAP["push-v3"](), set()
+        expert, found = ENV_POLICY_MAP["push-v3"](), set()  # type: ignore[abstract]
         for _ in range(60):
             observation = plain.step(np.clip(expert.get_action(observation), -1, 1))[0]
             geom = plain.data.geom("objGeom").id
