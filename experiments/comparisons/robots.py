@@ -21,10 +21,12 @@ from eva_lightning.rl.collection import collect
 from eva_lightning.rl.demonstrations import read_index
 from experiments.comparisons import robots_run
 from experiments.comparisons.robots_film import Film, interesting_goal, make_film
-from experiments.comparisons.robots_run import FinetuningSettings, RolloutSettings
+from experiments.comparisons.robots_run import FinetuningSettings
 from experiments.comparisons.robots_settings import Settings
 from experiments.comparisons.robots_tables import curve_figure, loss_left, results_table, short
 from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison, no_jobs
+from experiments.metaworld.before import RolloutSettings
+from experiments.metaworld.before_run import target_return
 from experiments.report import learning_rates as rates
 from experiments.report import page
 from experiments.report.epochs import label
@@ -201,7 +203,7 @@ class Robots(TunedComparison):
             task=task,
             seed=0,
             goal=interesting_goal(first["successes"], last["successes"]),
-            target_return=robots_run.target_return(self._data(), task, options.demonstrations),
+            target_return=target_return(self._data(), task, options.demonstrations),
             horizon=options.horizon,
             size=options.film_size,
         )
