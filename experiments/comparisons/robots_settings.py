@@ -31,7 +31,7 @@ class Settings(TunedSettings):
     rho: float = option(2.0, "EVA's largest rank over its mean rank", Role.RESULT, at_least=1)
     horizon: int = option(200, "steps of an episode", Role.RESULT, at_least=1)
     film_size: int = option(
-        200, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0
+        320, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -51,4 +51,4 @@ class Settings(TunedSettings):
     @property
     def noted_updates(self) -> tuple[int, ...]:
         """Steps after which the loss is measured, for the curves."""
-        return tuple(sorted({*range(0, self.updates + 1, max(1, self.updates // 10)), *self.shown_updates}))
+        return tuple(sorted({*range(0, self.updates + 1, max(1, self.updates // 5)), *self.shown_updates}))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from eva_lightning.files import file_digest
 from eva_lightning.rl.tasks import MODES
+from experiments.metaworld.finetune import checkpoint_identity
 from experiments.runner.settings import Role, check_settings, option
 
 _OF_A_RUN = Role.RESULT | Role.PER_RUN
@@ -17,7 +17,7 @@ class RolloutSettings:
 
     task: str = option(MISSING, "task", _OF_A_RUN)
     seed: int = option(MISSING, "seed of the goals", _OF_A_RUN)
-    init: str = option(MISSING, "checkpoint", Role.RESULT, identity=file_digest)
+    init: str = option(MISSING, "checkpoint", Role.RESULT, identity=checkpoint_identity)
     data: str = option(MISSING, "folder of demonstrations", Role.PLACE)
     train_episodes: int | None = option(MISSING, "demonstrations whose best return is asked for", Role.RESULT)
     target_return: float | None = option(None, "return to ask for, instead", Role.RESULT, omit_default=True)

@@ -16,7 +16,7 @@ from scipy import stats
 
 from eva_lightning.rl import rendering
 from experiments import demo
-from experiments.comparisons import digits, digits_run, robots, robots_film, robots_run
+from experiments.comparisons import digits, digits_run, robots, robots_film
 from experiments.metaworld import before_run, finetune_run
 from experiments.runner.run_folder import RunFolder
 from tests.eva_lightning.rl.tiny import make_robot

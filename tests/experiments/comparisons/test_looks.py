@@ -15,7 +15,6 @@ from scipy import stats
 
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.tasks import CW10, MT40
-from eva_lightning.sealed import read_sealed_json
 from experiments.comparisons import looks_report, metaworld, metaworld_comparison
 from experiments.metaworld import finetune, finetune_run
 from experiments.runner.jobs import Point
@@ -143,7 +142,9 @@ def test_the_report_agrees_with_scipy(root: Path, tmp_path: Path) -> None:
         "--val-at=25", "--max-steps=200", "--seeds=4", f"--tasks={','.join(tasks)}", f"--output={tmp_path}",
     ])  # fmt: skip
     report = looks_report.write(settings, Results(runs, pd.DataFrame(), {})).read_text()
-    early = runs[runs["method"] != "none"].assign(value=lambda frame: [rows[0]["success_rate"] for rows in frame["looks"]])
+    early = runs[runs["method"] != "none"].assign(
+        value=lambda frame: [rows[0]["success_rate"] for rows in frame["looks"]]
+    )
 
     iqms = report.partition("## Interquartile means")[2]
     lora = early[(early["method"] == "lora") & (early["demonstrations"] == 5)]
