@@ -148,7 +148,7 @@ class Speed:
         settings, module = self.settings, self._module()
         if not any(line.startswith("demonstrations") for line in self.missing):
             data = TrajectoryDataModule(
-                settings.data, settings.task_names[:1], module.context, settings.batch_size, settings.train_episodes,
+                settings.data, settings.task_names[:1], module.context, settings.batch_size, settings.numbers[-1],
                 settings.val_episodes, cache_dir=settings.cache,
             )  # fmt: skip
             return dict(next(iter(data.train_dataloader())))

@@ -19,8 +19,8 @@ class Settings(TunedSettings):
         "experiments/metaworld/assets/dt_small_mt40.ckpt", "network to start from, relative to the repository",
         Role.RESULT,
     )  # fmt: skip
-    tasks: tuple[str, ...] = option(("push-v3", "faucet-close-v3"), "tasks to fine-tune on", Role.SELECTION)
-    seeds: int = option(2, "runs per task and method", Role.SELECTION, at_least=1)
+    tasks: tuple[str, ...] = option(("push-v3",), "tasks to fine-tune on", Role.SELECTION)
+    seeds: int = option(3, "runs per task and method", Role.SELECTION, at_least=1)
     updates: int = option(50, "gradient steps", Role.RESULT, at_least=1)
     batch_size: int = option(32, "windows per step", Role.RESULT, at_least=1)
     episodes: int = option(10, "evaluation episodes after each run", Role.RESULT, at_least=1)
