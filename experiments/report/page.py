@@ -17,6 +17,7 @@ import matplotlib.figure
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from eva_lightning.files import write_text
 
@@ -60,6 +61,21 @@ class Figure:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class Film:
+    """A video for the page: with controls where there is an MP4, else the GIF that it falls back to.
+
+    Attributes:
+        figure: The GIF.
+        source: ``data:`` URI of the MP4; empty where there is none.
+        poster: That of the picture that is shown before it plays.
+    """
+
+    figure: Figure
+    source: str = ""
+    poster: str = ""
+
+
 def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figure:
     """A matplotlib figure as SVG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -71,6 +87,18 @@ def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figu
 def embedded(file: Path, alt: str, caption: str = "") -> Figure:
     """A GIF file."""
     return Figure(_data_uri("image/gif", file.read_bytes()), alt, caption)
+
+
+def filmed(gif: Path, mp4: Path | None, alt: str, caption: str = "") -> Film:
+    """A GIF file, and the same as MP4 where there is one."""
+    figure = embedded(gif, alt, caption)
+    if mp4 is None:
+        return Film(figure)
+    buffer = io.BytesIO()
+    with Image.open(gif) as image:
+        image.seek(getattr(image, "n_frames", 1) - 1)  # the end shows whether it was solved
+        image.convert("RGB").save(buffer, format="PNG")
+    return Film(figure, _data_uri("video/mp4", mp4.read_bytes()), _data_uri("image/png", buffer.getvalue()))
 
 
 def render(template: str, **content: Any) -> Markup:

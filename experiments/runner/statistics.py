@@ -28,6 +28,11 @@ from eva_lightning.side_effects import isolated_rng
 
 #: What ± is, for every table.
 PLUS_MINUS = "± is half the width of the 95% interval of the mean over seeds (Student's t distribution)."
+#: What ± is where tasks are strata.
+PLUS_MINUS_BY_TASK = (
+    "± is half the width of the 95% interval of the mean over tasks (Student's t, spread over seeds within each task, "
+    "Welch-Satterthwaite's degrees of freedom): for these tasks, not for tasks in general."
+)
 #: What brackets are, for every table with interquartile means.
 BRACKETS = (
     "IQM is the mean of the middle half of all runs, in brackets its 95% interval (bootstrap over seeds, by task)."
@@ -108,9 +113,11 @@ class Sample:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
+def weighted_sum(terms: Iterable[tuple[float, Sample]], comparisons: int = 1) -> Interval:
     """Interval of a weighted sum of independent means, as at the top of this file.
 
+    Of several `comparisons` each has the level 1 - 0.05 / comparisons, so that all of them hold together with 95%
+    (Bonferroni).
     A mean that was rounded adds the variance of its rounding error, resolution² / 12. `n` of the result is the smallest
     sample's; without a standard deviation in one of the samples there is no width.
     """
@@ -128,12 +135,12 @@ def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
     total = sampling + rounding
     # of the sampling alone: rounding, whose variance is known, should not make an interval narrower
     degrees = sampling**2 / denominator if denominator > 0 else math.inf
-    return Interval(mean, t_quantile(degrees) * math.sqrt(total) if total > 0 else 0.0, smallest)
+    return Interval(mean, t_quantile(degrees, comparisons) * math.sqrt(total) if total > 0 else 0.0, smallest)
 
 
-def mean_over(samples: Sequence[Sample]) -> Interval:
+def mean_over(samples: Sequence[Sample], comparisons: int = 1) -> Interval:
     """Interval of the unweighted mean of independent means."""
-    return weighted_sum((1 / len(samples), sample) for sample in samples)
+    return weighted_sum(((1 / len(samples), sample) for sample in samples), comparisons)
 
 
 def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interval:
@@ -147,11 +154,12 @@ def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interv
     return weighted_sum(term for a, b in pairs for term in ((weight, a), (-weight, b)))
 
 
-def t_quantile(degrees: float) -> float:
-    """97.5% point of Student's t distribution; of the normal one for infinite `degrees`."""
+def t_quantile(degrees: float, comparisons: int = 1) -> float:
+    """97.5% point of Student's t distribution, of the normal one for infinite `degrees`; of several comparisons that of
+    1 - 0.025 / comparisons."""
     if degrees != math.inf:
         check_number("degrees of freedom", degrees, above=0)
-    return float(stdtrit(degrees, 0.975))
+    return float(stdtrit(degrees, 1 - 0.025 / comparisons))
 
 
 def over_seeds(runs: pd.DataFrame, value: str, by: str | list[str] = "method") -> dict[Any, Interval]:
@@ -200,6 +208,42 @@ def paired(runs: pd.DataFrame, first: str, second: str, value: str, *, relative:
     a, b = wide[first], wide[second]
     differences = (100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1)
     return Interval.of(list(differences)) if len(differences) else None
+
+
+def by_task(runs: pd.DataFrame, value: str) -> dict[Hashable, Interval]:
+    """Interval of the mean over tasks of each method, runs of different tasks taken as independent.
+
+    Where tasks share nothing but the number of a seed, this has the width that the spread within tasks gives it, and
+    more degrees of freedom than :func:`over_tasks`. Methods that lack a task are left out.
+    """
+    wide = _wide(runs, value)
+    found = {key: _over_strata(wide[key]) for key in runs["method"].unique()}
+    return {key: interval for key, interval in found.items() if interval is not None}
+
+
+def paired_by_task(
+    runs: pd.DataFrame, first: str, second: str, value: str, *, relative: bool = False, comparisons: int = 1
+) -> Interval | None:
+    """Interval of the mean over tasks of `first` minus `second`, run by run, tasks taken as independent.
+
+    Args:
+        runs, first, second, value, relative: See :func:`paired`.
+        comparisons: Number of differences that are looked at together; the interval is corrected for it (Bonferroni).
+
+    Returns:
+        The interval, or None where a task has no pair.
+    """
+    wide = _wide(runs, value)
+    if not {first, second} <= set(wide.columns.get_level_values(0)):
+        return None
+    a, b = wide[first], wide[second]
+    return _over_strata(100 * np.log(a / b) if relative else a - b, comparisons)
+
+
+def _over_strata(values: pd.DataFrame, comparisons: int = 1) -> Interval | None:
+    """Interval of the mean of the columns' means; None where a column is empty."""
+    columns = [list(values[task].dropna()) for task in values]
+    return mean_over([Sample.of(column) for column in columns], comparisons) if all(columns) else None
 
 
 def iqm(runs: pd.DataFrame, value: str) -> dict[Hashable, Range]:

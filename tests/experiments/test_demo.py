@@ -16,8 +16,8 @@ from scipy import stats
 
 from eva_lightning.rl import rendering
 from experiments import demo
-from experiments.comparisons import digits, digits_run, robots, robots_film, robots_run
-from experiments.metaworld import finetune_run
+from experiments.comparisons import digits, digits_run, robots, robots_film
+from experiments.metaworld import before_run, finetune_run
 from experiments.runner.run_folder import RunFolder
 from tests.eva_lightning.rl.tiny import make_robot
 
@@ -217,7 +217,7 @@ def test_second_call_of_the_second_part_repeats_nothing(
     before = _results(rl_finished, "rl")
     monkeypatch.setattr(robots, "collect", None)
     monkeypatch.setattr(robots_film, "roll_one", None)
-    monkeypatch.setattr(robots_run, "evaluate", None)
+    monkeypatch.setattr(before_run, "evaluate", None)
     monkeypatch.setattr(finetune_run, "build", None)
     assert demo.main([*RL, f"--rl-config={rl_config}", f"--out={rl_finished}"]) == 0
     assert "8 done, 0 failed, 0 to do" in capsys.readouterr().out

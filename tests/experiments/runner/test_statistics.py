@@ -11,12 +11,14 @@ from scipy import stats
 from experiments.runner.statistics import (
     Interval,
     Sample,
+    by_task,
     iqm,
     mean_difference,
     mean_over,
     over_seeds,
     over_tasks,
     paired,
+    paired_by_task,
     t_quantile,
     weighted_sum,
 )
@@ -156,3 +158,41 @@ def test_interquartile_mean_and_its_bootstrap() -> None:
 
 def test_ends_of_intervals() -> None:
     assert (Interval(0.5, 0.1, 3).low, Interval(0.5, None, 1).high) == (0.4, 0.5)
+
+
+def _success(per_task: list[list[float]], method: str = "eva") -> list[dict[str, object]]:
+    return [
+        {"method": method, "task": str(task), "seed": seed, "success": value}
+        for task, values in enumerate(per_task)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_bootstrap_draws_seeds_within_tasks_not_over_all_runs() -> None:
+    # no spread within a task: drawn within tasks nothing changes, drawn over all runs it does
+    scores = [[0.1] * 3, [0.4] * 3, [0.6] * 3, [1.0] * 3]
+    found = iqm(pd.DataFrame(_success(scores)), "success")["eva"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    drawn = np.random.default_rng(0).choice(np.ravel(scores), size=(1000, 12))
+    low, high = np.quantile([stats.trim_mean(row, 0.25) for row in drawn], [0.025, 0.975])
+    assert high - low > 0.2
+
+
+def test_tasks_as_strata_and_differences_corrected_for_their_number() -> None:
+    first, second = [[0.9, 0.7, 0.8], [0.3, 0.5, 0.1], [1.0] * 3], [[0.6, 0.7, 0.5], [0.2, 0.1, 0.1], [1.0] * 3]
+    frame = pd.DataFrame([*_success(first), *_success(second, "lora")])
+    differences = np.array(first) - np.array(second)  # (tasks, seeds)
+    parts = differences.var(axis=1, ddof=1) / 3 / 3**2
+    degrees = parts.sum() ** 2 / (parts**2 / 2).sum()
+    for number in (1, 12):
+        found = paired_by_task(frame, "eva", "lora", "success", comparisons=number)
+        assert found is not None
+        assert found.mean == pytest.approx(differences.mean())
+        assert found.half == pytest.approx(stats.t.ppf(1 - 0.05 / number / 2, degrees) * math.sqrt(parts.sum()))
+    # of one task it is the paired t test
+    (one,) = (paired_by_task(frame[frame.task == "0"], "eva", "lora", "success"),)
+    assert one is not None
+    assert limits(one) == pytest.approx(tuple(stats.ttest_rel(first[0], second[0]).confidence_interval(0.95)))
+    assert by_task(frame, "success")["eva"].mean == pytest.approx(np.mean(first))
+    assert paired_by_task(frame[frame.method == "eva"], "eva", "lora", "success") is None
+    assert paired_by_task(frame[(frame.method == "eva") | (frame.task == "0")], "eva", "lora", "success") is None
