@@ -73,6 +73,12 @@ def embedded(file: Path, alt: str, caption: str = "") -> Figure:
     return Figure(_data_uri("image/gif", file.read_bytes()), alt, caption)
 
 
+def photograph(file: Path, alt: str, caption: str = "") -> Figure:
+    """A JPEG or PNG file as it is."""
+    kind = "image/png" if file.suffix.lower() == ".png" else "image/jpeg"
+    return Figure(_data_uri(kind, file.read_bytes()), alt, caption)
+
+
 def render(template: str, **content: Any) -> Markup:
     """A section of a page, by the template called `template`."""
     return Markup(TEMPLATES.get_template(template).render(content))
