@@ -17,6 +17,7 @@ from benchmarks.models import build_classifier
 from benchmarks.photographs import Images, make_images
 from benchmarks.profiling import profile_ours
 from eva_lightning.adapters.targets import find_targets
+from experiments.vtab.settings import weights_in_words
 
 PEFT = "PEFT"
 
@@ -26,7 +27,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     device = settings.torch_device()
     before = describe_machine(device)
     models = [_Model.build(name, settings).measure() for name in settings.model_names]
-    weights = settings.weights or "random, power-law spectra"
+    weights = weights_in_words(settings.weights) if settings.weights else "random, power-law spectra"
     return publish(
         {"models": models}, before, settings, lambda console: print_tables(models, settings, weights, console)
     )

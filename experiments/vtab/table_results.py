@@ -20,7 +20,7 @@ from experiments.runner.settings import Role, identity, role_of
 from experiments.runner.statistics import Sample
 from experiments.runner.tuning import choose
 from experiments.vtab.grid import PAPER, score
-from experiments.vtab.settings import Settings
+from experiments.vtab.settings import Settings, weights_in_words
 from experiments.vtab.table_paper import HEADINGS, SEEDS
 
 #: Names of the model of the paper's tables.
@@ -135,7 +135,7 @@ def _differences(metrics: Mapping[str, Any]) -> Iterable[str]:
     if weights == "none":
         yield "random weights instead of pre-trained ones"
     elif weights is not None:
-        yield f"weights of the file {Path(str(weights).split(':')[0]).name}"
+        yield weights_in_words(str(weights))
     if protocol != PAPER_PROTOCOL.name:
         yield f"protocol {protocol}, not the text of the paper"
     if metrics.get("limited"):
