@@ -54,7 +54,7 @@ def finetune(run: OneRun, folder: RunFolder) -> dict[str, Any]:
     """Fine-tune; returns held-out values by epoch. ``setup_seconds`` is the time until the first training step."""
     data = images_of(run, run.evaluate_on)
     L.seed_everything(run.seed, verbose=False)
-    module = _classifier(run, data.num_classes)
+    module = classifier(run, data.num_classes)
     key, started = MethodKey.parse(run.method), time.perf_counter()
     options = AdapterOptions(rank=run.rank, rho=key.rho or DEFAULT_RHO, seed=run.seed)
     callbacks = apply_method(key.method, module, options, head=module.head_name)
@@ -85,16 +85,21 @@ def finetune(run: OneRun, folder: RunFolder) -> dict[str, Any]:
 def probe(run: OneRun, folder: RunFolder) -> dict[str, Any]:
     """Logistic regression on frozen features, to its end; the penalty is the one with the lowest loss on val200."""
     tuning, data = images_of(run, "val200"), images_of(run, run.evaluate_on)
-    module = _classifier(run, data.num_classes)
+    module = classifier(run, data.num_classes)
+    trained = sum(p.numel() for p in module.get_submodule(module.head_name).parameters())
+    model: Any = module.model
+    model.reset_classifier(0)  # it now gives what the head would read
     tuning.setup("fit")
     train: Any = tuning.train_dataloader().dataset
-    parts = [(frozen_features(module, part), part.labels) for part in (train, *map(evaluation_images, (tuning, data)))]
+    parts = [
+        (logits_of(module, part).numpy(), part.labels) for part in (train, *map(evaluation_images, (tuning, data)))
+    ]
     (x, y), (x_val, y_val), (x_test, y_test) = parts
     scaler = StandardScaler().fit(x)
     found = {}
     for penalty in PENALTIES:
-        model = LogisticRegression(C=penalty, max_iter=2000).fit(scaler.transform(x), y)
-        found[penalty] = (measured(_logits(model, scaler, x_val), y_val)["loss"], model)
+        fitted = LogisticRegression(C=penalty, max_iter=2000).fit(scaler.transform(x), y)
+        found[penalty] = (measured(_logits(fitted, scaler, x_val), y_val)["loss"], fitted)
     penalty = min(found, key=lambda penalty: found[penalty][0])
     logits = _logits(found[penalty][1], scaler, x_test)
     metrics = measured(logits, y_test)
@@ -103,7 +108,7 @@ def probe(run: OneRun, folder: RunFolder) -> dict[str, Any]:
         "loss": [metrics["loss"]],
         "accuracy": [metrics["accuracy"]],
         "predicted": logits.argmax(dim=1).tolist(),
-        "trainable_parameters": sum(p.numel() for p in module.get_submodule(module.head_name).parameters()),
+        "trainable_parameters": trained,
         "penalty": penalty,
     }
 
@@ -130,23 +135,8 @@ def evaluation_images(data: VTAB1K) -> SplitDataset:
     return images  # type: ignore[no-any-return]
 
 
-def frozen_features(module: ImageClassifier, images: SplitDataset) -> np.ndarray:
-    """What the head reads of `images`, shape ``(n, width)``."""
-    model: Any = module.model
-    head = model.get_classifier()
-    model.reset_classifier(0)
-    try:
-        return logits_of(module, images).numpy()
-    finally:
-        setattr(model, module.head_name.removeprefix("model."), head)
-
-
-def _logits(model: Any, scaler: Any, features: np.ndarray) -> Tensor:
-    """Log-probabilities ``(n, classes)``."""
-    return torch.from_numpy(model.predict_log_proba(scaler.transform(features))).float()
-
-
-def _classifier(run: OneRun, classes: int) -> ImageClassifier:
+def classifier(run: OneRun, classes: int) -> ImageClassifier:
+    """The pre-trained network with a new head."""
     return ImageClassifier(
         run.model,
         classes,
@@ -156,3 +146,8 @@ def _classifier(run: OneRun, classes: int) -> ImageClassifier:
         weight_decay=run.weight_decay,
         warmup_epochs=run.warmup_epochs,
     )
+
+
+def _logits(model: Any, scaler: Any, features: np.ndarray) -> Tensor:
+    """Log-probabilities ``(n, classes)``."""
+    return torch.from_numpy(model.predict_log_proba(scaler.transform(features))).float()
