@@ -26,7 +26,7 @@ from experiments.comparisons.photographs_settings import OneRun, Recipe, Setting
 from experiments.comparisons.tuned import no_jobs
 from experiments.report import page
 from experiments.report.epochs import EpochComparison, Pairs, compare, label
-from experiments.report.gradients import gradient_figure
+from experiments.report.gradients import gradient_figures
 from experiments.report.ranks import decomposition_figures
 from experiments.report.terminal import say
 from experiments.runner.cells import Cell
@@ -88,7 +88,7 @@ class Photographs(EpochsCompared):
         runs = results().runs
         tuned = self._tuned(runs) if len(runs) else runs
         if len(tuned) and set(self.options.methods) <= set(tuned.loc[tuned["seed"] == 0, "method"]):
-            self.first_look(self._section(runs))
+            self.first_look(self._section(runs, is_first=True))
             self.first_look = None
 
     def report_runs(self, runs: pd.DataFrame) -> Markup:
@@ -106,7 +106,7 @@ class Photographs(EpochsCompared):
         """On what, and with which weights."""
         return {**super().tuning_record(), "split": "val200", "weights": self.options.origin}
 
-    def _section(self, runs: pd.DataFrame) -> Markup:
+    def _section(self, runs: pd.DataFrame, is_first: bool = False) -> Markup:
         options, tuned = self.options, self._tuned(runs)
         best = next((m for m in ("eva", "eva:1") if m in set(tuned["method"])), "")
         redistributed = tuned[tuned["method"] == best].sort_values("seed")
@@ -117,11 +117,12 @@ class Photographs(EpochsCompared):
             classes=self._data.task.classes,
             methods=page.enumerated([label(method) for method in options.methods]),
             origin=options.origin or options.weights,
+            is_first=is_first,
             facts=self._facts(runs),
             tuned=self._compared(tuned),
             equal=self._at_equal_rates(runs),
             found=decomposition_figures(list(redistributed["eva"]), options.rank, "model.blocks.") if best else [],
-            gradients=gradient_figure(adapted),
+            gradients=gradient_figures(adapted),
             samples=self._samples(runs),
             tuning=self.how_tuned(),
             tune_command=self.tune_command,
@@ -221,7 +222,7 @@ class Photographs(EpochsCompared):
         options, data = self.options, self._data
         facts = {
             "Starting model": f"{options.model}; {options.origin or options.weights}",
-            "Images": f"{options.task}, {options.image_size} pixels: {page.counted(data.task.classes, 'class')}, "
+            "Images": f"{options.task}, {options.image_size} pixels: {data.task.classes} classes, "
             f"{len(data.train)} images to train and {len(data.evaluation)} to test; learning rates and the penalty of "
             "logistic regression are chosen on other, validation images",
             "Training": f"{options.epochs} epochs, batches of {options.batch_size}, r = {options.rank}, AdamW, "

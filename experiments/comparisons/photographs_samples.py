@@ -68,6 +68,8 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 def _figure(split: Split, place: int, said: Sequence[str], names: tuple[str, str]) -> Figure:
     truth, before, after = said
-    marked = [f"{name} {'✓' if name == truth else '✗'}" for name in (before, after)]
+    marks = ["✓" if name == truth else "✗" for name in (before, after)]
     alt = f"Photograph of {truth}. {names[0]}: {before}; {names[1]}: {after}"
-    return photograph(split.folder / split.paths[place], alt, f"{truth}\nbefore: {marked[0]}\nafter: {marked[1]}")
+    return photograph(
+        split.folder / split.paths[place], alt, f"{truth}\n{marks[0]} before: {before}\n{marks[1]} after: {after}"
+    )

@@ -79,6 +79,10 @@ def curves(runs: pd.DataFrame, quantity: str) -> np.ndarray:
     return np.array(list(runs.sort_values("seed")[quantity]), dtype=float)
 
 
+#: Labels of methods in the order that gives them their colours, the same in all figures of a page.
+COLOURED = tuple(label(method) for method in ("fft", "lora", "eva:1", "eva"))
+
+
 def evaluated(runs: pd.DataFrame) -> list[int]:
     """The epochs after which all these runs were evaluated: their column ``epochs``, else all of them."""
     if "epochs" in runs:
@@ -201,13 +205,12 @@ def _curve_figure(runs: pd.DataFrame, quantity: str) -> Figure:
     lines = {label(method): curves(trained[trained["method"] == method], quantity) for method in methods_of(trained)}
     last = ", ".join(f"{name} {values[:, -1].mean():.3g}" for name, values in lines.items())
     unit = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}[quantity]
-    order = [label(method) for method in ("fft", "lora", "eva:1", "eva")]
     figure = plots.learning_curves(
         lines,
         unit,
         title=f"Held-out {quantity}",
         percent=quantity == "accuracy",
-        order=order,
+        order=COLOURED,
         x=evaluated(trained),
     )
     return drawn(

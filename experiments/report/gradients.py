@@ -6,34 +6,37 @@ import numpy as np
 import pandas as pd
 
 from eva_lightning import plots
-from experiments.report.epochs import label, methods_of
+from experiments.report.epochs import COLOURED, label, methods_of
 from experiments.report.page import Figure, drawn
 
 _PANELS = {"b": "gradient norm of B", "a": "gradient norm of A"}
+_CAPTIONS = {
+    "b": "Line: mean over seeds; band: standard deviation.",
+    "a": "At the first step it is 0, because B is.",
+}
 
 
-def gradient_figure(runs: pd.DataFrame) -> Figure | None:
-    """Norms over the first steps, one line per method; None where no run noted any.
+def gradient_figures(runs: pd.DataFrame) -> list[Figure]:
+    """Norms over the first steps, of B and of A, one line per method; none where no run noted any.
 
     Args:
         runs: One row per run: ``method`` (key) and ``gradients``, the rows of
             :class:`eva_lightning.gradient_norms.GradientNorms`.
     """
-    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    figures = []
     for column, title in _PANELS.items():
         lines = {label(method): _by_step(runs[runs["method"] == method], column) for method in methods_of(runs)}
-        panels[title] = {name: line for name, line in lines.items() if line}
-    panels = {title: lines for title, lines in panels.items() if lines}
-    if not panels:
-        return None
-    figure = plots.early_steps(panels, tuple(panels), [label(method) for method in methods_of(runs)])
-    said = "; ".join(f"{title}: {_in_words(lines)}" for title, lines in panels.items())
-    steps = int(max(max(line) for lines in panels.values() for line in lines.values()))
-    return drawn(
-        figure,
-        f"Norms of gradients over the first {steps} steps, means over steps and runs. {said}",
-        "Line: mean over seeds; band: standard deviation. At the first step the gradient of A is 0 because B is.",
-    )
+        lines = {name: line for name, line in lines.items() if line}
+        if lines:
+            steps = int(max(map(max, lines.values())))
+            figures.append(
+                drawn(
+                    plots.early_steps({title: lines}, (title,), COLOURED),
+                    f"The {title} over the first {steps} steps, mean over steps and seeds: {_in_words(lines)}",
+                    _CAPTIONS[column],
+                )
+            )
+    return figures
 
 
 def _by_step(runs: pd.DataFrame, column: str) -> dict[float, list[float]]:

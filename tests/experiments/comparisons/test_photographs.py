@@ -180,7 +180,7 @@ def test_samples_are_chosen_by_their_rule(root: Path) -> None:
     names = class_names(split.folder)
     assert names == CLASSES
     first = found.figures[0]
-    assert first.caption == f"{names[truth[0]]}\nbefore: {names[before[0]]} ✗\nafter: {names[truth[0]]} ✓"
+    assert first.caption == f"{names[truth[0]]}\n✗ before: {names[before[0]]}\n✓ after: {names[truth[0]]}"
     assert f"Photograph of {names[truth[0]]}" in first.alt
 
 
