@@ -171,8 +171,8 @@ class Photographs(EpochsCompared):
 
     def _run(self, **own: Any) -> OneRun:
         shared = {item.name: getattr(self.options, item.name) for item in fields(Recipe)}
-        known = {"weights_digest": self._weights_digest, "images": self._images_digest, "code": self._code}
-        return OneRun(**shared, weights=self.options.weights, **known, **own)
+        digests = {"weights_digest": self._weights_digest, "images": self._images_digest, "code": self._code}
+        return OneRun(**{**shared, **digests, "weights": self.options.weights, **own})
 
     def _tuned(self, runs: pd.DataFrame) -> pd.DataFrame:
         """The runs to the end at the tuned rates, and frozen features."""

@@ -132,7 +132,7 @@ def evaluation_images(data: VTAB1K) -> SplitDataset:
     """The images to evaluate on, in the order of their split."""
     data.setup("test")
     images: Any = data.test_dataloader().dataset
-    return images  # type: ignore[no-any-return]
+    return images
 
 
 def classifier(run: OneRun, classes: int) -> ImageClassifier:

@@ -38,7 +38,8 @@ def samples(split: Split, before: Sequence[int], after: Sequence[int], names: tu
     """
     classes = class_names(split.folder)
     counts = {"corrected": 0, "spoiled": 0}
-    changed, same = [], []
+    changed: list[int] = []
+    same: list[int] = []
     for place, (label, first, last) in enumerate(zip(split.labels, before, after, strict=True)):
         (same if first == last else changed).append(place)
         counts["corrected"] += first != label == last

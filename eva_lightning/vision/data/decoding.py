@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -66,7 +66,7 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
     return read_bytes(path, MOST_BYTES, what="image")
 
 
-def open_image(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """An image whose header is read and whose pixels are not decoded yet; of animations, the first picture.
 
     Args:
