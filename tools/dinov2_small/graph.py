@@ -59,7 +59,7 @@ class Backbone:
         self._makers = {output: node for node in whole.graph.node for output in node.output}
         last = next((node for node in whole.graph.node if f"{_LAST}bias" in node.input), None)
         if last is None:
-            raise self._refusal(f"it lacks {_LAST}bias")
+            raise self._refusal(f"it lacks '{_LAST}bias'")
         self._nodes = self._before(last.output[0], whole)
         self._parameters = dict(_parameters(self._nodes, whole))
         self._taken: set[str] = set()
@@ -154,7 +154,7 @@ class Backbone:
                         return parts[0], parts[1]
                 break
             name = users[0].output[0]
-        raise self._refusal(f"it lacks {_EMBEDDINGS}position_embeddings")
+        raise self._refusal(f"it lacks '{_EMBEDDINGS}position_embeddings'")
 
     def _users(self, name: str, kind: str = "") -> list[NodeProto]:
         return [node for node in self._nodes if name in node.input and kind in ("", node.op_type)]

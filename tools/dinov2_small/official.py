@@ -21,7 +21,15 @@ OFFICIAL = FoundWeights(MODEL, "pretrained", True, "the official DINOv2 ViT-S/14
 _FILE = "model.safetensors"
 #: Seconds without a byte after which a download is given up.
 _PATIENCE = 30.0
-_DOWNLOAD = "import sys; from huggingface_hub import hf_hub_download; hf_hub_download(*sys.argv[1:])"
+_DOWNLOAD = """
+import sys, huggingface_hub
+try:
+    huggingface_hub.hf_hub_download(*sys.argv[1:])
+except Exception as error:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    sys.exit(str(error).strip().partition("\\n")[0] or type(error).__name__)
+"""
 
 
 def official_file() -> Path | None:
@@ -54,6 +62,7 @@ def official_weights(timeout: float, say: Say) -> FoundWeights:
     say(f"downloading {OFFICIAL.description}")
     # by a process of its own, which can be ended; xet writes elsewhere, where nobody could see how far it is
     environment = {
+        "HF_HUB_CACHE": str(constants.HF_HUB_CACHE),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_ETAG_TIMEOUT": f"{math.ceil(timeout)}",

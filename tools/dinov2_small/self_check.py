@@ -37,7 +37,7 @@ def relative_error(backbone: Backbone, name: str, architecture: Architecture) ->
     images = np.random.default_rng(0).standard_normal((IMAGES, 3, size, size)).astype(np.float32)
     inputs = [value.name for value in backbone.model.graph.input]
     with reading(name, "get it again", "ONNX file"):
-        tokens = ReferenceEvaluator(backbone.model).run(None, dict.fromkeys(inputs, images))[0]
+        (tokens,) = ReferenceEvaluator(backbone.model).run(None, dict.fromkeys(inputs, images))
         expected = torch.from_numpy(np.asarray(tokens, dtype=np.float64))
     with torch.inference_mode():
         model = _with_weights(backbone.tensors, architecture)

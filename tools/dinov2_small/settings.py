@@ -25,7 +25,9 @@ class Settings:
     cache: str | None = option(
         None, f"folder for converted weights; {CACHE_VARIABLE} or ~/.cache/eva_lightning if not given", Role.PLACE
     )
-    timeout: float = option(4.0, "seconds that the hub, and the package index, may take to answer", Role.PLACE, above=0)
+    timeout: float = option(
+        4.0, "seconds that the hub may take to answer; the package index: twice as many", Role.PLACE, above=0
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

