@@ -214,7 +214,7 @@ def test_a_rate_that_is_tuned_and_equal_is_run_once(content: dict[str, Any]) -> 
     assert len({job.id for job in jobs}) == len(jobs) == 1 + 2 * 3 + 2 * 3
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "photographs.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml"])
 def test_committed_learning_rates_are_the_best_of_their_grid_on_seeds_of_their_own(name: str) -> None:
     settings = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     tuning = settings["tuning"]
