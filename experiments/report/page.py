@@ -101,6 +101,12 @@ def filmed(gif: Path, mp4: Path | None, alt: str, caption: str = "") -> Film:
     return Film(figure, _data_uri("video/mp4", mp4.read_bytes()), _data_uri("image/png", buffer.getvalue()))
 
 
+def photograph(file: Path, alt: str, caption: str = "") -> Figure:
+    """A JPEG or PNG file as it is."""
+    kind = "image/png" if file.suffix.lower() == ".png" else "image/jpeg"
+    return Figure(_data_uri(kind, file.read_bytes()), alt, caption)
+
+
 def render(template: str, **content: Any) -> Markup:
     """A section of a page, by the template called `template`."""
     return Markup(TEMPLATES.get_template(template).render(content))

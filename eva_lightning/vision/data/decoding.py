@@ -66,18 +66,22 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
     return read_bytes(path, MOST_BYTES, what="image")
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """An image whose header is read and whose pixels are not decoded yet; of animations, the first picture.
 
+    Args:
+        data: The bytes of its file.
+        formats: What it may be, by Pillow's names.
+
     Raises:
-        InputError: It is none of `FORMATS`, or would take too much memory or time.
+        InputError: It is none of `formats`, or would take too much memory or time.
         Exception: It is damaged: whatever Pillow raises.
     """
     _refuse_many_parts(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise InputError(f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
+        raise InputError(f"it is no {', '.join(formats[:-1])} or {formats[-1]} file") from None
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{width} x {height} pixels are more than the {MOST_PIXELS} that are decoded")
