@@ -86,6 +86,9 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
     final_each_rho: bool = option(
         False, "final runs of every ρ at its own best learning rate and rank, not of the better one alone", SELECTION
     )
+    validate: bool = option(
+        False, "evaluate val200 after every epoch of the tuning runs, for curves of the held-out loss", PLACE
+    )
     state_components: int | None = option(
         None, "components per layer of the shared EVA states; as many as the grid needs if not given", PLACE,
         at_least=1,
