@@ -84,7 +84,7 @@ def _sheet(
     baseline, lines = results.baseline, []
     for epoch in shown_epochs(everything["epoch"]):
         for method in ordered(everything["method"], baseline):
-            cells = {}
+            cells: dict[str, str] = {}
             for column, found in places.items():
                 at = found[found["epoch"] == epoch]
                 text = _own_loss(at, method, loss) if method == baseline else _against(at, method, baseline, loss)

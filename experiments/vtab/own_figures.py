@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eva_lightning.plots import PALETTE
 from experiments.runner.statistics import Interval
@@ -101,7 +102,7 @@ def _panel(axes: Axes, runs: pd.DataFrame, methods: Sequence[str]) -> None:
             low, high = np.array([[max(i.low, 1e-6) for i in intervals], [i.high for i in intervals]])
             axes.fill_between(epochs, low, high, color=_colour(method, methods), alpha=0.15, linewidth=0)
     axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="both", labelsize="x-small")

@@ -48,7 +48,7 @@ class OwnResults:
     @cached_property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """Heading -> folders: each alone, then groups of at least two, then all."""
-        columns = {f"{folder}{MARK}": (folder,) for folder in self.folders}
+        columns: dict[str, tuple[str, ...]] = {f"{folder}{MARK}": (folder,) for folder in self.folders}
         grouped = {group: tuple(f for f in self.folders if self.groups.get(f) == group) for group in _GROUPS}
         columns |= {
             f"{group}, mean": members for group, members in grouped.items() if 1 < len(members) < len(self.folders)
@@ -72,7 +72,7 @@ class OwnResults:
             for name in ("image_size", "epochs")
         )
         sentence = (
-            f"{MARK}: a folder that is not the official VTAB-1K draw of any task. "
+            f"{MARK}: a folder that is not the official VTAB-1K draw of any task, or only a part of one. "
             f"{models}, {weights}, {sizes} px, {epochs} epochs."
         )
         return f"{sentence} {self.about.rstrip('.')}." if self.about else sentence

@@ -169,7 +169,7 @@ def test_p_values_are_scipys() -> None:
 
 
 def test_holms_correction_is_that_of_statsmodels() -> None:
-    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
     p = {"a": 0.04, "b": 0.001, "c": 0.9, "d": 0.03, "e": 0.02, "f": 0.5}
     corrected = holm(p)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
 from experiments.runner.jobs import Point
 from experiments.vtab import table
@@ -21,6 +21,7 @@ from experiments.vtab.own_results import own_results
 from experiments.vtab.table import make_tables
 from experiments.vtab.table_layout import Sheet
 from experiments.vtab.table_own import own_csv
+from experiments.vtab.table_results import read_runs
 from experiments.vtab.table_write import as_latex, as_markdown
 from tests.experiments.vtab.results_fakes import Run, frame, job, metrics, write
 
@@ -57,7 +58,7 @@ def test_other_folders_have_tables_of_their_own() -> None:
     assert found["own"].columns == ("mine°", "yours°", "mean")
     assert all(line.source == "ours" for sheet in tables.sheets for line in sheet.lines)
     for sheet in tables.sheets:
-        assert "°: a folder that is not the official VTAB-1K draw of any task." in sheet.caption
+        assert "°: a folder that is not the official VTAB-1K draw of any task, or only a part of one." in sheet.caption
         assert "dinov2_g14, pre-trained weights of the hub, 224 px, 30 epochs" in sheet.caption
     low, high = stats.t.interval(0.95, 2, np.mean(ACCURACIES["lora"]), stats.sem(ACCURACIES["lora"]))
     assert cells(found["own"])["LoRA"]["mine°"] == f"71.0 ± {50 * (high - low):.1f}"
@@ -189,7 +190,7 @@ def written(root: Path, held_out: bool = False) -> pd.DataFrame:
         lines = [f"{e},{a},0.5,{b},,0.001,1.0" for e, (a, b) in enumerate(zip(values, val, strict=True), start=1)]
         header = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds"
         (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
-    return table.read_runs([root])
+    return read_runs([root])
 
 
 def test_losses_by_epoch_at_equal_and_at_tuned_rates(tmp_path: Path) -> None:
