@@ -34,14 +34,19 @@ def read_histories(results: OwnResults) -> pd.DataFrame:
         InputError: A ``metrics.csv`` is damaged.
     """
     parts = [
-        _read(Path(place) / "metrics.csv").assign(**{name: run[name] for name in _KEYS if name != "epoch"})
+        read_history(Path(str(place)) / "metrics.csv").assign(**{name: run[name] for name in _KEYS if name != "epoch"})
         for place, run in results.runs.set_index("place").iterrows()
         if (Path(str(place)) / "metrics.csv").is_file()
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*_KEYS, *LOSSES])
 
 
-def _read(file: Path) -> pd.DataFrame:
+def read_history(file: Path) -> pd.DataFrame:
+    """Columns ``epoch``, ``train_loss`` and ``val_loss`` of one run; NaN where nothing was validated.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     remedy = "delete the folder of this run and rerun the sweep"
     with reading(file, remedy):
         frame = pd.read_csv(file, usecols=["epoch", *LOSSES]).astype(float).astype({"epoch": int})

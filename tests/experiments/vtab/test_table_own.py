@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from scipy import stats
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
-from experiments.runner.jobs import Point
+from experiments.runner.jobs import Phase, Point
 from experiments.vtab import table
 from experiments.vtab.own_curves import read_histories
 from experiments.vtab.own_results import own_results
@@ -249,3 +250,13 @@ def test_a_damaged_history_is_one_sentence(text: str, tmp_path: Path) -> None:
         ValueError, match=r"metrics\.csv .*damaged.*: delete the folder of this run and rerun the sweep"
     ):
         read_histories(own)
+
+
+def test_a_sweep_notes_the_held_out_loss_of_tuning_runs_on_request() -> None:
+    """The same runs by their identity, whether it does or not."""
+    point = Point.of(lr=1e-3, rank=8)
+    phases: tuple[Phase, ...] = ("tune", "final")
+    for phase, asked in itertools.product(phases, (False, True)):
+        run = job("lora", "kitti", 0, point, phase, validate=asked)
+        assert run.settings.validate == (asked and phase == "tune")
+        assert run.id == job("lora", "kitti", 0, point, phase).id
