@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from rliable.library import get_interval_estimates
 from rliable.metrics import aggregate_iqm
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from eva_lightning.errors import check_number
 from eva_lightning.side_effects import isolated_rng
@@ -39,6 +39,8 @@ BRACKETS = (
 )
 
 _BOOTSTRAP_SAMPLES = 1_000
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,70 @@ def t_quantile(degrees: float, comparisons: int = 1) -> float:
     return float(stdtrit(degrees, 1 - 0.025 / comparisons))
 
 
+def t_test(values: Sequence[float]) -> float | None:
+    """Two-sided p-value of Student's t test that the mean of `values` is 0; None for a single one.
+
+    Values without any spread have a p of 0, or of 1 where they are 0.
+    """
+    if len(values) < 2:
+        return None
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    if spread == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(len(values) - 1, -abs(mean) / (spread / math.sqrt(len(values)))))
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Holm's step-down correction (1979): p-values that bound the chance of any false finding in the whole family.
+
+    The i-th smallest of m is multiplied by m - i + 1, and none is smaller than one before it or larger than 1.
+    """
+    corrected: dict[Key, float] = {}
+    largest = 0.0
+    for before, (key, p) in enumerate(sorted(p_values.items(), key=lambda entry: entry[1])):
+        largest = min(1.0, max(largest, (len(p_values) - before) * p))
+        corrected[key] = largest
+    return {key: corrected[key] for key in p_values}
+
+
+def mean_ranks(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Range]:
+    """Rank of each method among all of them (1: the highest mean), averaged over tasks, with bootstrap intervals.
+
+    Equal means share the mean of their ranks. Seeds are drawn anew within every method and task; the interval is
+    between the 2.5% and 97.5% points of the mean ranks, for these tasks and new seeds.
+
+    Args:
+        values: Method -> for each task, in the same order, its values over seeds.
+    """
+    generator = np.random.default_rng(0)
+
+    def means(draw: bool) -> np.ndarray:
+        """Shape ``(draws, tasks, methods)``."""
+        size = _BOOTSTRAP_SAMPLES if draw else 1
+        columns = []
+        for of_tasks in values.values():
+            drawn = [
+                np.asarray(found)[generator.integers(len(found), size=(size, len(found)))].mean(axis=1)
+                if draw
+                else np.full(1, np.mean(found))
+                for found in of_tasks
+            ]
+            columns.append(np.stack(drawn, axis=1))
+        return np.stack(columns, axis=2)
+
+    def ranks(of: np.ndarray) -> np.ndarray:
+        """Mean over tasks, shape ``(draws, methods)``."""
+        other, own = of[..., None, :], of[..., :, None]
+        return ((other > own).sum(axis=-1) + ((other == own).sum(axis=-1) + 1) / 2).mean(axis=1)
+
+    found, drawn = ranks(means(draw=False))[0], ranks(means(draw=True))
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    return {
+        method: Range(float(found[i]), float(low[i]), float(high[i]), min(map(len, of_tasks)))
+        for i, (method, of_tasks) in enumerate(values.items())
+    }
+
+
 def over_seeds(runs: pd.DataFrame, value: str, by: str | list[str] = "method") -> dict[Any, Interval]:
     """Interval over the runs of each group.
 
@@ -202,12 +268,17 @@ def paired(runs: pd.DataFrame, first: str, second: str, value: str, *, relative:
     Returns:
         The interval, or None where no seed has all runs.
     """
+    differences = paired_values(runs, first, second, value, relative=relative)
+    return Interval.of(differences) if differences else None
+
+
+def paired_values(runs: pd.DataFrame, first: str, second: str, value: str, *, relative: bool = False) -> list[float]:
+    """The differences of :func:`paired`, one per seed; none where no seed has all runs."""
     wide = _wide(runs, value)
     if not {first, second} <= set(wide.columns.get_level_values(0)):
-        return None
+        return []
     a, b = wide[first], wide[second]
-    differences = (100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1)
-    return Interval.of(list(differences)) if len(differences) else None
+    return list((100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1))
 
 
 def by_task(runs: pd.DataFrame, value: str) -> dict[Hashable, Interval]:

@@ -107,8 +107,9 @@ def make_job(settings: Settings, task: str, key: MethodKey, phase: Phase, point:
     """A run of the grid's `point`, by a method whose ρ is that of the point, where it has one."""
     point = point.replace(rho=None)
     single = settings.run(
-        task, key, seed=seed, split=SPLITS[phase], **point.as_dict(), validate=False, plots=False,
-        save_adapter=phase == "final", checkpoint_minutes=settings.checkpoint_minutes,
+        task, key, seed=seed, split=SPLITS[phase], **point.as_dict(),
+        validate=settings.validate and phase == "tune", plots=False, save_adapter=phase == "final",
+        checkpoint_minutes=settings.checkpoint_minutes,
     )  # fmt: skip
     tags = {"task": task, "method": key.key, "seed": seed, "lr": None, "rank": None, **point.as_dict()}
     if key.rho is not None:

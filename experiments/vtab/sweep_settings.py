@@ -90,6 +90,9 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
         "accuracy", "choose learning rate, rank and ρ by the accuracy on validation images (the paper) or the loss, "
         "which is steadier where they are few", SELECTION, choices=SELECTED_BY,
     )  # fmt: skip
+    validate: bool = option(
+        False, "evaluate val200 after every epoch of the tuning runs, for curves of the held-out loss", PLACE
+    )
     state_components: int | None = option(
         None, "components per layer of the shared EVA states; as many as the grid needs if not given", PLACE,
         at_least=1,

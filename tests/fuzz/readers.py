@@ -39,6 +39,7 @@ from experiments.runner.settings import Role, option, parse_settings
 from experiments.runner.tuning import Choice
 from experiments.runner.yaml_files import read_yaml
 from experiments.vtab.grid import load_grid
+from experiments.vtab.own_curves import read_history
 from tests.eva_lightning.rl.published_files import FORMATS, episodes
 from tests.eva_lightning.rl.synthetic import synthetic_task, write_synthetic
 from tests.eva_lightning.vision.fakes import make_task
@@ -441,4 +442,10 @@ READERS: tuple[Reader, ...] = (
         files="**/*.json",
     ),
     Reader("history", _history, _rows, checked=False),
+    Reader(
+        "epochs",
+        _text("metrics.csv", "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds\n1,0.5,0.1,,,0.01,2\n"),
+        lambda f: _discard(read_history(f / "metrics.csv")),
+        checked=False,
+    ),
 )

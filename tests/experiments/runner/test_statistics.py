@@ -12,14 +12,17 @@ from experiments.runner.statistics import (
     Interval,
     Sample,
     by_task,
+    holm,
     iqm,
     mean_difference,
     mean_over,
+    mean_ranks,
     over_seeds,
     over_tasks,
     paired,
     paired_by_task,
     t_quantile,
+    t_test,
     weighted_sum,
 )
 
@@ -196,3 +199,37 @@ def test_tasks_as_strata_and_differences_corrected_for_their_number() -> None:
     assert by_task(frame, "success")["eva"].mean == pytest.approx(np.mean(first))
     assert paired_by_task(frame[frame.method == "eva"], "eva", "lora", "success") is None
     assert paired_by_task(frame[(frame.method == "eva") | (frame.task == "0")], "eva", "lora", "success") is None
+
+
+def test_p_values_are_scipys() -> None:
+    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+    assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-9)
+    assert t_test([-v for v in values]) == pytest.approx(t_test(values))
+    assert (t_test([0.5]), t_test([0.0, 0.0]), t_test([0.5, 0.5])) == (None, 1.0, 0.0)
+
+
+def test_holms_correction_is_that_of_statsmodels() -> None:
+    from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
+
+    p = {"a": 0.04, "b": 0.001, "c": 0.9, "d": 0.03, "e": 0.02, "f": 0.5}
+    corrected = holm(p)
+    assert list(corrected) == list(p)
+    assert list(corrected.values()) == pytest.approx(list(multipletests(list(p.values()), method="holm")[1]))
+    assert holm({}) == {}
+
+
+def test_mean_ranks_are_scipys_with_ties_and_intervals_that_narrow_with_the_noise() -> None:
+    generator = np.random.default_rng(1)
+    means = {"a": [3.0, 2.0, 5.0], "b": [2.0, 2.0, 1.0], "c": [1.0, 4.0, 2.0]}
+    exact = {method: [[mean] * 4 for mean in of] for method, of in means.items()}
+    table = np.array(list(means.values()))
+    expected = stats.rankdata(-table, axis=0).mean(axis=1)
+    found = mean_ranks(exact)
+    assert [found[m].mean for m in means] == pytest.approx(list(expected))
+    assert all(r.low == r.mean == r.high for r in found.values())
+    noisy = {m: [list(mean + generator.normal(0, 1, 4)) for mean in of] for m, of in means.items()}
+    wide = mean_ranks(noisy)
+    assert all(r.low <= r.mean <= r.high and r.low >= 1 and r.high <= 3 for r in wide.values())
+    assert any(r.high - r.low > 0.3 for r in wide.values())
+    assert sum(r.mean for r in wide.values()) == pytest.approx(6)
+    assert mean_ranks(noisy) == wide
