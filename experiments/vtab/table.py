@@ -25,6 +25,7 @@ from eva_lightning.methods.registry import method_names
 from eva_lightning.ours import claim, delete
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
+from experiments.vtab.grid import SELECTED_BY
 from experiments.vtab.own_curves import curve_sheets, read_histories
 from experiments.vtab.own_figures import own_figures
 from experiments.vtab.own_results import OwnResults, own_folders, own_results, parse_groups
@@ -65,6 +66,9 @@ class Settings:
     baseline: str = option(
         "lora", "method that the others are compared with", Role.SELECTION, choices=method_names("vision")
     )
+    select: str = option(
+        "accuracy", "what tuning was judged by: that of the sweep's --select", Role.SELECTION, choices=SELECTED_BY
+    )
     model: str | None = option(None, "take results of this model only", Role.SELECTION)
     groups: tuple[str, ...] = option(
         (), "groups of other folders, for means over them: my_textures=natural,my_maps=specialized", Role.SELECTION
@@ -101,7 +105,7 @@ def run(settings: Settings) -> Tables:
         MissingInputError: There are no results yet; says what to run.
         InputError: A file is damaged, or two runs are of the same settings.
     """
-    runs = read_runs(settings.runs)
+    runs = read_runs(settings.runs, settings.select)
     if settings.model is not None:
         models = ", ".join(runs["model"].unique())
         runs = runs[runs["model"] == settings.model]

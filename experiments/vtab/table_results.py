@@ -65,16 +65,20 @@ class Ours:
         return label + (f" #{self.experiment[:6]}" if self.is_ambiguous else "")
 
 
-def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
+def read_runs(folders: Iterable[str | Path], select: str = "accuracy") -> pd.DataFrame:
     """The finished runs below `folders`, also while a sweep writes them: one row per run, in order of their paths.
+
+    Args:
+        folders: Outputs of sweeps and runs.
+        select: What tuning was judged by, as the sweep's option.
 
     Returns:
         Columns ``experiment`` (identity of the settings that are not one run's), ``model``, ``method`` (with its ρ),
         ``family`` (without), ``rho``, ``task``, ``phase`` (``"tune"`` or ``"final"``), ``seed``, ``point`` (learning
-        rate and rank), ``lr``, ``accuracy`` (in percent), ``loss``, ``notes`` (why it cannot be compared with the
-        paper's), ``place`` (the folder), ``official`` (all images, of the official sizes), ``group`` (of tasks),
-        ``train_images``, ``test_images``, ``epochs``, ``image_size``, ``weights`` and ``seconds`` (of training and
-        evaluation).
+        rate and rank), ``lr``, ``accuracy`` (in percent), ``loss``, ``score`` (in tuning, lower is better), ``notes``
+        (why it cannot be compared with the paper's), ``place`` (the folder), ``official`` (all images, of the official
+        sizes), ``group`` (of tasks), ``train_images``, ``test_images``, ``epochs``, ``image_size``, ``weights`` and
+        ``seconds`` (of training and evaluation).
 
     Raises:
         MissingInputError: One of `folders` is none, or no final run is finished; says what to run.
@@ -87,7 +91,7 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
                 f"the folder of runs {folder} does not exist: python -m experiments.vtab sweep --root DIR makes "
                 "runs/vtab; other folders are named by --runs"
             )
-        rows += [run_row(metrics, str(place)) for place, metrics in metrics_below(folder) if _is_ours(metrics)]
+        rows += [run_row(metrics, str(place), select) for place, metrics in metrics_below(folder) if _is_ours(metrics)]
     runs = pd.DataFrame(rows)
     if runs.empty or "final" not in set(runs["phase"]):
         progress = f" ({len(runs)} tuning runs are)" if len(runs) else ""
@@ -105,7 +109,7 @@ def _is_ours(metrics: Mapping[str, Any]) -> bool:
     return known and metrics.get("evaluation_split") in _PHASES
 
 
-def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
+def run_row(metrics: Mapping[str, Any], place: str, select: str = "accuracy") -> dict[str, Any]:
     """A row of the frame from what ``metrics.json`` in the folder `place` holds."""
     phase = _PHASES[metrics["evaluation_split"]]
     return {
@@ -120,6 +124,7 @@ def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
         "point": Point.of(lr=metrics["lr"], rank=metrics.get("rank")),
         "accuracy": 100 * float(metrics["accuracy"]),
         "loss": float(metrics["loss"]),
+        "score": score(metrics, select),
         "notes": tuple(_differences(metrics)) if phase == "final" else (),
         "place": place,
         "lr": float(metrics["lr"]),
@@ -231,7 +236,7 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
         notes = ["learning rate and rank as given, not chosen on val200"]
     else:
         by_point = trials.groupby("point", sort=False)
-        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in by_point}
+        scores = {point: found["score"].tolist() for point, found in by_point}
         best = choose({point: scores[point] for point in final["point"].unique() if point in scores})
         if best is not None:
             final = final[final["point"] == best.point]
