@@ -95,10 +95,10 @@ def shares(maps: Mapping[float, Mapping[str, int]], parts: int | None = None) ->
 
 def _groups(blocks: Sequence[int], parts: int) -> dict[int | None, str]:
     """Block -> the group of consecutive blocks that it is in: ``blocks 0 to 3``."""
-    names = {}
+    names: dict[int | None, str] = {}
     for chunk in np.array_split(np.array(blocks, dtype=int), min(parts, max(len(blocks), 1))):
         names |= dict.fromkeys(map(int, chunk), f"blocks {chunk[0]} to {chunk[-1]}" if len(chunk) else "")
-    return dict(names)
+    return names
 
 
 def _by_type(ranks: Mapping[str, int]) -> dict[str, int]:

@@ -162,11 +162,9 @@ def _with_split_files(folder: Path) -> VTABTask:
 def _images(folder: Path, base: Path) -> dict[str, list[str]]:
     """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth."""
     found = {}
-    places = _class_folders(folder, base)
-    for place in places:
-        if paths := image_files(place):
-            found[place.name] = sorted((path.relative_to(folder).as_posix() for path in paths), key=_digest)
-    for paths in found.values():
+    for place in _class_folders(folder, base):
+        if paths := [path.relative_to(folder).as_posix() for path in image_files(place)]:
+            found[place.name] = sorted(paths, key=_digest)
         for path in paths:
             check_path(f"image in {folder}: its path", path)
     _refuse_alike(folder, found)
