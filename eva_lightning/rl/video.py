@@ -84,6 +84,13 @@ def write_video(episodes: Sequence[Frames], path: str | Path, stride: int = STRI
     return path
 
 
+def write_picture(frame: Frames, path: Path) -> Path:
+    """Write one frame ``(H, W, 3)`` as PNG."""
+    with replacing(path) as temporary:
+        iio.imwrite(temporary, frame, extension=".png")
+    return path
+
+
 def thinned(frames: Frames, stride: int) -> Frames:
     """Every `stride`-th frame ``(T', H, W, 3)``, and the last."""
     last = len(frames) - 1

@@ -216,7 +216,7 @@ class Robots(TunedComparison):
         shown = f"{short(task)}, {goals}: the pre-trained network ({was}) beside {end}"
         files = page.enumerated([name for name in (file, made.mp4) if name is not None])
         caption = f"{shown}. {RULE}" + (f" {made.reason}." if made.reason else "")
-        return page.filmed(file, made.mp4, f"Film: {shown}", caption), f"Film: {files}. {caption}"
+        return page.filmed(file, made.mp4, made.poster, f"Film: {shown}", caption), f"Film: {files}. {caption}"
 
     def _rank_figures(self, runs: pd.DataFrame) -> list[page.Figure]:
         eva = runs[runs["method"] == FILMED]

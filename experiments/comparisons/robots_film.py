@@ -17,7 +17,7 @@ from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.video import no_mp4_reason, side_by_side, write_video
+from eva_lightning.rl.video import no_mp4_reason, side_by_side, write_picture, write_video
 from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 
 Frames = npt.NDArray[np.uint8]
@@ -59,38 +59,42 @@ class Made:
     Attributes:
         solved: Whether the episode was solved on the left and on the right; None where there is no film.
         mp4: The film as MP4, if there is one.
+        poster: Its last picture, which shows what became of it.
         reason: Why there is no film, or no MP4 of it.
     """
 
     solved: tuple[bool, bool] | None
     mp4: Path | None = None
+    poster: Path | None = None
     reason: str = ""
 
 
 def make_film(film: Film, file: Path, workers: int) -> Made:
-    """Write the GIF `file` and an MP4 beside it, unless they show this film already.
+    """Write the GIF `file`, an MP4 and its poster beside it, unless they show this film already.
 
     A failure to draw must not cost the numbers of a comparison: it is a reason why there is no film. Without ffmpeg
     there is a GIF alone.
     """
-    note, mp4, lacks_mp4 = file.with_suffix(".json"), file.with_suffix(".mp4"), no_mp4_reason()
+    note, mp4, poster = (file.with_suffix(suffix) for suffix in (".json", ".mp4", ".png"))
+    lacks_mp4 = no_mp4_reason()
     known = _known(note) if file.is_file() else {}
     if known.get("film") == asdict(film) and known.get("sha256") == file_digest(file):
-        if mp4.is_file() and known.get("mp4_sha256") == file_digest(mp4):
-            return Made((known["solved"][0], known["solved"][1]), mp4)
+        solved = (known["solved"][0], known["solved"][1])
+        if mp4.is_file() and poster.is_file() and known.get("mp4_sha256") == file_digest(mp4):
+            return Made(solved, mp4, poster)
         if lacks_mp4 is not None:
-            return Made((known["solved"][0], known["solved"][1]), None, lacks_mp4)
+            return Made(solved, reason=lacks_mp4)
     if film.size == 0:
         return Made(None, reason="no video: film_size is 0")
     if rendering_backend() is None:
         return Made(None, reason=no_video_reason())
     try:
-        solved = _draw(film, [file] if lacks_mp4 else [file, mp4], workers)
+        solved = _draw(film, [file] if lacks_mp4 else [file, mp4, poster], workers)
     except Exception as error:
         return Made(None, reason=f"no video: {error}")
     digests = {"sha256": file_digest(file), "mp4_sha256": None if lacks_mp4 else file_digest(mp4)}
     write_sealed_json(note, {"film": asdict(film), "solved": solved, **digests})
-    return Made(solved, None if lacks_mp4 else mp4, lacks_mp4 or "")
+    return Made(solved, reason=lacks_mp4) if lacks_mp4 else Made(solved, mp4, poster)
 
 
 def _known(note: Path) -> dict[str, Any]:
@@ -155,5 +159,8 @@ def _draw(film: Film, files: Sequence[Path], workers: int) -> tuple[bool, bool]:
     every_step = np.repeat(frames, FILM_STRIDE, axis=0)[: (len(frames) - 1) * FILM_STRIDE + 1]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_video([every_step], file, FILM_STRIDE)
+        if file.suffix == ".png":
+            write_picture(frames[-1], file)
+        else:
+            write_video([every_step], file, FILM_STRIDE)
     return was, now

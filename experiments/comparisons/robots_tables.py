@@ -34,7 +34,7 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
     before_training = next(iter(curves.values())).mean(axis=0)[0]
     columns = [f"Step {step}" for step in options.shown_updates]
     first = {columns[0]: f"{before_training:.4f}", "Success": success(start)}
-    rows: dict[str, dict[str, str]] = {f"{short(task)}, pre-trained": first}
+    rows: dict[str, dict[str, str]] = {"pre-trained": first}
     for method, values in curves.items():
         group = runs[runs["method"] == method]
         rows[label(method)] = {

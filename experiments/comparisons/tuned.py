@@ -59,7 +59,7 @@ class TunedComparison(Comparison):
     rule: str
     tune_command: str
 
-    files = ("results.json", "before_after.gif", "before_after.mp4", "before_after.json")
+    files = ("results.json", *(f"before_after.{suffix}" for suffix in ("gif", "mp4", "png", "json")))
 
     def __init__(self, options: TunedSettings, command: str = "") -> None:
         self.options: TunedSettings = options

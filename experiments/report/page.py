@@ -17,7 +17,6 @@ import matplotlib.figure
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from eva_lightning.files import write_text
 
@@ -89,16 +88,12 @@ def embedded(file: Path, alt: str, caption: str = "") -> Figure:
     return Figure(_data_uri("image/gif", file.read_bytes()), alt, caption)
 
 
-def filmed(gif: Path, mp4: Path | None, alt: str, caption: str = "") -> Film:
-    """A GIF file, and the same as MP4 where there is one."""
+def filmed(gif: Path, mp4: Path | None, poster: Path | None, alt: str, caption: str = "") -> Film:
+    """A GIF file, and where there is one the same as MP4, with a PNG that is shown before it plays."""
     figure = embedded(gif, alt, caption)
-    if mp4 is None:
+    if mp4 is None or poster is None:
         return Film(figure)
-    buffer = io.BytesIO()
-    with Image.open(gif) as image:
-        image.seek(getattr(image, "n_frames", 1) - 1)  # the end shows whether it was solved
-        image.convert("RGB").save(buffer, format="PNG")
-    return Film(figure, _data_uri("video/mp4", mp4.read_bytes()), _data_uri("image/png", buffer.getvalue()))
+    return Film(figure, _data_uri("video/mp4", mp4.read_bytes()), _data_uri("image/png", poster.read_bytes()))
 
 
 def photograph(file: Path, alt: str, caption: str = "") -> Figure:

@@ -49,7 +49,7 @@ def test_tables_agree_with_scipy() -> None:
         f"any 3 of 4\n[{wilson.low:.2f}, {wilson.high:.2f}]\nlast 2 of 4\n[{last.low:.2f}, {last.high:.2f}]"
     )
     assert cells.loc["LoRA", "Trained"] == "1,234\n2.0 s"
-    assert "any 1 of 4" in cells.loc["handle-press-side, pre-trained", "Success"]
+    assert "any 1 of 4" in cells.loc["pre-trained", "Success"]
     older = after.drop(columns="final_successes")
     assert results_table(options, TASK, before, older).cells.loc["LoRA", "Success"].endswith("]\nlast –")
 
@@ -72,14 +72,21 @@ def test_filmed_goal_is_the_first_that_was_learnt() -> None:
     assert goal_to_film([True, False, False], [False, False, False]) == 0
 
 
+def _pictures(grey: int) -> np.ndarray:
+    """Three that differ, above all in the upper half: GIFs keep no two alike."""
+    pictures = np.full((3, 32, 32, 3), grey, np.uint8)
+    pictures[:, :16] += np.array([0, 60, 120], np.uint8)[:, None, None, None]
+    return pictures
+
+
 def test_a_film_that_fails_costs_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise OSError("the driver went away")
 
     monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
     monkeypatch.setattr(robots_film, "roll_one", broken)
-    assert make_film(_film(), tmp_path / "film.gif", 0) == Made(None, None, "no video: the driver went away")
-    assert make_film(_film(size=0), tmp_path / "film.gif", 0) == Made(None, None, "no video: film_size is 0")
+    assert make_film(_film(), tmp_path / "film.gif", 0) == Made(None, reason="no video: the driver went away")
+    assert make_film(_film(size=0), tmp_path / "film.gif", 0) == Made(None, reason="no video: film_size is 0")
     assert not list(tmp_path.iterdir())
 
 
@@ -88,18 +95,19 @@ def test_a_film_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def roll(film: Film, checkpoint: str) -> tuple[np.ndarray, bool]:
         calls.append(checkpoint)
-        return np.full((3, 32, 32, 3), 40 * len(calls), np.uint8), checkpoint == "b.ckpt"
+        return _pictures(40 * len(calls)), checkpoint == "b.ckpt"
 
     file, mp4 = tmp_path / "film.gif", tmp_path / "film.mp4"
     monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
     monkeypatch.setattr(robots_film, "roll_one", roll)
     for _ in range(2):
-        assert make_film(_film(), file, 0) == Made((False, True), mp4)
+        assert make_film(_film(), file, 0) == Made((False, True), mp4, file.with_suffix(".png"))
     assert calls == ["a.ckpt", "b.ckpt"]
     pictures = iio.imread(mp4, plugin="FFMPEG")
     assert pictures.shape == iio.imread(file).shape == (3, 20 + 32, 32 + 4 + 32, 3)
     assert abs(int(pictures[0, -4, 4, 0]) - 40) < 15
     assert abs(int(pictures[0, -4, -4, 0]) - 80) < 15
+    assert np.array_equal(iio.imread(file.with_suffix(".png"))[20:, :32], _pictures(40)[-1])
     # one of the files was lost, or changed: both are drawn again
     mp4.unlink()
     assert make_film(_film(), file, 0).mp4 == mp4
@@ -110,7 +118,7 @@ def test_a_film_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_ffmpeg_there_is_a_gif_and_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
-    monkeypatch.setattr(robots_film, "roll_one", lambda film, checkpoint: (np.zeros((3, 32, 32, 3), np.uint8), True))
+    monkeypatch.setattr(robots_film, "roll_one", lambda film, checkpoint: (_pictures(40), True))
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", _no_ffmpeg)
     for _ in range(2):
         made = make_film(_film(), tmp_path / "film.gif", 0)

@@ -15,7 +15,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure as Drawing
 
-from eva_lightning.rl.video import write_video
+from eva_lightning.rl.video import write_picture, write_video
 from experiments.report import page
 from experiments.report.learning_rates import Tuning
 
@@ -76,7 +76,7 @@ def _film(folder: Path) -> page.Film:
     frames = np.zeros((20, 360, 648, 3), np.uint8)
     frames[10:] = (240, 120, 20)
     gif, mp4 = (write_video([frames], folder / f"film{suffix}", stride=1) for suffix in (".gif", ".mp4"))
-    return page.filmed(gif, mp4, "What is filmed", "Below")
+    return page.filmed(gif, mp4, write_picture(frames[-1], folder / "film.png"), "What is filmed", "Below")
 
 
 def _film_section(film: page.Film) -> Markup:
@@ -94,7 +94,7 @@ def test_a_film_has_controls_a_poster_and_a_gif_to_fall_back_to(tmp_path: Path) 
     assert [source["type"] for source in tags.all("source")] == ["video/mp4"]
     (image,) = tags.all("img")
     assert (image["src"] or "").startswith("data:image/gif;base64,")
-    without = _Tags(_film_section(page.filmed(tmp_path / "film.gif", None, "What is filmed")))
+    without = _Tags(_film_section(page.filmed(tmp_path / "film.gif", None, None, "What is filmed")))
     assert not without.all("video")
     assert len(without.all("img")) == 1
 
