@@ -129,7 +129,7 @@ def evaluate(
 
     Episode i has evaluation goal i of `seed` (modulo 50) and the policy has no randomness: the same arguments give the
     same episodes, bit for bit on one machine with the same number of threads. Another number of environments or
-    workers, and adapters that are merged or not, round the network's outputs otherwise: the first steps agree to seven
+    workers, and adapters that are merged or not, round the network's outputs otherwise: the first steps agree to six
     digits, and where the simulator is chaotic an episode may then end otherwise. Nothing of the module changes, neither
     do the global generators. The module is rolled out with its adapters merged into a copy, where they can be.
 
