@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_lightning.vision.backbone.timm_models import resolve_model
-from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.module import ImageClassifier
+from experiments.vtab.weights import obtain_weights
 
 N_CLASSES = 102
 
 
 def build_classifier(model: str, image_size: int, weights: str | None, seed: int) -> ImageClassifier:
-    """The project's :class:`~eva_lightning.vision.module.ImageClassifier`, from a weight file or realistic at random.
+    """The project's :class:`~eva_lightning.vision.module.ImageClassifier`, from given weights or realistic at random.
 
     Raises:
         MissingInputError, InputError: unknown model, unsuitable image size, missing or unreadable weights.
     """
-    resolved = resolve_weights(resolve_model(model), weights or "none")
+    resolved = obtain_weights(model, weights or "none")
     torch.manual_seed(seed)
     classifier = ImageClassifier(model, N_CLASSES, image_size, resolved)
     if weights is None:

@@ -84,7 +84,7 @@ class EVAInitCallback(Callback):
             to the letter is ``EVAInitCallback(algorithm="paper")``, a single option of it.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
             (:func:`eva_lightning.ranks.explained_variance`).
-        init: "eva" or an ablation: "whiten", "rotate", "permute", "minor", "redistribute"
+        init: "eva" or an ablation: "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute"
             (:mod:`eva_lightning.initialization`).
         rescale_alpha: alpha follows a layer's rank so that its scaling stays (paper section 4.1); if False alpha stays,
             and a layer is scaled by alpha over its own rank, as in the authors' vision code.

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from eva_lightning.errors import InputError, check_choice
 
-INITS = ("eva", "whiten", "rotate", "permute", "minor", "redistribute")
+INITS = ("eva", "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute")
+
+LORA_ROW_NORM = 1 / math.sqrt(3)
+"""Root mean square length of a row of LoRA's random A, whatever its width n: kaiming_uniform_ with a = sqrt(5) draws
+entries from U(-1/sqrt(n), 1/sqrt(n)), whose variance is 1 / (3 n)."""
 
 
 def initial_a(
@@ -30,6 +34,8 @@ def initial_a(
       of the ratio, and that is followed here. PEFT and the authors' language code divide by the square root of the
       singular VALUE instead, which depends on the number of tokens and on the layer's scale. Components without
       variance keep unit length.
+    - "lora-norm": ``V / sqrt(3)``: EVA's directions with rows as long as those of LoRA's random A (`LORA_ROW_NORM`),
+      for what is due to directions and what to EVA's larger scale. In no paper.
     - "rotate": ``R V`` with R uniform over orthogonal ``rank x rank`` matrices (as the authors do): all norms and the
       span stay, every direction in it changes.
     - "permute": the entries of every column are shuffled over the rows, each column on its own (as the authors do):
@@ -63,6 +69,8 @@ def initial_a(
         return v
     if init == "whiten":
         return v / _whitening_scale(explained_variance_ratio[:rank]).to(v.device)[:, None]
+    if init == "lora-norm":
+        return v * LORA_ROW_NORM
     if init == "rotate":
         return random_rotation(rank, generator).to(v.device) @ v
     if init == "permute":
@@ -73,12 +81,20 @@ def initial_a(
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """Orthogonal matrix, uniform (Haar) over all of them, shape ``(size, size)``, fp32.
+    """Orthogonal matrix, uniform (Haar) over all of them, shape ``(size, size)``, fp32."""
+    return uniform_orthonormal(torch.randn(size, size, generator=generator, dtype=torch.float64)).float()
+
+
+def uniform_orthonormal(normal: Tensor) -> Tensor:
+    """Orthonormal columns, uniform (Haar) over all matrices of this shape that have them, in the type of `normal`.
 
     QR of a Gaussian matrix is uniform once the signs of R's diagonal are moved into Q (Mezzadri, 2007).
+
+    Args:
+        normal: Independent normal entries of mean 0 and one variance, shape ``(n, k)`` with k <= n.
     """
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
+    q, r = torch.linalg.qr(normal)
+    return q * r.diagonal().sign()
 
 
 def _whitening_scale(ratio: Tensor) -> Tensor:

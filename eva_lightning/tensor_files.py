@@ -30,7 +30,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], document: str = "")
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # not save_file, which works in a temporary file of its own that a kill leaves behind
-    file.write_bytes(save(plain, {"format": "pt", _CHECKSUM: _checksum(plain, document), _DOCUMENT: document}))
+    file.write_bytes(save(plain, {"format": "pt", _CHECKSUM: checksum(plain, document), _DOCUMENT: document}))
 
 
 def read_tensors(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
@@ -55,7 +55,7 @@ def read_tensors(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str |
     if not ({_CHECKSUM, _DOCUMENT} & set(metadata)) and set(metadata) <= _KNOWN:
         return tensors, None
     document = metadata.get(_DOCUMENT, "")
-    if metadata.get(_CHECKSUM) != _checksum(tensors, document):
+    if metadata.get(_CHECKSUM) != checksum(tensors, document):
         raise DamagedFileError(f"{file} is damaged (its checksum differs: something in it was changed)")
     return tensors, document
 
@@ -72,8 +72,8 @@ def are_whole(file: Path) -> bool:
     return True
 
 
-def _checksum(tensors: Mapping[str, Tensor], document: str) -> str:
-    """SHA-256 over names, types, shapes and values of the tensors, and the document."""
+def checksum(tensors: Mapping[str, Tensor], document: str = "") -> str:
+    """SHA-256 over names, types, shapes and values of tensors on the CPU, and a document."""
     found = hashlib.sha256(document.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,20 +1,24 @@
-"""EVA against LoRA and full fine-tuning on digits and robot tasks, in minutes and without a download.
+"""Frozen features, LoRA and EVA on real photographs, and on robot tasks, in minutes.
 
     python -m experiments.demo
 
-has two parts. The first (:mod:`experiments.comparisons.digits`) pre-trains a small Vision Transformer on the digits 0-4
-and fine-tunes it on 200 labelled images of the digits 5-9 with every method and four seeds, at tuned and at lower
-learning rates. The second (:mod:`experiments.comparisons.robots`) fine-tunes a Decision Transformer on robot tasks and
-rolls it out in MuJoCo. Both print tables and write ``runs/demo/report.html``. Safe to interrupt; rerun to resume:
-finished runs are kept under ``runs/demo``. ``--fresh`` deletes them first; ``--parts vision`` or ``--parts rl`` does
-one part.
+has two parts. The first (:mod:`experiments.comparisons.photographs`) fine-tunes DINOv2 ViT-S/14 on 200 aerial
+photographs of ten kinds of land use, which come with the project. Its weights come from the Hugging Face hub or, where
+that does not answer, from a Python package (:mod:`tools.dinov2_small`); where neither can be had, the digits part
+(:mod:`experiments.comparisons.digits`), which needs no download, takes its place. The second
+(:mod:`experiments.comparisons.robots`) fine-tunes a Decision Transformer on robot tasks and rolls it out in MuJoCo.
+Both print tables and write ``runs/demo/report.html``, the first time as soon as every method has one run. Safe to
+interrupt; rerun to resume: finished runs are kept under ``runs/demo``. ``--fresh`` deletes them first; ``--parts``
+chooses parts.
 
 The learning rates come from ``configs/demo.yaml`` and ``configs/demo_rl.yaml``. They were chosen, one per method and by
 the same rule, with
 
     python -m experiments.demo --tune
 
-on data and seeds that the tables do not use.
+on data and seeds that the tables do not use. The same comparison in full, as the project's evidence:
+
+    python -m experiments.demo --parts vision --vision-config configs/photographs.yaml --out runs/photographs
 """
 
 from __future__ import annotations
@@ -27,35 +31,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_lightning import ours
-from eva_lightning.errors import MissingInputError
+from eva_lightning.errors import InputError, MissingInputError
 from experiments.runner.cli import in_terminal
 from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 
 if TYPE_CHECKING:
-    from experiments.comparisons.digits import Digits
-    from experiments.comparisons.robots import Robots
+    from markupsafe import Markup
+
+    from experiments.comparisons.tuned import TunedComparison
 
 PROG = "python -m experiments.demo"
 ROOT = Path(__file__).resolve().parents[1]
 #: Part -> module and class of its comparison.
-PARTS = {"vision": ("experiments.comparisons.digits", "Digits"), "rl": ("experiments.comparisons.robots", "Robots")}
-#: Options of the demo that are settings of its first part.
-_OF_VISION = ("seeds", "epochs", "labels", "pretrain_epochs")
+PARTS = {
+    "vision": ("experiments.comparisons.photographs", "Photographs"),
+    "digits": ("experiments.comparisons.digits", "Digits"),
+    "rl": ("experiments.comparisons.robots", "Robots"),
+}
+#: Parts -> the options of the demo that are settings of theirs.
+_OPTIONS_OF = {
+    "vision": ("seeds", "epochs"),
+    "digits": ("seeds", "epochs", "labels", "pretrain_epochs"),
+    "rl": (),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of the demo."""
 
-    parts: tuple[str, ...] = option(tuple(PARTS), "vision, rl or both", Role.SELECTION, choices=PARTS)
-    seeds: int | None = option(None, "vision: runs per method; 10, or 5 with --tune", Role.SELECTION, at_least=1)
-    epochs: int | None = option(None, "vision: fine-tuning epochs; 10", Role.RESULT, at_least=1)
-    labels: int | None = option(None, "vision: labelled images of 5-9; 200", Role.RESULT, at_least=1)
-    pretrain_epochs: int | None = option(None, "vision: pre-training epochs; 30", Role.RESULT, at_least=1)
+    parts: tuple[str, ...] = option(("vision", "rl"), "vision, rl or both; or digits", Role.SELECTION, choices=PARTS)
+    seeds: int | None = option(None, "vision, digits: runs per method", Role.SELECTION, at_least=1)
+    epochs: int | None = option(None, "vision, digits: fine-tuning epochs", Role.RESULT, at_least=1)
+    labels: int | None = option(None, "digits: labelled images of 5-9; 200", Role.RESULT, at_least=1)
+    pretrain_epochs: int | None = option(None, "digits: pre-training epochs; 30", Role.RESULT, at_least=1)
     workers: int = option(min(2, os.cpu_count() or 1), "processes; 0: none besides this one", Role.PLACE, at_least=0)
     out: str = option("runs/demo", "folder of everything", Role.PLACE)
     vision_config: str = option(str(ROOT / "configs" / "demo.yaml"), "settings of the first part", Role.SELECTION)
+    digits_config: str = option(str(ROOT / "configs" / "digits.yaml"), "settings of the digits part", Role.SELECTION)
     rl_config: str = option(str(ROOT / "configs" / "demo_rl.yaml"), "settings of the second part", Role.SELECTION)
     fresh: bool = option(False, "delete finished runs and the cached model first", Role.SELECTION)
     tune: bool = option(False, "choose the learning rates and write them to the configurations", Role.SELECTION)
@@ -70,8 +84,8 @@ class Settings:
         words = [PROG]
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("parts", *_OF_VISION) and value != item.default:
-                words.append(f"{flag(item.name)} {','.join(value) if isinstance(value, tuple) else value}")
+            if item.name in ("parts", "vision_config", *_OPTIONS_OF["digits"]) and value != item.default:
+                words.append(f"{flag(item.name)} {_word(value)}")
         return " ".join(words)
 
 
@@ -102,12 +116,18 @@ def demo(settings: Settings) -> int:
     from experiments.runner.comparison import clear_output, run_comparison
 
     parts = [_part(settings, name) for name in settings.parts]
-    sections, failed = [], 0
-    report = Path(settings.out) / "report.html"
+    sections: list[Markup] = []
+    report, failed = Path(settings.out) / "report.html", 0
     ours.claim(report.parent, (report.name,), "choose another --out")
+
+    def first_look(section: Markup) -> None:
+        write_page(report, "EVA demo", [*sections, section])
+        print(f"First picture, of one seed: {report}", flush=True)
+
     for part in parts:
         if settings.fresh:
             clear_output(part)
+        part.first_look = first_look
         failed = max(failed, run_comparison(part).exit_status)
         if part.section is not None:
             sections.append(part.section)
@@ -117,16 +137,39 @@ def demo(settings: Settings) -> int:
     return failed
 
 
-def _part(settings: Settings, name: str) -> Digits | Robots:
-    """The comparison called `name`, with its configuration file and the options of the demo."""
+def _word(value: Any) -> str:
+    """A value as it stands on a command line; a file below the working folder without the way there."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    path = Path(str(value))
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else value)
+
+
+def _part(settings: Settings, name: str) -> TunedComparison:
+    """The comparison called `name`, with its configuration file and the options of the demo.
+
+    Where `vision` can have no weights the digits take its place, unless learning rates are to be chosen.
+    """
+    changes: dict[str, Any] = {}
+    if name == "vision":
+        from tools.dinov2_small import find_weights
+
+        try:
+            found = find_weights(say=_say)
+        except InputError as error:
+            if settings.tune:
+                raise
+            _say(f"No photographs: {error}. Handwritten digits, which need no weights, take their place.")
+            return _part(settings, "digits")
+        changes = {"model": found.model, "weights": found.weights, "origin": found.description}
     module_name, class_name = PARTS[name]
     module = importlib.import_module(module_name)
-    config = settings.vision_config if name == "vision" else settings.rl_config
+    config = getattr(settings, f"{name}_config")
     if not Path(config).is_file() and not settings.tune:
         raise MissingInputError(f"no configuration at {config}: choose learning rates with --tune, or give another")
     words = ["--config", config] if Path(config).is_file() else []
-    found = parse_settings(module.Settings, f"{PROG} --parts {name}", module.__doc__ or "", words)
-    changes: dict[str, Any] = {
+    given = parse_settings(module.Settings, f"{PROG} --parts {name}", module.__doc__ or "", words)
+    changes |= {
         "output": str(Path(settings.out) / name),
         "workers": settings.workers,
         "threads": 1,
@@ -135,12 +178,15 @@ def _part(settings: Settings, name: str) -> Digits | Robots:
     }
     if settings.rates is not None:
         changes["lrs"] = settings.rates
-    if name == "vision":
-        changes |= {option: value for option in _OF_VISION if (value := getattr(settings, option)) is not None}
-        if settings.tune:
-            changes.setdefault("seeds", module.TUNING_SEEDS)
-    comparison: Digits | Robots = getattr(module, class_name)(replace(found, **changes), settings.command)
+    changes |= {option: value for option in _OPTIONS_OF[name] if (value := getattr(settings, option)) is not None}
+    if settings.tune and "seeds" in _OPTIONS_OF[name]:
+        changes.setdefault("seeds", module.TUNING_SEEDS)
+    comparison: TunedComparison = getattr(module, class_name)(replace(given, **changes), settings.command)
     return comparison
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ LEFT_OUT = {
     "tools/vtab/archive.py:unpack": "a folder that takes its name when it is complete",
     "tools/vtab/archive.py:_write": "200,000 images: each renamed when complete, without waiting for the disk",
     "tools/vtab/archive.py:_fetch": "a download that goes on where it broke off; renamed when its digest is right",
+    "tools/ucmerced_bundle.py:make": "a folder that takes its name when it is complete",
+    "tools/ucmerced_bundle.py:_save": "into memory",
     "tools/vtab/originals/build.py:build_task": "a folder that takes its name when it is complete",
     "tools/vtab/originals/build.py:_writer.write": "many images, each renamed when complete, in a folder likewise",
     "tools/vtab/originals/build.py:_link": "into a temporary name, renamed by its caller",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.harness import BenchmarkSettings, Figures, measure_parts
 from benchmarks.metaworld import collect, data, rollout
@@ -22,6 +23,7 @@ class Settings(BenchmarkSettings):
     """What to measure."""
 
     parts: tuple[str, ...] = option(tuple(PARTS), "what to measure", Role.SELECTION, choices=PARTS)
+    environments: int = option(50, "environments of the rollouts", Role.SELECTION, at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -29,7 +31,8 @@ class Settings(BenchmarkSettings):
 
 def measure(settings: Settings) -> dict[str, Figures]:
     """Measure the parts; returns part -> name -> figure."""
-    return measure_parts({part: PARTS[part] for part in settings.parts}, settings)
+    parts = {**PARTS, "rollout": partial(rollout.measure, environments=settings.environments)}
+    return measure_parts({part: parts[part] for part in settings.parts}, settings)
 
 
 COMMAND = SettingsCommand(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from eva_lightning.adapters.adapter_layer import AdapterLayer
 from eva_lightning.adapters.attention_roles import attention_role
 from eva_lightning.errors import InputError
+from eva_lightning.initialization import uniform_orthonormal
 from eva_lightning.layer_inputs import LayerInputs
 
 
@@ -60,6 +61,8 @@ INITIALISATIONS: dict[str, Start] = {
     "ailora": Start("taken", make=lambda layer: ailora(layer)),
     "gaussian": Start("zero", peft="gaussian", directions=0),
     "orthogonal": Start("zero", peft="orthogonal", directions=0, even=True),
+    # from PEFT's normal A, which is drawn as every other random A is
+    "orthonormal": Start("zero", peft="gaussian", directions=0, make=lambda layer: orthonormal(layer)),
     "corda": Start("taken", from_data=True),
     "corda-kpm": Start("taken", from_data=True),
     "lora-ga": Start("taken", from_data=True, directions=2),
@@ -180,6 +183,21 @@ def ailora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
             "query, v, v_proj, value, ...); leave it out"
         )
     return _singular_part(layer, slice(0, layer.rank)) if role == "query" else milora(layer)
+
+
+def orthonormal(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """A random A with orthonormal rows, uniform over all of them, and B = 0: EVA's scale without its directions.
+
+    PEFT's "orthogonal" is another thing: A is ``N Q / 10`` with N normal and Q half the rows of an orthogonal
+    ``rank x rank`` matrix, so that A has rank ``rank / 2`` and rows of other lengths, and B is not zero.
+
+    Args:
+        layer: Whose A has independent normal entries.
+
+    Returns:
+        Shapes ``(rank, in_features)``, fp64 on the CPU, and ``(out_features, rank)``.
+    """
+    return uniform_orthonormal(layer.a.detach().cpu().double().T).T, torch.zeros_like(layer.b)
 
 
 def _singular_part(layer: AdapterLayer, chosen: slice) -> tuple[Tensor, Tensor]:

@@ -125,8 +125,8 @@ def inject(
             function stays, for linear layers only: "pissa" (the top singular directions of the base weight), "milora"
             (its least ones), "olora" (its first columns after a QR decomposition), "ailora" (the top directions of an
             attention's queries, the least ones of its values). With "gaussian" A is normal of standard deviation 1/r,
-            with "orthogonal" neither A nor B is zero, but their product is; r is even. Those from data ("corda",
-            "lora-ga", ...) start like "lora" and wait for
+            with "orthonormal" its rows are random and orthonormal; with "orthogonal" neither A nor B is zero, but
+            their product is; r is even. Those from data ("corda", "lora-ga", ...) start like "lora" and wait for
             :class:`eva_lightning.methods.data_driven.DataDrivenStart`.
         keep_function: have initialisations that would move the function take B A out of the base weight too.
         adalora: AdaLoRA layers (``B diag(E) A``, E = 0), and these arguments for PEFT's AdaLoraConfig; ``r`` is the

@@ -120,6 +120,7 @@ _TABLE = (
     ),
     Method("gaussian", "LoRA (normal A)", fixed={"initialisation": "gaussian"}),
     Method("orthogonal", "Orthogonal", fixed={"initialisation": "orthogonal"}),
+    Method("orthonormal", "LoRA (orthonormal A)", fixed={"initialisation": "orthonormal"}),
     _data_driven("corda", "CorDA", needs="inputs"),
     _data_driven("corda-kpm", "CorDA (KPM)", needs="inputs"),
     _data_driven("lora-ga", "LoRA-GA", needs="gradients", changes_base=True, revision=2),
@@ -131,6 +132,7 @@ _TABLE = (
     _data_driven("eva-gradient", "EVA-grad", needs="gradients", redistributes=True),
     _eva("eva-dora", "EVA+DoRA", searches_rho=True, fixed={"use_dora": True}),
     _ablation("eva-whiten", "EVA-whiten", init="whiten"),
+    _ablation("eva-lora-norm", "EVA-LoRA-norm", init="lora-norm"),
     _ablation("eva-rotate", "EVA-rot", init="rotate"),
     _ablation("eva-permute", "EVA-perm", init="permute"),
     # uniform ranks: the least explained variance is no sign of where rank is needed (paper, Table 12)

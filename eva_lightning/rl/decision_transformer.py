@@ -138,7 +138,7 @@ class Block(nn.Module):
             last_only: Give the last token alone, ``(B, 1, width)``: all that is needed behind the last layer.
         """
         n, length = x.shape[1], cache.length
-        q, k, v = self._heads(x)  # each (B, heads, n, head_dim)
+        q, k, v = self._last_query(x) if last_only else self._heads(x)  # (B, heads, 1 or n, head_dim)
         end = length + n
         if cache.keys:
             cache.keys[layer][:, :, length:end] = k
@@ -146,23 +146,50 @@ class Block(nn.Module):
         if length:
             k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # (B, heads, length + n, head_dim)
         if last_only:
-            return self._rest(x[:, -1:], F.scaled_dot_product_attention(q[:, :, -1:], k, v))  # (B, 1, width)
-        if not length:
-            return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))  # (B, n, width)
-        seen = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(length)  # (n, length + n)
-        return self._rest(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen))  # (B, n, width)
+            x, attended = x[:, -1:], F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, head_dim)
+        elif not length:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, n, head_dim)
+        else:
+            seen = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(length)  # (n, length + n)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, heads, n, head_dim)
+        return self._rest(x, attended, acting=True)  # (B, 1 or n, width)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, t, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads)  # (B, T, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, head_dim)
+        q, k, v = self._split(self.qkv(self.norm1(x)), 3)  # each (B, heads, T, head_dim)
         return q, k, v
 
-    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+    def _last_query(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`_heads` with the query of the last token alone, ``(B, heads, 1, head_dim)``."""
+        if type(self.qkv) is not nn.Linear:  # with an adapter around it, its weight is not all
+            q, k, v = self._heads(x)
+            return q[:, :, -1:], k, v
+        x, (width, weight, bias) = self.norm1(x), (x.shape[-1], self.qkv.weight, self.qkv.bias)
+        (q,) = self._split(F.linear(x[:, -1:], weight[:width], bias[:width]), 1)
+        k, v = self._split(F.linear(x, weight[width:], bias[width:]), 2)
+        return q, k, v
+
+    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """``(B, T, parts * width)`` to its parts by heads, each ``(B, heads, T, head_dim)``."""
+        b, t, _ = projected.shape
+        return projected.view(b, t, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _rest(self, x: Tensor, attended: Tensor, acting: bool = False) -> Tensor:
         attended = attended.transpose(1, 2).reshape(x.shape)  # (B, heads, T, head_dim) -> (B, T, width)
         x = x + F.dropout(self.proj(attended), self.dropout, self.training)  # (B, T, width)
-        hidden = F.gelu(self.fc1(self.norm2(x)), approximate=self.gelu)  # (B, T, 4 width)
+        hidden = self.fc1(self.norm2(x))  # (B, T, 4 width)
+        quick = acting and self.gelu == "tanh" and not (hidden.is_cuda or torch.is_grad_enabled())
+        hidden = _quick_gelu(hidden) if quick else F.gelu(hidden, approximate=self.gelu)  # (B, T, 4 width)
         return x + F.dropout(self.fc2(hidden), self.dropout, self.training)  # (B, T, width)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """GPT-2's approximation ``x (1 + tanh(u)) / 2``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``, as ``x sigmoid(2 u)``.
+
+    On a CPU it takes less than half the time of torch's. Without gradients.
+    """
+    slope = 2 * math.sqrt(2 / math.pi)
+    gate = torch.addcmul(x.new_full((), slope), x, x, value=0.044715 * slope)  # 2 u / x
+    return gate.mul_(x).sigmoid_().mul_(x)
 
 
 class DecisionTransformer(nn.Module):

@@ -19,6 +19,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.types import Task
 
 from eva_lightning.errors import InputError, check_choice, check_number
+from eva_lightning.rl.quick_simulator import quick_class
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.tasks import ACTION_DIM, HORIZON, MAX_SEED, check_horizon, resolve_task
 
@@ -148,7 +149,7 @@ def forget_goals() -> None:
 
 
 def _make(task: str, render_size: int | None) -> Any:
-    kind = ALL_V3_ENVIRONMENTS[task]
+    kind = quick_class(task)
     if render_size is None:
         return kind(reward_function_version="v2")
     camera: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A Decision Transformer as a policy: N environments in lock-step, one batched call per step."""
+"""A Decision Transformer as a policy: N environments in lock-step, batched calls at every step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Mode = Literal["exact", "streaming"]
 
 #: Tokens of a step that are known when its action is wanted: return-to-go and state.
 _KNOWN = ACTING_TOKEN + 1
+#: Tokens that a CPU computes at a time: what passes between layers stays in its cache, which saves a tenth.
+_TOKENS_PER_CALL = 768
 
 
 class DecisionTransformerPolicy:
@@ -105,7 +107,8 @@ class DecisionTransformerPolicy:
             expected = "are needed after the first step" if rewards is None else "must be None at the first step"
             raise InputError(f"rewards {expected} of an episode, at step {self._step}")
         training = [part for part in self.module.modules() if part.training]
-        self.module.eval()
+        if training:
+            self.module.eval()
         try:
             with torch.inference_mode():
                 self._append(observations, rewards)
@@ -168,4 +171,7 @@ class DecisionTransformerPolicy:
         begin = cache.length if filling else 0
         steps = torch.arange(self._start, self._step + 1, device=self._tokens.device)[None]
         placed = model.place(self._tokens[:, begin:end], steps[:, begin // TOKENS_PER_STEP :], begin)
-        return model.act(placed, cache if filling else None)
+        if filling:
+            return model.act(placed, cache)
+        parts = 1 if placed.is_cuda else -(-placed.shape[0] * placed.shape[1] // _TOKENS_PER_CALL)
+        return torch.cat([model.act(part) for part in placed.chunk(parts)])

@@ -63,7 +63,7 @@ class RolloutCallback(L.Callback):
         seed: int = 0,
         mode: Mode = "exact",
         context: int | None = None,
-        environments: int = 20,
+        environments: int | None = None,
         horizon: int = HORIZON,
         video_size: int = 240,
     ) -> None:

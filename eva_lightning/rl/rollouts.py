@@ -7,15 +7,17 @@ ends, so success at the last step is kept too; it is lower.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
+from eva_lightning.adapters import has_adapters, merge_and_unload
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.processes import process_pool
 from eva_lightning.rl.environments import MetaWorldEnvironment
@@ -27,6 +29,9 @@ from eva_lightning.side_effects import isolated_rng, observing
 
 Frames = npt.NDArray[np.uint8]
 """Frames of one episode, ``(T, H, W, 3)``."""
+
+MAX_ENVIRONMENTS = 50
+"""Episodes in lock-step where nothing else is asked for: every evaluation goal."""
 
 Advance = Callable[[int], None]
 """Told how many simulator steps were taken."""
@@ -44,6 +49,7 @@ class RolloutResult:
         steps: Simulator steps taken in all.
         seconds: Wall-clock time, without building the environments.
         frames: Of the first episodes, if any were wanted: one frame before each step, and the last.
+        cpu_seconds: Processor time in that time, of all threads and processes that took part.
     """
 
     task: str
@@ -53,6 +59,7 @@ class RolloutResult:
     steps: int
     seconds: float
     frames: list[Frames] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.successes)
@@ -83,6 +90,7 @@ class RolloutResult:
             sum(part.steps for part in parts),
             seconds,
             [frames for part in parts for frames in part.frames],
+            sum(part.cpu_seconds for part in parts),
         )
 
 
@@ -95,7 +103,7 @@ class _Plan:
     seed: int
     mode: Mode
     context: int | None
-    environments: int
+    environments: int | None
     horizon: int
     video_episodes: int
     video_size: int
@@ -110,7 +118,7 @@ def evaluate(
     seed: int = 0,
     mode: Mode = "exact",
     context: int | None = None,
-    environments: int = 20,
+    environments: int | None = None,
     horizon: int = HORIZON,
     workers: int = 0,
     video_episodes: int = 0,
@@ -120,8 +128,10 @@ def evaluate(
     """Roll out `module` on evaluation goals.
 
     Episode i has evaluation goal i of `seed` (modulo 50) and the policy has no randomness: the same arguments give the
-    same episodes, with any number of environments and workers up to rounding in the batched network. Nothing of the
-    module changes, neither do the global generators.
+    same episodes, bit for bit on one machine with the same number of threads. Another number of environments or
+    workers, and adapters that are merged or not, round the network's outputs otherwise: the first steps agree to six
+    digits, and where the simulator is chaotic an episode may then end otherwise. Nothing of the module changes, neither
+    do the global generators. The module is rolled out with its adapters merged into a copy, where they can be.
 
     Args:
         module: The module, with or without adapters.
@@ -130,7 +140,8 @@ def evaluate(
         episodes: Number of episodes.
         seed: Seed of the goals.
         mode, context: See :class:`~eva_lightning.rl.policy.DecisionTransformerPolicy`.
-        environments: Episodes in lock-step, one network call for all; per worker.
+        environments: Episodes in lock-step, one network call for all, in each process; all of them for None, but at
+            most 50. One takes 25 MB.
         horizon: Steps per episode, at most 500.
         workers: Processes, each with environments and a copy of the module on the CPU; 0 for this process. Pays with
             more cores than the network uses.
@@ -143,9 +154,10 @@ def evaluate(
     """
     task = resolve_task(task)
     check_horizon(horizon)
-    for name, value, least in (("episodes", episodes, 1), ("environments", environments, 1), ("workers", workers, 0)):
-        check_number(name, value, at_least=least, whole=True)
-    check_number("video_episodes", video_episodes, at_least=0, whole=True)
+    whole = {"episodes": episodes, "workers": workers, "video_episodes": video_episodes}
+    whole |= {} if environments is None else {"environments": environments}
+    for name, value in whole.items():
+        check_number(name, value, at_least=int(name in ("episodes", "environments")), whole=True)
     if video_episodes and rendering_backend() is None:
         raise InputError(no_video_reason())
     plan = _Plan(task, target_return, seed, mode, context, environments, horizon, video_episodes, video_size)
@@ -161,27 +173,42 @@ def _roll_out(
     module: DecisionTransformerModule, plan: _Plan, episodes: Sequence[int], advance: Advance
 ) -> RolloutResult:
     """Some of the episodes, by number, in this process."""
-    count = min(plan.environments, len(episodes))
+    # as many batches as are needed, of one size as far as that goes
+    batches = math.ceil(len(episodes) / (plan.environments or MAX_ENVIRONMENTS))
+    chunks = [chunk.tolist() for chunk in np.array_split(episodes, batches)]  # the first is the longest
     filmed = sum(episode < plan.video_episodes for episode in episodes)
     with ExitStack() as stack:
         # a module that trains comes with its modes, and metaworld draws from NumPy's global generator
         stack.enter_context(isolated_rng())
         stack.enter_context(observing(module))
         # checks target and context before anything is built
-        policy = DecisionTransformerPolicy(module, count, plan.target_return, plan.mode, plan.context)
+        network = _without_adapters(module)
+        policy = DecisionTransformerPolicy(network, len(chunks[0]), plan.target_return, plan.mode, plan.context)
         envs = []
-        for index in range(count):
+        for index in range(len(chunks[0])):
             size = plan.video_size if index < filmed else None
             env = MetaWorldEnvironment(plan.task, seed=plan.seed, split="eval", horizon=plan.horizon, render_size=size)
             envs.append(stack.enter_context(env))
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         parts = []
-        for first in range(0, len(episodes), count):
-            chunk = episodes[first : first + count]
+        for chunk in chunks:
             if len(chunk) < policy.n_environments:
-                policy = DecisionTransformerPolicy(module, len(chunk), plan.target_return, plan.mode, plan.context)
+                policy = DecisionTransformerPolicy(network, len(chunk), plan.target_return, plan.mode, plan.context)
             parts.append(_lock_step(policy, envs[: len(chunk)], chunk, plan, advance))
-        return RolloutResult.join(parts, time.perf_counter() - started)
+        whole = RolloutResult.join(parts, time.perf_counter() - started)
+        return replace(whole, cpu_seconds=time.process_time() - cpu_started)
+
+
+def _without_adapters(module: DecisionTransformerModule) -> DecisionTransformerModule:
+    """The same function without adapters, which take more time than what they adapt: `module`, or a copy."""
+    if not has_adapters(module):
+        return module
+    twin = copy.deepcopy(_without_trainer(module))
+    try:
+        merge_and_unload(twin.model)
+    except InputError:  # such as diverged weights, or a layer of the user's own
+        return module
+    return twin
 
 
 def _lock_step(

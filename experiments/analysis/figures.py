@@ -59,7 +59,12 @@ def ranks(settings: Settings, numbers: Numbers) -> Figures:
     deltas = rank_deltas(maps)
     r = settings.map_rank
     title, changes = f"Ranks by ρ, r = {r}", "Changes from the next smaller ρ"
+    of_kinds = shares(maps)
+    curves = {kind: np.array([list(of_kinds[kind].values())]) for kind in of_kinds}
     return {
+        "fig13_shares": plots.learning_curves(
+            curves, "share of all ranks", "ρ", f"Ranks by type of layer, r = {r}", percent=True, x=list(maps)
+        ),
         "fig13_ranks": plots.rank_maps(maps, r, title=title),
         "fig13_ranks_by_type": plots.ranks_by_kind(maps, r, title=f"{title}, mean over blocks"),
         "fig14_rank_changes": plots.rank_maps(deltas, 0, "change of rank", title=changes),
@@ -67,6 +72,33 @@ def ranks(settings: Settings, numbers: Numbers) -> Figures:
             deltas, 0, "mean change of rank", title=f"{changes}, mean over blocks"
         ),
     }
+
+
+def shares(maps: Mapping[float, Mapping[str, int]], parts: int | None = None) -> dict[str, dict[float, float]]:
+    """Type of layer -> ρ -> its share of all ranks.
+
+    Args:
+        maps: ρ -> rank of every layer.
+        parts: Share of parts of the depth instead: the blocks in so many groups of consecutive ones.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for rho, ranks in maps.items():
+        blocks = sorted({block for name in ranks if (block := plots.split_layer_name(name)[0]) is not None})
+        groups = {} if parts is None else {b: str(g) for b, g in _groups(blocks, parts).items()}
+        for name, rank in ranks.items():
+            block, kind = plots.split_layer_name(name)
+            key = kind if parts is None else groups.get(block, "other layers")
+            of_key = found.setdefault(key, {})
+            of_key[rho] = of_key.get(rho, 0.0) + rank / max(sum(ranks.values()), 1)
+    return found
+
+
+def _groups(blocks: Sequence[int], parts: int) -> dict[int | None, str]:
+    """Block -> the group of consecutive blocks that it is in: ``blocks 0 to 3``."""
+    names: dict[int | None, str] = {}
+    for chunk in np.array_split(np.array(blocks, dtype=int), min(parts, max(len(blocks), 1))):
+        names |= dict.fromkeys(map(int, chunk), f"blocks {chunk[0]} to {chunk[-1]}" if len(chunk) else "")
+    return names
 
 
 def _by_type(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -124,6 +156,7 @@ def report(settings: Settings, numbers: Numbers) -> Iterable[str]:
         deltas = rank_deltas({float(rho): ranks for rho, ranks in numbers["ranks"]["ranks"].items()})
         moved = {f"{rho:g}": sum(abs(change) for change in delta.values()) for rho, delta in deltas.items()}
         yield f"ranks moved, by rho: {', '.join(f'{rho}: {n}' for rho, n in moved.items())}"
+        yield from _say_shares(numbers["ranks"]["ranks"])
     if "distances" in numbers:
         yield from _say_distances(numbers["distances"])
 
@@ -138,6 +171,19 @@ def _say_convergence(settings: Settings, curves: Mapping[str, Sequence[Numbers]]
             f"batch size {size}: half of the {last['total']} components converged {when}, "
             f"{last['converged']} at the end of {last['n_samples']} {what}"
         )
+
+
+def _say_shares(found: Mapping[str, Mapping[str, int]]) -> Iterable[str]:
+    """Shares at some ρ, by type of layer and by thirds of the depth; then which layers have most and fewest ranks."""
+    maps = {float(rho): ranks for rho, ranks in found.items()}
+    shown = [rho for rho in (1.0, 1.5, 2.0, 3.0) if rho in maps]
+    yield f"share of all ranks in percent, at rho {', '.join(f'{rho:g}' for rho in shown)}:"
+    for key, of in {**shares(maps), **shares(maps, parts=3)}.items():
+        yield f"  {key:<16}" + "".join(f"{100 * of[rho]:7.1f}" for rho in shown)
+    ranks = maps[shown[-2] if len(shown) > 1 else shown[-1]]
+    order = sorted(ranks, key=lambda name: -ranks[name])
+    ends = [", ".join(f"{name} {ranks[name]}" for name in part) for part in (order[:3], order[-3:])]
+    yield f"at rho {shown[-2] if len(shown) > 1 else shown[-1]:g} most ranks: {ends[0]}; fewest: {ends[1]}"
 
 
 def _say_distances(numbers: Numbers) -> Iterable[str]:

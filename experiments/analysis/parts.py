@@ -24,7 +24,7 @@ from eva_lightning.streaming import compute_eva_state
 from eva_lightning.tensor_files import read_tensors
 from experiments.analysis.settings import BATCH_SIZES, Settings
 from experiments.analysis.sources import Source, Streamed, order_of
-from experiments.comparisons.digits_run import quick_trainer
+from experiments.comparisons.held_out import quick_trainer
 from experiments.runner.lightning_runs import Divergence
 
 Numbers = dict[str, Any]

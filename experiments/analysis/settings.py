@@ -8,7 +8,7 @@ from eva_lightning.errors import InputError
 from eva_lightning.rl.tasks import resolve_task
 from experiments.metaworld.finetune import checkpoint_identity
 from experiments.runner.settings import Role, check_settings, option
-from experiments.vtab.settings import weights_identity
+from experiments.vtab.settings import WEIGHTS_HELP, weights_identity
 
 BATCH_SIZES = (4, 8, 16, 32)
 
@@ -32,10 +32,7 @@ class ModelAndData:
         None, "timm name, or dinov2_s14 ...: on a VTAB-1K task or another folder; the digits' small ViT if not given",
         Role.RESULT,
     )  # fmt: skip
-    weights: str = option(
-        "pretrained", "of --model: pretrained (Hugging Face hub), none (random), or a weight file", Role.RESULT,
-        identity=weights_identity,
-    )  # fmt: skip
+    weights: str = option("pretrained", f"of --model: {WEIGHTS_HELP}", Role.RESULT, identity=weights_identity)
     root: str = option("data/vtab-1k", "with --model: folder that holds the task folders", Role.PLACE)
     image_size: int = option(224, "with --model: height and width of the images", Role.RESULT, at_least=1)
     checkpoint: str | None = option(

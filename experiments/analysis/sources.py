@@ -21,8 +21,6 @@ from eva_lightning.batch_forward import MaskFn
 from eva_lightning.errors import InputError
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.trajectories import TrajectoryDataModule
-from eva_lightning.vision.backbone.timm_models import resolve_model
-from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, load_digits_split
 from eva_lightning.vision.module import ImageClassifier
@@ -30,6 +28,8 @@ from experiments.analysis.settings import Settings
 from experiments.comparisons.digits_run import CLASSES, pretrain_once, pretrained_folder, starting_model, weights_in
 from experiments.metaworld.finetune_run import without_adapters
 from experiments.runner.lightning_runs import on_gpu
+from experiments.vtab.settings import weights_in_words
+from experiments.vtab.weights import obtain_weights
 
 #: Images or windows per step of a training, where nothing else is said.
 BATCH_SIZE = 32
@@ -176,10 +176,10 @@ class Vision:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._weights = resolve_weights(resolve_model(str(settings.model)), settings.weights)
+        self._weights = obtain_weights(str(settings.model), settings.weights)
         self._data = self._open(seed=0)
         _enough(settings, len(self._data.data.train), f"the training images of {settings.task}")
-        self.model_text = f"{settings.model}, weights {Path(settings.weights).name}, at {settings.image_size} px"
+        self.model_text = f"{settings.model}, {weights_in_words(settings.weights)}, at {settings.image_size} px"
         self.data_text = f"{settings.images} images of {settings.task}"
 
     def _open(self, seed: int, batch_size: int = BATCH_SIZE, limit: int | None = None) -> VTAB1K:

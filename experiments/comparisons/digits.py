@@ -6,7 +6,6 @@ methods with adapters train at a tenth of LoRA's, which is too low for the epoch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,13 @@ from eva_lightning import plots
 from eva_lightning.methods import MethodKey
 from eva_lightning.vision.digits import PIXEL_MEAN, PIXEL_STD, load_digits_split
 from experiments.comparisons import digits_run
+from experiments.comparisons.by_epoch import EpochsCompared, show_comparison
 from experiments.comparisons.digits_run import CLASSES, PRETRAINING_CLASSES, RunSettings
-from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison, TunedSettings
-from experiments.report import learning_rates as rates
+from experiments.comparisons.tuned import TunedSettings
 from experiments.report import page
-from experiments.report.epochs import EARLY, EpochComparison, compare, label
+from experiments.report.epochs import compare, label
 from experiments.report.ranks import decomposition_figures
-from experiments.report.terminal import say, show
+from experiments.report.terminal import say
 from experiments.runner.cells import Cell
 from experiments.runner.jobs import Job, Phase
 from experiments.runner.settings import Role, option
@@ -36,7 +35,7 @@ LOWER = 10  # the second comparison divides LoRA's tuned rate by this
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TunedSettings):
-    """Settings of the comparison; the layout of ``configs/demo.yaml``."""
+    """Settings of the comparison; the layout of ``configs/digits.yaml``."""
 
     seeds: int = option(4, "runs per method", Role.SELECTION, at_least=1)
     epochs: int = option(10, "fine-tuning epochs", Role.RESULT, at_least=1)
@@ -46,19 +45,19 @@ class Settings(TunedSettings):
     lrs: tuple[float, ...] = option((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "to choose from", Role.SELECTION, above=0)
 
 
-class Digits(TunedComparison):
+class Digits(EpochsCompared):
     """The comparison; see :class:`~experiments.comparisons.tuned.TunedComparison`."""
 
     name = "digits"
     modules = ("peft", "experiments.comparisons.digits_run")
     methods = METHODS
     packages = digits_run.PACKAGES
-    header = "The demo's digits part."
-    rule = "highest mean accuracy after the last epoch on the tuning part, ties to the lower mean loss"
-    tune_command = "python -m experiments.demo --parts vision --tune"
+    header = "The demo's digits part, for where no weights can be had."
+    tune_command = "python -m experiments.demo --parts digits --tune"
     options: Settings
 
     def __init__(self, options: Settings, command: str = "") -> None:
+        self.evaluated = tuple(range(1, options.epochs + 1))
         super().__init__(options, command)
         self._pretrained = digits_run.pretrained_folder(options.output, options.pretrain_epochs)
         self._code = digits_run.code_of_runs()
@@ -82,19 +81,11 @@ class Digits(TunedComparison):
         pairs = [*self.rates.items(), *((method, self.lower_rate) for method in ADAPTERS)]
         return [self.final_cell(method, lr) for method, lr in dict.fromkeys(pairs)]
 
-    def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        """Accuracy, then loss, after the last epoch."""
-        return -metrics["accuracy"][-1], metrics["loss"][-1]
-
-    def headline(self, metrics: Mapping[str, Any]) -> str:
-        """Accuracy."""
-        return f"{metrics['accuracy'][-1]:.1%} held out"
-
     def jobs(self, method: str, lr: float, phase: Phase) -> list[Job]:
         """One run per seed."""
         options = self.options
         jobs = []
-        for seed in self._tuning_seeds() if phase == "tune" else range(options.seeds):
+        for seed in self.tuning_seeds if phase == "tune" else range(options.seeds):
             settings = RunSettings(
                 method=method,
                 lr=lr,
@@ -116,9 +107,10 @@ class Digits(TunedComparison):
         """Print the tables, and return the section."""
         tuned = compare(runs[[row.lr == self.rates[row.method] for row in runs.itertuples()]])
         lower = compare(runs[(runs["lr"] == self.lower_rate) & runs["method"].isin(ADAPTERS)])
-        tuning = self._how_tuned()
-        _show(tuned, "At the learning rate tuned for each method")
-        _show(lower, f"At a tenth of LoRA's tuned rate ({self.lower_rate:g}), where training has not converged")
+        tuning = self.how_tuned()
+        show_comparison(tuned, "At the learning rate tuned for each method")
+        not_converged = f"At a tenth of LoRA's tuned rate ({self.lower_rate:g}), where training has not converged"
+        show_comparison(lower, not_converged)
         say("", *tuning.sentences)
         eva = runs[(runs["method"] == "eva") & (runs["lr"] == self.rates["eva"])].sort_values("seed")
         return page.render(
@@ -135,49 +127,9 @@ class Digits(TunedComparison):
             command=self.command,
         )
 
-    def scores(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Accuracy and loss after the last epoch, and the loss after an early one."""
-        last = {
-            "accuracy": runs["accuracy"].str[-1],
-            "loss": runs["loss"].str[-1],
-            "early_loss": runs["loss"].str[self._early_epoch() - 1],
-        }
-        return rates.mean_scores(runs.assign(**last), list(last))
-
-    def scores_table(self, scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
-        """Accuracy and loss."""
-        caption = "Mean accuracy and loss on the tuning part, last epoch"
-        return rates.scores_table(scores, chosen, {"accuracy": ".1%", "loss": ".3f"}, caption)
-
     def tuning_record(self) -> dict[str, Any]:
         """On what."""
-        options = self.options
-        return {
-            "seeds": self._tuning_seeds(),
-            "labels": options.labels,
-            "epochs": options.epochs,
-            "early_epoch": self._early_epoch(),
-        }
-
-    def _tuning_seeds(self) -> list[int]:
-        return list(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.options.seeds))
-
-    def _early_epoch(self) -> int:
-        return min(EARLY[-1], self.options.epochs)
-
-    def _how_tuned(self) -> rates.Tuning:
-        known = self.options.tuning or {}
-        scores = rates.scores_of(known)
-        if scores.empty:
-            return self.tuning()
-        epochs = {"early_loss": known["early_epoch"], "loss": known["epochs"]}
-        return self.tuning(
-            sentences=rates.equal_rate_sentences(scores, {name: f"after epoch {n}" for name, n in epochs.items()}),
-            figures=[
-                rates.sensitivity_figure(scores, name, f"Loss on the tuning part after epoch {epoch}")
-                for name, epoch in epochs.items()
-            ],
-        )
+        return {**super().tuning_record(), "labels": self.options.labels}
 
     def _facts(self, runs: pd.DataFrame) -> dict[str, str]:
         pretrained = self._pretrained.result() or {}
@@ -190,14 +142,6 @@ class Digits(TunedComparison):
             f"{self.options.pretrain_epochs} epochs; {origin} {pretrained['seconds']:.0f} s",
         }
         return self.facts(facts, list(runs["path"]))
-
-
-def _show(comparison: EpochComparison, heading: str) -> None:
-    say("", heading)
-    show(comparison.results)
-    if comparison.differences is not None:
-        show(comparison.differences)
-    say(*comparison.verdicts)
 
 
 def _samples(classes: tuple[int, ...], what: str) -> page.Figure:

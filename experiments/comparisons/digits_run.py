@@ -20,6 +20,7 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.methods.registry import DEFAULT_RHO
 from eva_lightning.tensor_files import are_whole, read_tensors, write_tensors
 from eva_lightning.vision.digits import DigitsClassifier, DigitsDataModule, small_vit
+from experiments.comparisons.held_out import FirstStep, quick_trainer
 from experiments.comparisons.source_digest import source_digest
 from experiments.report.ranks import described
 from experiments.runner.jobs import Job
@@ -73,23 +74,17 @@ class RunSettings:
 
 def code_of_runs() -> str:
     """Digest of what makes a fine-tuning."""
-    sources = ["eva_lightning", "experiments/comparisons/digits_run.py"]
+    sources = ["eva_lightning", "experiments/comparisons/held_out.py", "experiments/comparisons/digits_run.py"]
     return source_digest(sources, ["eva_lightning/vision", "eva_lightning/rl"], PACKAGES)
 
 
-class Recorder(L.Callback):
+class Recorder(FirstStep):
     """Held-out values after every epoch, and the state of affairs at the first training step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.loss: list[float] = []
         self.accuracy: list[float] = []
-        self.trainable_parameters = 0
-        self.first_step_at = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count what is trained."""
-        self.first_step_at = time.perf_counter()
-        self.trainable_parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the epoch's values."""
@@ -171,7 +166,7 @@ def finetune(settings: RunSettings, folder: RunFolder) -> dict[str, Any]:
         "loss": recorder.loss,
         "accuracy": recorder.accuracy,
         "trainable_parameters": recorder.trainable_parameters,
-        "setup_seconds": recorder.first_step_at - started,
+        "setup_seconds": recorder.at - started,
         "eva": {} if not states or states[0] is None else described(states[0]),
         **divergence.metrics(trainer, module),
     }
@@ -187,20 +182,3 @@ def starting_model(weights: str | Path) -> nn.Module:
     nn.init.normal_(head.weight, std=2e-5)
     nn.init.zeros_(head.bias)
     return model
-
-
-def quick_trainer(
-    epochs: int, callbacks: list[L.Callback], progress: bool = False, accelerator: str = "cpu"
-) -> L.Trainer:
-    """A trainer without logger and checkpoints."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from eva_lightning.rl.module import read_checkpoint
-from experiments.comparisons import metaworld_plan, metaworld_report
-from experiments.comparisons.metaworld import Settings
+from experiments.comparisons import looks_report, metaworld_plan, metaworld_report
+from experiments.comparisons.metaworld import BEFORE, Settings
 from experiments.comparisons.metaworld_plan import Speed, check_demonstrations
 from experiments.comparisons.report import REPORT_FILES
 from experiments.comparisons.search import SELECTED_BY
 from experiments.comparisons.search_report import score_in_words
 from experiments.comparisons.settings import Part, adapts, method_cells
-from experiments.metaworld import finetune_run
+from experiments.comparisons.tuned import no_jobs
+from experiments.metaworld import before_run, finetune_run
+from experiments.metaworld.before import RolloutSettings
 from experiments.metaworld.finetune import EXPERIMENT
 from experiments.metaworld.measures import success_text
 from experiments.runner.cells import Cell
@@ -40,6 +42,11 @@ def build(job: Job) -> Work:
     return lambda folder: {**work(folder), **said}
 
 
+def build_before(job: Job) -> Work:
+    """The rollouts of a job whose settings are those of the network before fine-tuning."""
+    return before_run.build(job.settings)
+
+
 class MetaWorld(Comparison):
     """All methods fine-tune one pre-trained network on every task.
 
@@ -49,7 +56,7 @@ class MetaWorld(Comparison):
 
     name = "compare"
     modules = ("peft", "experiments.metaworld.finetune_run")
-    files = (*REPORT_FILES, "choices.csv", "losses.png", "success.png", "differences.png")
+    files = (*REPORT_FILES, "choices.csv", "losses.png", "success.png", "differences.png", *looks_report.FIGURES)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = self.options = settings
@@ -64,7 +71,28 @@ class MetaWorld(Comparison):
         check_demonstrations(settings)
 
     def cells(self) -> list[Cell]:
+        return [*self._cells_before(), *self._method_cells()]
+
+    def _method_cells(self) -> list[Cell]:
         return method_cells(self.settings, self._jobs)
+
+    def _cells_before(self) -> list[Cell]:
+        """Of the network before fine-tuning, once for each number of demonstrations: their best return is asked for."""
+        settings = self.settings
+
+        def cell(number: int) -> Cell:
+            def final(point: Point) -> list[Job]:
+                return [self._job_before(task, number) for task in settings.task_names]
+
+            return Cell(Part(BEFORE, demonstrations=number).name, [], no_jobs, final, Point.of())
+
+        return [cell(number) for number in settings.numbers if number is not None] if settings.zero_shot else []
+
+    def _job_before(self, task: str, number: int) -> Job:
+        settings = self.settings
+        tags = {"task": task, "method": BEFORE, "seed": 0, "demonstrations": number}
+        text = f"{task}, before fine-tuning, {number} demonstrations"
+        return Job(build_before, settings.before(task, number), settings.output, "final", tags, text)
 
     def _jobs(self, part: Part, phase: Phase, point: Point, seed: int) -> list[Job]:
         settings, method = self.settings, part.method
@@ -77,6 +105,10 @@ class MetaWorld(Comparison):
         if settings.searches_rho(method):
             text += f", ρ = {rho:g}"
             tags["rho_tuned"] = True
+        if part.demonstrations is not None:
+            text += f", {part.demonstrations} demonstrations"
+            tags["demonstrations"] = part.demonstrations
+        tasks = settings.tuning_tasks if phase == "tune" else settings.task_names
         return [
             Job(
                 build,
@@ -87,7 +119,7 @@ class MetaWorld(Comparison):
                 f"{task}, {text}, lr {lr:g}, seed {seed}",
                 order=seed,
             )
-            for task in (settings.task_names if part.task is None else (part.task,))
+            for task in (tasks if part.task is None else (part.task,))
         ]
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
@@ -105,6 +137,8 @@ class MetaWorld(Comparison):
         return score_in_words(score)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
+        if "val_loss" not in metrics:
+            return f"success: {success_text(metrics)}"
         success = "" if metrics["success_rate"] is None else f", success: {success_text(metrics)}"
         return f"validation loss {metrics['val_loss'][-1]['val_loss']:.4f}{success}"
 
@@ -114,15 +148,19 @@ class MetaWorld(Comparison):
 
         def seconds(job: Job) -> float:
             run = job.settings
-            return run.max_steps * speed.step(run.method) + run.eval_episodes * speed.episode + _PER_RUN
+            if isinstance(run, RolloutSettings):
+                return run.episodes * speed.episode + _PER_RUN
+            episodes = run.eval_episodes * (1 + len(run.look_steps))
+            return run.max_steps * speed.step(run.method) + episodes * speed.episode + _PER_RUN
 
         return seconds
 
     def plan_notes(self) -> list[str]:
-        return metaworld_plan.notes(self.settings, self._speed, self.cells())
+        return metaworld_plan.notes(self.settings, self._speed, self._method_cells())
 
     def report(self, results: Results) -> None:
-        print(f"report: {metaworld_report.write(self.settings, results)}")
+        write = looks_report.write if self.settings.looks else metaworld_report.write
+        print(f"report: {write(self.settings, results)}")
 
 
 def run(settings: Settings) -> Results:

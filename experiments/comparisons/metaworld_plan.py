@@ -43,8 +43,9 @@ def check_demonstrations(settings: Settings) -> None:
         InputError: One has too few.
     """
     index = read_index(settings.data)
-    for task in settings.task_names:
-        episodes, needed = index[task].episodes, (settings.train_episodes or 1) + settings.val_episodes
+    needed = (settings.numbers[-1] or 1) + settings.val_episodes
+    for task in dict.fromkeys((*settings.task_names, *settings.tuning_tasks)):
+        episodes = index[task].episodes
         if episodes < needed:
             raise InputError(f"{settings.data} has {episodes} episodes of {task}, but {needed} are needed")
 
@@ -147,7 +148,7 @@ class Speed:
         settings, module = self.settings, self._module()
         if not any(line.startswith("demonstrations") for line in self.missing):
             data = TrajectoryDataModule(
-                settings.data, settings.task_names[:1], module.context, settings.batch_size, settings.train_episodes,
+                settings.data, settings.task_names[:1], module.context, settings.batch_size, settings.numbers[-1],
                 settings.val_episodes, cache_dir=settings.cache,
             )  # fmt: skip
             return dict(next(iter(data.train_dataloader())))
@@ -162,20 +163,25 @@ def notes(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> list[str]:
     """Lines of the plan besides the number of runs and their estimate."""
     factors = f"{len(settings.labels)} methods x {len(settings.task_names)} tasks x {settings.seeds} seeds"
     episodes = "" if settings.select == "loss" else f" and {settings.eval_episodes} episodes"
+    if settings.demonstrations:
+        factors += f" x {len(settings.demonstrations)} numbers of demonstrations"
+    looks = "".join(f", after {step} too" for step in settings.look_steps[:-1])
     lines = [
         f"tuning: runs of {settings.tune_steps} steps{episodes}",
-        f"comparison: runs of {settings.max_steps} steps and {settings.eval_episodes} episodes ({factors})",
+        f"comparison: runs of {settings.max_steps} steps and {settings.eval_episodes} episodes{looks} ({factors})",
         *speed.missing,
     ]
     if any(line.startswith("checkpoint") for line in speed.missing):
         lines.append("  timed with an untrained network of the paper's size: 4 layers of width 512")
+    # made first: it measures
+    by_method = list(_by_method(settings, speed, cells)) if settings.searches else []
     steps = ", ".join(f"{kind} {seconds:.3g}" for kind, seconds in speed.kinds.items())
     scaled = "" if speed.windows == settings.batch_size else f" (from {speed.windows})"
     lines.append(
         f"measured: seconds per step of {settings.batch_size} windows{scaled}: {steps}; per episode "
         f"{speed.episode:.3g}; on {_device(speed)}"
     )
-    return [*lines, *_by_method(settings, speed, cells)] if settings.searches else lines
+    return [*lines, *by_method]
 
 
 def _by_method(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> Iterator[str]:
@@ -184,13 +190,14 @@ def _by_method(settings: Settings, speed: Speed, cells: Iterable[Cell]) -> Itera
     for part, cell in zip(settings.parts, cells, strict=True):
         tasks = len(settings.task_names) if part.task is None else 1
         if cell.given is None:
-            runs[part.method][0] += len(cell.points) * settings.tune_seeds * tasks
+            tuning_tasks = len(settings.tuning_tasks) if part.task is None else 1
+            runs[part.method][0] += len(cell.points) * settings.tune_seeds * tuning_tasks
         runs[part.method][1] += settings.seeds * tasks
     tuned = 0 if settings.select == "loss" else settings.eval_episodes
     steps = 0
     for method, (tune, final) in runs.items():
         of_method = tune * settings.tune_steps + final * settings.max_steps
-        episodes = tune * tuned + final * settings.eval_episodes
+        episodes = tune * tuned + final * settings.eval_episodes * len(settings.look_steps)
         hours = (of_method * speed.step(MethodKey.parse(method).method) + episodes * speed.episode) / 3600
         steps += of_method
         points = len(settings.points(next(part for part in settings.parts if part.method == method)))

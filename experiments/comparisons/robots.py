@@ -8,7 +8,6 @@ chosen by one rule on demonstrations and seeds that the tables do not use.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from eva_lightning.files import digest
 from eva_lightning.rl.collection import collect
 from eva_lightning.rl.demonstrations import read_index
 from experiments.comparisons import robots_run
-from experiments.comparisons.robots_film import Film, interesting_goal, make_film
-from experiments.comparisons.robots_run import FinetuningSettings, RolloutSettings
+from experiments.comparisons.robots_film import RULE, Film, goal_to_film, learnt_goals, make_film
+from experiments.comparisons.robots_run import FinetuningSettings
 from experiments.comparisons.robots_settings import Settings
 from experiments.comparisons.robots_tables import curve_figure, loss_left, results_table, short
 from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison, no_jobs
+from experiments.metaworld.before import RolloutSettings
+from experiments.metaworld.before_run import target_return
 from experiments.report import learning_rates as rates
 from experiments.report import page
 from experiments.report.epochs import label
@@ -95,8 +96,7 @@ class Robots(TunedComparison):
         for table in tables:
             say("")
             show(table)
-        low, high = options.noted_updates[0], options.noted_updates[-1]
-        say(f"Curve: loss from step {low} to {high}, one scale per task. {self._caution()}")
+        say(self._caution())
         film, sentence = self._film(before, after)
         say(sentence)
         return page.render(
@@ -104,7 +104,7 @@ class Robots(TunedComparison):
             options=options,
             tasks=page.enumerated([short(task) for task in options.tasks]),
             facts=self._facts(runs),
-            tables=[replace(it, cells=it.cells.drop(columns="Curve")) for it in tables],
+            tables=tables,
             caution=self._caution(),
             curves=[curve_figure(options, task, after) for task in options.tasks],
             film=film,
@@ -190,8 +190,8 @@ class Robots(TunedComparison):
         text = f"{short(task)}, {label(method)}, learning rate {lr:g}, seed {seed}"
         return Job(robots_run.build_finetuning, settings, options.output, phase, tags, text, order=seed)
 
-    def _film(self, before: pd.DataFrame, after: pd.DataFrame) -> tuple[page.Figure | None, str]:
-        """The video of the first task, and what it shows or why there is none."""
+    def _film(self, before: pd.DataFrame, after: pd.DataFrame) -> tuple[page.Film | None, str]:
+        """The film of the first task, and what it shows or why there is none."""
         options, task = self.options, self.options.tasks[0]
         first, last = _one(before, task, NONE), _one(after, task, FILMED)
         film = Film(
@@ -200,20 +200,23 @@ class Robots(TunedComparison):
             label=f"{label(FILMED)}, {options.updates} steps",
             task=task,
             seed=0,
-            goal=interesting_goal(first["successes"], last["successes"]),
-            target_return=robots_run.target_return(self._data(), task, options.demonstrations),
+            goal=goal_to_film(first["successes"], last["successes"]),
+            target_return=target_return(self._data(), task, options.demonstrations),
             horizon=options.horizon,
             size=options.film_size,
         )
         file = Path(options.output) / "before_after.gif"
-        solved, reason = make_film(film, file, options.workers or 0)
-        if solved is None:
-            return None, f"{reason}."
-        was, now = ("solved" if it else "not solved" for it in solved)
+        made = make_film(film, file, options.workers or 0)
+        if made.solved is None:
+            return None, f"{made.reason}."
+        was, now = ("solved" if it else "not solved" for it in made.solved)
         end = f"{label(FILMED)} after {options.updates} steps ({now})"
-        shown = f"{short(task)}, the pre-trained network ({was}) beside {end}"
-        chosen = "Chosen: the first evaluation goal that was missed before and reached after, or else the first."
-        return page.embedded(file, f"Film: {shown}", f"{shown}. {chosen}"), f"Film: {file}. {shown}. {chosen}"
+        learnt = len(learnt_goals(first["successes"], last["successes"]))
+        goals = f"goal {film.goal + 1} of {options.episodes}, {learnt} of which were missed before and reached after"
+        shown = f"{short(task)}, {goals}: the pre-trained network ({was}) beside {end}"
+        files = page.enumerated([name for name in (file, made.mp4) if name is not None])
+        caption = f"{shown}. {RULE}" + (f" {made.reason}." if made.reason else "")
+        return page.filmed(file, made.mp4, made.poster, f"Film: {shown}", caption), f"Film: {files}. {caption}"
 
     def _rank_figures(self, runs: pd.DataFrame) -> list[page.Figure]:
         eva = runs[runs["method"] == FILMED]
@@ -228,7 +231,7 @@ class Robots(TunedComparison):
         n, seeds = options.seeds * options.episodes, page.counted(options.seeds, "seed")
         text = f"{n} episodes per cell ({options.episodes} goals for each of {seeds}) rank no methods."
         tuned = (options.tuning or {}).get("tasks", options.tasks)
-        if set(tuned) != set(options.tasks):
+        if not set(options.tasks) <= set(tuned):
             names = page.enumerated([short(task) for task in tuned])
             text += f" The rates were tuned on {names}: elsewhere they may be off."
         return text

@@ -17,10 +17,13 @@ from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.video import STRIDE, side_by_side, write_video
+from eva_lightning.rl.video import no_mp4_reason, side_by_side, write_picture, write_video
 from eva_lightning.sealed import read_sealed_json, set_aside, write_sealed_json
 
 Frames = npt.NDArray[np.uint8]
+
+#: Simulator steps per picture: 16 pictures for a second of the robot's time.
+FILM_STRIDE = 5
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,49 @@ class Film:
     size: int
 
 
-def make_film(film: Film, file: Path, workers: int) -> tuple[tuple[bool, bool] | None, str]:
-    """Write the GIF `file`, unless it shows this video already.
+@dataclass(frozen=True)
+class Made:
+    """What became of a film.
 
-    Returns:
-        Whether the episode was solved on the left and on the right, or None and the reason why there is no video:
-        a failure to draw must not cost the numbers of a comparison.
+    Attributes:
+        solved: Whether the episode was solved on the left and on the right; None where there is no film.
+        mp4: The film as MP4, if there is one.
+        poster: Its last picture, which shows what became of it.
+        reason: Why there is no film, or no MP4 of it.
     """
-    note = file.with_suffix(".json")
+
+    solved: tuple[bool, bool] | None
+    mp4: Path | None = None
+    poster: Path | None = None
+    reason: str = ""
+
+
+def make_film(film: Film, file: Path, workers: int) -> Made:
+    """Write the GIF `file`, an MP4 and its poster beside it, unless they show this film already.
+
+    A failure to draw must not cost the numbers of a comparison: it is a reason why there is no film. Without ffmpeg
+    there is a GIF alone.
+    """
+    note, mp4, poster = (file.with_suffix(suffix) for suffix in (".json", ".mp4", ".png"))
+    lacks_mp4 = no_mp4_reason()
     known = _known(note) if file.is_file() else {}
     if known.get("film") == asdict(film) and known.get("sha256") == file_digest(file):
-        return (known["solved"][0], known["solved"][1]), ""
+        solved = (known["solved"][0], known["solved"][1])
+        if mp4.is_file() and poster.is_file() and known.get("mp4_sha256") == file_digest(mp4):
+            return Made(solved, mp4, poster)
+        if lacks_mp4 is not None:
+            return Made(solved, reason=lacks_mp4)
     if film.size == 0:
-        return None, "no video: film_size is 0"
+        return Made(None, reason="no video: film_size is 0")
     if rendering_backend() is None:
-        return None, no_video_reason()
+        return Made(None, reason=no_video_reason())
     try:
-        solved = _draw(film, file, workers)
+        solved = _draw(film, [file] if lacks_mp4 else [file, mp4, poster], workers)
     except Exception as error:
-        return None, f"no video: {error}"
-    write_sealed_json(note, {"film": asdict(film), "solved": solved, "sha256": file_digest(file)})
-    return solved, ""
+        return Made(None, reason=f"no video: {error}")
+    digests = {"sha256": file_digest(file), "mp4_sha256": None if lacks_mp4 else file_digest(mp4)}
+    write_sealed_json(note, {"film": asdict(film), "solved": solved, **digests})
+    return Made(solved, reason=lacks_mp4) if lacks_mp4 else Made(solved, mp4, poster)
 
 
 def _known(note: Path) -> dict[str, Any]:
@@ -83,14 +108,26 @@ def _known(note: Path) -> dict[str, Any]:
         return {}
 
 
-def interesting_goal(before: Sequence[bool], after: Sequence[bool]) -> int:
-    """The first evaluation goal that was missed before fine-tuning and reached after it; else the first."""
+def learnt_goals(before: Sequence[bool], after: Sequence[bool]) -> list[int]:
+    """The evaluation goals that were missed before fine-tuning and reached after it."""
     pairs = zip(before, after, strict=True)
-    return next((goal for goal, (was, now) in enumerate(pairs) if now and not was), 0)
+    return [goal for goal, (was, now) in enumerate(pairs) if now and not was]
+
+
+def goal_to_film(before: Sequence[bool], after: Sequence[bool]) -> int:
+    """The rule: the first goal that was learnt; the first of all where none was."""
+    return next(iter(learnt_goals(before, after)), 0)
+
+
+#: The rule in words.
+RULE = (
+    "Chosen by a rule, not by eye: the first task, EVA's first seed, and the first evaluation goal that was missed "
+    "before and reached after (at any step), or else the first goal."
+)
 
 
 def roll_one(film: Film, checkpoint: str) -> tuple[Frames, bool]:
-    """Pictures ``(T, H, W, 3)`` of one episode, every fourth step and the last, and whether it was solved."""
+    """Pictures ``(T, H, W, 3)`` of one episode, every `FILM_STRIDE`-th step and the last, and whether it was solved."""
     solved = False
     policy = DecisionTransformerPolicy(DecisionTransformerModule.from_pretrained(checkpoint), 1, film.target_return)
     with MetaWorldEnvironment(
@@ -102,12 +139,12 @@ def roll_one(film: Film, checkpoint: str) -> tuple[Frames, bool]:
             action = policy.act(observation[None], reward)[0]
             observation, gained, success, _ = environment.step(action)
             reward, solved = np.array([gained]), solved or success
-            if step % STRIDE == 0 or step == film.horizon:
+            if step % FILM_STRIDE == 0 or step == film.horizon:
                 frames.append(environment.render())
     return np.stack(frames), solved
 
 
-def _draw(film: Film, file: Path, workers: int) -> tuple[bool, bool]:
+def _draw(film: Film, files: Sequence[Path], workers: int) -> tuple[bool, bool]:
     checkpoints = (film.before, film.after)
     if workers:
         # a broken OpenGL driver ends a process of its own
@@ -117,9 +154,13 @@ def _draw(film: Film, file: Path, workers: int) -> tuple[bool, bool]:
         (before, was), (after, now) = map(roll_one, (film, film), checkpoints)
     words = ("solved" if was else "not solved", "solved" if now else "not solved")
     labels = (f"before: {words[0]}", f"{film.label}: {words[1]}")
-    file.parent.mkdir(parents=True, exist_ok=True)
     frames = side_by_side(before, after, labels)
     # the pictures are thinned already: each stands for the steps until the next
-    every_step = np.repeat(frames, STRIDE, axis=0)[: (len(frames) - 1) * STRIDE + 1]
-    write_video([every_step], file)
+    every_step = np.repeat(frames, FILM_STRIDE, axis=0)[: (len(frames) - 1) * FILM_STRIDE + 1]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".png":
+            write_picture(frames[-1], file)
+        else:
+            write_video([every_step], file, FILM_STRIDE)
     return was, now

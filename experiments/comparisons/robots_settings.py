@@ -19,8 +19,8 @@ class Settings(TunedSettings):
         "experiments/metaworld/assets/dt_small_mt40.ckpt", "network to start from, relative to the repository",
         Role.RESULT,
     )  # fmt: skip
-    tasks: tuple[str, ...] = option(("push-v3", "faucet-close-v3"), "tasks to fine-tune on", Role.SELECTION)
-    seeds: int = option(2, "runs per task and method", Role.SELECTION, at_least=1)
+    tasks: tuple[str, ...] = option(("push-v3",), "tasks to fine-tune on", Role.SELECTION)
+    seeds: int = option(3, "runs per task and method", Role.SELECTION, at_least=1)
     updates: int = option(50, "gradient steps", Role.RESULT, at_least=1)
     batch_size: int = option(32, "windows per step", Role.RESULT, at_least=1)
     episodes: int = option(10, "evaluation episodes after each run", Role.RESULT, at_least=1)
@@ -31,7 +31,7 @@ class Settings(TunedSettings):
     rho: float = option(2.0, "EVA's largest rank over its mean rank", Role.RESULT, at_least=1)
     horizon: int = option(200, "steps of an episode", Role.RESULT, at_least=1)
     film_size: int = option(
-        200, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0
+        320, "height and width of the film's pictures, in pixels; 0: no film", Role.PLACE, at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -51,4 +51,4 @@ class Settings(TunedSettings):
     @property
     def noted_updates(self) -> tuple[int, ...]:
         """Steps after which the loss is measured, for the curves."""
-        return tuple(sorted({*range(0, self.updates + 1, max(1, self.updates // 10)), *self.shown_updates}))
+        return tuple(sorted({*range(0, self.updates + 1, max(1, self.updates // 5)), *self.shown_updates}))

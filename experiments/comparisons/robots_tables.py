@@ -16,8 +16,6 @@ from experiments.report.epochs import label, methods_of
 from experiments.runner.statistics import PLUS_MINUS, Interval
 from experiments.runner.tables import NOTHING
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-
 
 def short(task: str) -> str:
     """Without the version."""
@@ -29,21 +27,14 @@ def loss_left(losses: Sequence[Mapping[str, float]]) -> float:
     return losses[-1]["val_loss"] / losses[0]["val_loss"]
 
 
-def blocks(values: Sequence[float], low: float, high: float) -> str:
-    """Values from `low` to `high` as a line of blocks."""
-    places = [(value - low) / ((high - low) or 1.0) for value in values]
-    return "".join(_BLOCKS[min(7, max(0, int(8 * place)))] for place in places)
-
-
 def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.DataFrame) -> page.Table:
     """The network before fine-tuning, then a row per method. Seconds are medians."""
     runs, start = after[after["task"] == task], before[before["task"] == task]
     curves = {method: losses_of(runs, method) for method in methods_of(runs)}
-    means = [values.mean(axis=0) for values in curves.values()]
-    low, high = float(np.min(means)), float(np.max(means))
+    before_training = next(iter(curves.values())).mean(axis=0)[0]
     columns = [f"Step {step}" for step in options.shown_updates]
-    first = {columns[0]: f"{means[0][0]:.4f}", "Success": success(start)}
-    rows: dict[str, dict[str, str]] = {f"{short(task)}, pre-trained": first}
+    first = {columns[0]: f"{before_training:.4f}", "Success": success(start)}
+    rows: dict[str, dict[str, str]] = {"pre-trained": first}
     for method, values in curves.items():
         group = runs[runs["method"] == method]
         rows[label(method)] = {
@@ -55,7 +46,6 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
                 .replace(" ± ", "\n± ")
                 for step in options.shown_updates[1:]
             },
-            "Curve": blocks(values.mean(axis=0), low, high),
             "Success": success(group),
         }
     notes = (
@@ -66,9 +56,7 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
         f"Trained: parameters, with the action head, and the median time of {options.updates} steps.",
         "The time includes EVA's initialisation and the validation losses.",
     )
-    cells = pd.DataFrame.from_dict(rows, orient="index").reindex(
-        columns=["Rate", "Trained", *columns, "Curve", "Success"]
-    )
+    cells = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["Rate", "Trained", *columns, "Success"])
     return page.Table(f"{short(task)}: validation loss and success", cells.fillna("").rename_axis("Method"), notes)
 
 

@@ -43,11 +43,11 @@ class SearchSettings(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("ranks", "rhos"):
-            _check_axis(name, getattr(self, name))
+            check_axis(name, getattr(self, name))
         for method, lrs in self.method_grids.items():
             if method not in self.labels:
                 raise InputError(f"grids: {unknown('method', method, self.labels)}", setting="grids")
-            _check_axis("grids", lrs)
+            check_axis("grids", lrs)
         if "rank" in self.tune_per and not self.ranks:
             raise InputError("tune_per rank goes with ranks, which are not given", setting="tune_per")
 
@@ -106,7 +106,8 @@ class SearchSettings(MethodSettings):
         return point.get("rho", MethodKey.parse(part.method).rho)
 
 
-def _check_axis(name: str, values: Sequence[float] | None) -> None:
+def check_axis(name: str, values: Sequence[float] | None) -> None:
+    """What is tuned or compared over must hold something, and each value once."""
     if values is not None and (not values or len(set(values)) < len(values)):
         given = ", ".join(f"{value:g}" for value in values) or "none"
         raise InputError(f"{name} must hold at least one value, and each once, got {given}", setting=name)

@@ -30,7 +30,9 @@ def score_in_words(score: tuple[float, ...]) -> str:
 def label_of(settings: SearchSettings, part: Part) -> str:
     """A part as tables have it."""
     rank = "" if part.rank is None else f" (r={part.rank})"
-    return f"{settings.labels[part.method]}{rank}" + ("" if part.task is None else f", {part.task}")
+    task = "" if part.task is None else f", {part.task}"
+    number = "" if part.demonstrations is None else f", {part.demonstrations} demonstrations"
+    return f"{settings.labels[part.method]}{rank}{task}{number}"
 
 
 def chosen(settings: SearchSettings, results: Results) -> str:
@@ -52,14 +54,17 @@ def write_candidates(settings: SearchSettings, results: Results, file: Path) -> 
             *success, loss = score
             rows.append(
                 {
-                    "method": part.method, "task": part.task, "rank": rank, "rho": rho, "lr": lr,
-                    "success": -success[0] if success else None, "loss": math.exp(loss),
+                    "method": part.method, "task": part.task, "demonstrations": part.demonstrations, "rank": rank,
+                    "rho": rho, "lr": lr, "success": -success[0] if success else None, "loss": math.exp(loss),
                     "chosen": point == choice.point,
                 }
             )  # fmt: skip
-    columns = ["method", "task", "rank", "rho", "lr", "success", "loss", "chosen"]
+    columns = ["method", "task", "demonstrations", "rank", "rho", "lr", "success", "loss", "chosen"]
+    if all(part.demonstrations is None for part in settings.parts):
+        columns.remove("demonstrations")
+    whole = {name: "Int64" for name in ("demonstrations", "rank") if name in columns}
     with replacing(file) as temporary:
-        DataFrame(rows, columns=columns).astype({"rank": "Int64"}).to_csv(temporary, index=False)
+        DataFrame(rows, columns=columns).astype(whole).to_csv(temporary, index=False)
 
 
 def at_best_rank(settings: SearchSettings, results: Results) -> DataFrame:
@@ -67,10 +72,10 @@ def at_best_rank(settings: SearchSettings, results: Results) -> DataFrame:
     runs = results.runs
     if "rank" not in settings.tune_per:
         return runs
-    best: dict[tuple[str, str | None], Part] = {}
+    best: dict[tuple[str, str | None, int | None], Part] = {}
     for part, _ in sorted(_choices(settings, results), key=lambda found: (found[1].score, found[0].rank or 0)):
         if _of(runs, part).any():
-            best.setdefault((part.method, part.task), part)
+            best.setdefault((part.method, part.task, part.demonstrations), part)
     keep = runs["method"].map(lambda _: False)
     for part in best.values():
         keep |= _of(runs, part)
@@ -110,4 +115,6 @@ def _of(runs: DataFrame, part: Part) -> Any:
     found = runs["method"] == part.method
     if part.task is not None:
         found &= runs["task"] == part.task
+    if part.demonstrations is not None:
+        found &= runs["demonstrations"] == part.demonstrations
     return found if part.rank is None else found & (runs["rank"] == part.rank)

@@ -28,17 +28,20 @@ class Part:
         method: Its key.
         task: The only one; None for all.
         rank: The only one; None where there is none, or where it is tuned.
+        demonstrations: Their number, where several are compared.
     """
 
     method: str
     task: str | None = None
     rank: int | None = None
+    demonstrations: int | None = None
 
     @property
     def name(self) -> str:
         """Tells it from the others."""
         rank = None if self.rank is None else f"rank {self.rank}"
-        return ", ".join(word for word in (self.task, self.method, rank) if word is not None)
+        number = None if self.demonstrations is None else f"{self.demonstrations} demonstrations"
+        return ", ".join(word for word in (self.task, self.method, rank, number) if word is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

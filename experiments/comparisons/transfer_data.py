@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset
+from eva_lightning.vision.data.datamodule import Batch, EpochShuffle, SplitDataset, as_fetched
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.split_files import Split, read_split
 from eva_lightning.vision.data.tasks import get_task
@@ -266,8 +265,3 @@ def random_jitter(images: Tensor, generator: torch.Generator, most: float = JITT
 
 def _drawn(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big")
-
-
-def as_fetched(batch: Any) -> Any:
-    """The data set fetches whole batches: there is nothing to collate."""
-    return batch

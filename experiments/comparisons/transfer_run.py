@@ -20,9 +20,10 @@ from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.vision.backbone.weights import Weights
 from eva_lightning.vision.data.datamodule import SplitDataset
 from eva_lightning.vision.module import ImageClassifier
+from experiments.comparisons.held_out import Evaluations, quick_trainer
 from experiments.comparisons.transfer import NOT_PRETRAINED, Recipe
 from experiments.comparisons.transfer_data import Halves, TransferData, decoded, read_images, split_halves
-from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, cpu_trainer
+from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL
 from experiments.runner.jobs import Job
 from experiments.runner.lightning_runs import Divergence, eva_metrics
 from experiments.runner.run_folder import RunFolder, Work
@@ -92,7 +93,7 @@ def build(job: Job) -> Work:
 
     def work(folder: RunFolder) -> dict[str, Any]:
         evaluations, divergence = Evaluations(held_out, run.eval_epochs), Divergence()
-        trainer = cpu_trainer(run.epochs, [*callbacks, evaluations, divergence])
+        trainer = quick_trainer(run.epochs, [*callbacks, evaluations, divergence])
         trainer.fit(module, datamodule=TransferData(train, run.batch_size, run.seed))
         return {
             "evaluations": evaluations.rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ class TunedComparison(Comparison):
 
     Attributes:
         section: What a page says about it; set by :meth:`report`.
+        first_look: May be given a section before all runs are done.
         methods: Keys of the methods compared.
         packages: Libraries whose behaviour the figures depend on.
         header: First line of the configuration file.
@@ -58,11 +59,12 @@ class TunedComparison(Comparison):
     rule: str
     tune_command: str
 
-    files = ("results.json", "before_after.gif", "before_after.json")
+    files = ("results.json", *(f"before_after.{suffix}" for suffix in ("gif", "mp4", "png", "json")))
 
     def __init__(self, options: TunedSettings, command: str = "") -> None:
         self.options: TunedSettings = options
         self.section: Markup | None = None
+        self.first_look: Callable[[Markup], None] | None = None
         self.command = command
         self.started = time.time()
         self.rates = {} if options.tune else rates.check_rates(options.learning_rates, self.methods)

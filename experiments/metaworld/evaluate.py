@@ -31,7 +31,9 @@ class Settings:
     data: str = option("data/metaworld", "demonstrations, for target returns that the checkpoint does not say", PLACE)
     mode: str = option("exact", "inference; streaming is faster", RESULT, choices=MODES)
     context: int | None = option(None, "steps of the window; those of training if not given", RESULT, at_least=1)
-    environments: int = option(20, "episodes in lock-step, one network call for all", PLACE, at_least=1)
+    environments: int | None = option(
+        None, "episodes in lock-step, one network call for all; none: all, at most 50", PLACE, at_least=1
+    )
     workers: int = option(0, "processes; 0 for none besides this one", PLACE, at_least=0)
     horizon: int = option(200, "steps of an episode", RESULT, at_least=1, at_most=MAX_HORIZON)
     video: str | None = option(None, "film some episodes to this file, .gif or .mp4", PLACE)

@@ -97,6 +97,10 @@ class SharedOptions:
         (10, 25, 50, 150, 500), "steps after which the validation loss is measured", RESULT, at_least=0
     )
     target_return: float | None = option(None, "return to ask for; none: the largest of the data", RESULT)
+    look_at: tuple[int, ...] = option(
+        (), "steps after which it is rolled out during training, on the goals of the end", RESULT, at_least=1,
+        omit_default=True,
+    )  # fmt: skip
     eval_episodes: int = option(
         50, "episodes rolled out at the end; 0 for none (the paper: 10, and 3 seeds)", RESULT, at_least=0
     )
@@ -153,6 +157,11 @@ class Settings(SharedOptions):
     def val_steps(self) -> tuple[int, ...]:
         """Steps after which the validation loss is measured: 0, those asked for, and the last."""
         return tuple(sorted({0, self.max_steps, *(step for step in self.val_at if step < self.max_steps)}))
+
+    @property
+    def look_steps(self) -> tuple[int, ...]:
+        """Steps after which it is rolled out before the end."""
+        return tuple(sorted({step for step in self.look_at if step < self.max_steps})) if self.eval_episodes else ()
 
     @property
     def key(self) -> MethodKey:

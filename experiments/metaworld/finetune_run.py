@@ -32,7 +32,7 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, success_text, warn_of_target
 from experiments.metaworld.success import PAPER_NOTE
-from experiments.metaworld.training import About, ValidationLosses, fit, log_differences, make_trainer
+from experiments.metaworld.training import About, Looks, ValidationLosses, fit, log_differences, make_trainer
 from experiments.runner.gradient_norms import gradient_norms
 from experiments.runner.lightning_runs import (
     Divergence,
@@ -219,6 +219,7 @@ class _Run:
         settings = self.settings
         losses, divergence = ValidationLosses(settings.val_steps), Divergence()
         monitors = [RunLogging(epochs=False), LearningRateMonitor("step")] if loggers else []
+        looks = Looks(settings.look_steps, self._rolled_out)
         norms = gradient_norms(settings.gradient_norms, folder, without_adapters(self.module, settings.head))
         trainer = make_trainer(
             folder,
@@ -226,7 +227,7 @@ class _Run:
             checkpoint_every=settings.checkpoint_every,
             checkpoint_minutes=settings.checkpoint_minutes,
             progress=settings.progress,
-            callbacks=[*self.callbacks, losses, divergence, *norms, About(self.about), *monitors],
+            callbacks=[*self.callbacks, losses, divergence, looks, *norms, About(self.about), *monitors],
             accelerator=settings.accelerator,
             devices=settings.devices,
             precision=trainer_precision(settings.precision, settings.accelerator),
@@ -241,6 +242,7 @@ class _Run:
             "precision": trainer.precision,
             "device": str(trainer.strategy.root_device),
             "val_loss": losses.rows,
+            **({"looks": looks.rows} if settings.look_steps else {}),
             "trainable_parameters": sum(p.numel() for p in self.module.parameters() if p.requires_grad),
             **eva_metrics(self.callbacks),
             **divergence.metrics(trainer, self.module),
@@ -253,16 +255,20 @@ class _Run:
         return {**common, **dict.fromkeys(ROLLED_OUT)}
 
     def roll_out(self) -> dict[str, Any]:
-        """Roll out the trained network; what the metrics say about it.
+        """Roll out the trained network; what the metrics say about it."""
+        return {**self.not_rolled_out(), **self._rolled_out(self.module)}
+
+    def _rolled_out(self, module: DecisionTransformerModule) -> dict[str, Any]:
+        """Success and returns of `module` as it is.
 
         It is rolled out merged, in fp32: the same function in less than half the time. On a GPU where it was trained on
-        one, which Lightning has taken it away from.
+        one, which Lightning has taken it away from at the end.
         """
         settings = self.settings
         device = "cuda" if on_gpu(settings.accelerator) else self.module.device
         mode: Any = settings.mode
         result = evaluate(
-            merged(self.module).to(device),
+            merged(module).to(device),
             self.task,
             target_return=self.target,
             episodes=settings.eval_episodes,
@@ -273,7 +279,6 @@ class _Run:
             progress=settings.progress and sys.stdout.isatty(),
         )
         return {
-            **self.not_rolled_out(),
             "success_rate": result.success_rate,
             "final_success_rate": result.final_success_rate,
             "mean_return": result.mean_return,

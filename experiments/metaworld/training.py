@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -84,6 +84,42 @@ class ValidationLosses(L.Callback):
             self.rows.append({"updates": step, "val_loss": loss})
             for logger in trainer.loggers:
                 logger.log_metrics({"val_loss": loss}, step=step)
+
+
+class Looks(L.Callback):
+    """Roll the network out after some of the steps of training.
+
+    Nothing of the training changes: the module and the random states stay as they were. What was found travels in
+    checkpoints. With several devices the first one rolls out. Weights that are not finite are not rolled out.
+
+    Args:
+        steps: Numbers of steps, above 0.
+        roll_out: Rolls a module out; gives plain values.
+
+    Attributes:
+        rows: One mapping with ``updates`` (the number of steps) and those values for each, in order.
+    """
+
+    def __init__(self, steps: Sequence[int], roll_out: Callable[[Any], Mapping[str, Any]]) -> None:
+        self.steps = frozenset(steps)
+        self.rows: list[dict[str, Any]] = []
+        self._roll_out = roll_out
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or step not in self.steps or any(row["updates"] == step for row in self.rows):
+            return
+        if all(bool(torch.isfinite(parameter).all()) for parameter in pl_module.parameters()):
+            with isolated_rng():
+                self.rows.append({"updates": step, **self._roll_out(pl_module)})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
 
 
 def validation_loss(trainer: L.Trainer, module: Any) -> float:

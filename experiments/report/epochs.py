@@ -12,8 +12,12 @@ from eva_lightning import plots
 from eva_lightning.methods import METHODS, MethodKey
 from experiments.report.page import Figure, Table, drawn, enumerated
 from experiments.runner.statistics import PLUS_MINUS, Interval
+from experiments.runner.tables import NOTHING
 
 EARLY = (1, 2, 3)
+
+Pairs = Sequence[tuple[str, str]]
+"""Keys of methods: one, and the one it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,24 @@ def methods_of(runs: pd.DataFrame) -> list[str]:
 
 
 def curves(runs: pd.DataFrame, quantity: str) -> np.ndarray:
-    """``"loss"`` or ``"accuracy"`` of every run, in the order of seeds, shape ``(runs, epochs)``."""
+    """``"loss"`` or ``"accuracy"`` of every run, in the order of seeds, shape ``(runs, evaluations)``."""
     return np.array(list(runs.sort_values("seed")[quantity]), dtype=float)
 
 
-def shown_epochs(n_epochs: int) -> list[int]:
-    """The epochs of the tables: 1, 2, 3 and the last."""
-    return sorted({epoch for epoch in EARLY if epoch < n_epochs} | {n_epochs})
+#: Labels of methods in the order that gives them their colours, the same in all figures of a page.
+COLOURED = tuple(label(method) for method in ("fft", "lora", "eva:1", "eva"))
+
+
+def evaluated(runs: pd.DataFrame) -> list[int]:
+    """The epochs after which all these runs were evaluated: their column ``epochs``, else all of them."""
+    if "epochs" in runs:
+        return [int(epoch) for epoch in runs["epochs"].iloc[0]]
+    return list(range(1, 1 + len(runs["loss"].iloc[0])))
+
+
+def shown_epochs(evaluations: Sequence[int]) -> list[int]:
+    """The epochs of the tables: 1, 2, 3, as far as there were evaluations after them, and the last."""
+    return [epoch for epoch in evaluations if epoch in EARLY or epoch == evaluations[-1]]
 
 
 def verdict(difference: Interval) -> str:
@@ -89,15 +104,16 @@ def verdict(difference: Interval) -> str:
     return "ahead" if difference.mean < 0 else "behind"
 
 
-def compare(runs: pd.DataFrame, baseline: str = "lora") -> EpochComparison:
+def compare(runs: pd.DataFrame, pairs: Pairs | None = None) -> EpochComparison:
     """Compare the methods in `runs`, each with one learning rate.
 
     Args:
         runs: One row per run: ``method`` (key), ``seed``, ``lr``, ``loss`` and ``accuracy`` (lists with a value per
-            epoch), ``trainable_parameters``, ``setup_seconds``.
-        baseline: The method that EVA's are compared with, seed by seed.
+            evaluation), ``epochs`` (those they were after; all of them where the column is missing),
+            ``trainable_parameters``, ``setup_seconds``.
+        pairs: A method and the one it is compared with, seed by seed; every EVA with LoRA for None.
     """
-    differences = paired_differences(runs, baseline)
+    differences = paired_differences(runs, pairs)
     return EpochComparison(
         results=results_table(runs),
         differences=differences_table(differences) if differences else None,
@@ -109,42 +125,54 @@ def compare(runs: pd.DataFrame, baseline: str = "lora") -> EpochComparison:
 def results_table(runs: pd.DataFrame) -> Table:
     """A row per method. Seconds are medians: the first run of a process is slower."""
     rows: dict[str, dict[str, str]] = {}
-    losses = {method: _per_epoch(curves(runs[runs["method"] == method], "loss")) for method in methods_of(runs)}
-    best = {epoch: min(row[epoch].mean for row in losses.values()) for epoch in next(iter(losses.values()))}
+    groups = {method: runs[runs["method"] == method] for method in methods_of(runs)}
+    losses = {method: _per_epoch(group, curves(group, "loss")) for method, group in groups.items()}
+    shown = sorted({epoch for row in losses.values() for epoch in row})
+    best = {epoch: min(row[epoch].mean for row in losses.values() if epoch in row) for epoch in shown}
     for method, loss in losses.items():
-        group = runs[runs["method"] == method]
-        accuracy = _per_epoch(100 * curves(group, "accuracy"))
+        group = groups[method]
+        accuracy = _per_epoch(group, 100 * curves(group, "accuracy"))
         rows[label(method)] = {
-            "Rate": f"{group['lr'].iloc[0]:g}",
+            "Rate": f"{group['lr'].iloc[0]:g}" if adapts_or_trains(method) else NOTHING,
             "Trained": f"{group['trainable_parameters'].mean():,.0f}",
-            "Set-up": f"{group['setup_seconds'].median():.2f} s",
+            "Set-up": f"{group['setup_seconds'].median():.2f} s" if adapts_or_trains(method) else NOTHING,
         } | {
             f"Epoch {epoch}": f"{it.text(3)}{'*' * (it.mean == best[epoch])}\n{accuracy[epoch].text(1)} %"
             for epoch, it in loss.items()
         }
-    notes = (
+    notes = [
         PLUS_MINUS,
         "*: the lowest mean of the column, which says nothing about significance.",
         "Rate: learning rate. Trained: parameters, with head and biases.",
         "Set-up: median time from the pre-trained model to the first training step, with Lightning's own start.",
-    )
-    cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
-    return Table("Held-out cross-entropy and, below it, accuracy", cells, notes)
+    ]
+    if not all(map(adapts_or_trains, groups)):
+        notes.append("Linear: logistic regression on the frozen features, to its end; it has no seed.")
+    columns = ["Rate", "Trained", "Set-up", *(f"Epoch {epoch}" for epoch in shown)]
+    cells = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna(NOTHING)
+    return Table("Held-out cross-entropy and, below it, accuracy", cells.rename_axis("Method"), tuple(notes))
 
 
-def paired_differences(runs: pd.DataFrame, baseline: str = "lora") -> list[PairedDifference]:
-    """Every EVA method minus `baseline`, over the seeds that both have."""
-    theirs = runs[runs["method"] == baseline]
+def adapts_or_trains(method: str) -> bool:
+    """Whether more than the head is trained, by epochs and at a learning rate."""
+    return MethodKey.parse(method).entry.trains != "head"
+
+
+def paired_differences(runs: pd.DataFrame, pairs: Pairs | None = None) -> list[PairedDifference]:
+    """The first method of every pair minus the second, over the seeds that both have; every EVA and LoRA for None."""
+    if pairs is None:
+        pairs = [(m, "lora") for m in methods_of(runs) if MethodKey.parse(m).state_kind is not None]
     found = []
-    for method in methods_of(runs):
+    for method, baseline in pairs:
+        theirs = runs[runs["method"] == baseline]
         ours = runs[(runs["method"] == method) & runs["seed"].isin(theirs["seed"])]
-        if MethodKey.parse(method).state_kind is None or ours.empty:
+        if ours.empty:
             continue
-        pairs = theirs[theirs["seed"].isin(ours["seed"])]
-        loss, accuracy = (curves(ours, quantity) - curves(pairs, quantity) for quantity in ("loss", "accuracy"))
-        wins = {epoch: int((loss[:, epoch - 1] < 0).sum()) for epoch in shown_epochs(loss.shape[1])}
-        difference = PairedDifference(method, baseline, len(ours), _per_epoch(loss), _per_epoch(100 * accuracy), wins)
-        found.append(difference)
+        theirs = theirs[theirs["seed"].isin(ours["seed"])]
+        loss, accuracy = (curves(ours, quantity) - curves(theirs, quantity) for quantity in ("loss", "accuracy"))
+        by_epoch = _per_epoch(ours, loss)
+        wins = {epoch: int((loss[:, evaluated(ours).index(epoch)] < 0).sum()) for epoch in by_epoch}
+        found.append(PairedDifference(method, baseline, len(ours), by_epoch, _per_epoch(ours, 100 * accuracy), wins))
     return found
 
 
@@ -159,21 +187,31 @@ def differences_table(differences: Sequence[PairedDifference]) -> Table:
         for it in differences
     }
     cells = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Difference")
-    notes = (PLUS_MINUS, "A difference is clear if its interval excludes 0; a negative loss means that EVA is better.")
-    return Table("EVA minus LoRA on the same seeds: held-out loss, accuracy, seeds with a lower loss", cells, notes)
+    notes = (
+        PLUS_MINUS,
+        "A difference is clear if its interval excludes 0; a negative loss means that the first method is better.",
+    )
+    return Table("Differences on the same seeds: held-out loss, accuracy, seeds with a lower loss", cells, notes)
 
 
-def _per_epoch(values: np.ndarray) -> dict[int, Interval]:
-    return {epoch: Interval.of(values[:, epoch - 1].tolist()) for epoch in shown_epochs(values.shape[1])}
+def _per_epoch(runs: pd.DataFrame, values: np.ndarray) -> dict[int, Interval]:
+    """Intervals over `runs` of `values` ``(runs, evaluations)``, for the epochs of the tables."""
+    epochs = evaluated(runs)
+    return {epoch: Interval.of(values[:, epochs.index(epoch)].tolist()) for epoch in shown_epochs(epochs)}
 
 
 def _curve_figure(runs: pd.DataFrame, quantity: str) -> Figure:
-    lines = {label(method): curves(runs[runs["method"] == method], quantity) for method in methods_of(runs)}
+    trained = runs[runs["method"].map(adapts_or_trains)]
+    lines = {label(method): curves(trained[trained["method"] == method], quantity) for method in methods_of(trained)}
     last = ", ".join(f"{name} {values[:, -1].mean():.3g}" for name, values in lines.items())
     unit = {"loss": "cross-entropy (nats)", "accuracy": "accuracy"}[quantity]
-    order = [label(method) for method in ("fft", "lora", "eva:1", "eva")]
     figure = plots.learning_curves(
-        lines, unit, title=f"Held-out {quantity}", percent=quantity == "accuracy", order=order
+        lines,
+        unit,
+        title=f"Held-out {quantity}",
+        percent=quantity == "accuracy",
+        order=COLOURED,
+        x=evaluated(trained),
     )
     return drawn(
         figure, f"Held-out {quantity} per epoch; after the last: {last}", "Line: mean over seeds; band: 95% interval."

@@ -60,6 +60,21 @@ class Figure:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class Film:
+    """A video for the page: with controls where there is an MP4, else the GIF that it falls back to.
+
+    Attributes:
+        figure: The GIF.
+        source: ``data:`` URI of the MP4; empty where there is none.
+        poster: That of the picture that is shown before it plays.
+    """
+
+    figure: Figure
+    source: str = ""
+    poster: str = ""
+
+
 def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figure:
     """A matplotlib figure as SVG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -71,6 +86,20 @@ def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figu
 def embedded(file: Path, alt: str, caption: str = "") -> Figure:
     """A GIF file."""
     return Figure(_data_uri("image/gif", file.read_bytes()), alt, caption)
+
+
+def filmed(gif: Path, mp4: Path | None, poster: Path | None, alt: str, caption: str = "") -> Film:
+    """A GIF file, and where there is one the same as MP4, with a PNG that is shown before it plays."""
+    figure = embedded(gif, alt, caption)
+    if mp4 is None or poster is None:
+        return Film(figure)
+    return Film(figure, _data_uri("video/mp4", mp4.read_bytes()), _data_uri("image/png", poster.read_bytes()))
+
+
+def photograph(file: Path, alt: str, caption: str = "") -> Figure:
+    """A JPEG or PNG file as it is."""
+    kind = "image/png" if file.suffix.lower() == ".png" else "image/jpeg"
+    return Figure(_data_uri(kind, file.read_bytes()), alt, caption)
 
 
 def render(template: str, **content: Any) -> Markup:

@@ -77,6 +77,9 @@ class Comparison(ABC):
         """A finished run's figures in a few words."""
         return ""
 
+    def look(self, results: Callable[[], Results]) -> None:  # noqa: B027 - the report may do
+        """After every run that is finished now: a chance to show a first result. `results` gives what there is."""
+
     def seconds(self) -> Callable[[Job], float] | None:
         """How long a run takes by the speed measured now, for ``--plan``; None where nothing measures it."""
         return None
@@ -266,6 +269,7 @@ class _Loop:
             self._done += 1
             text = self._comparison.headline(outcome.metrics or {})
             self._progress.finished(f"{job}: {text}" if text else str(job), total)
+            self._comparison.look(lambda: Results.of(self._schedule))
         elif status == "failed":
             self._failed += 1
             self._progress.finished(f"{job}: failed", total)

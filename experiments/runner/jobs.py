@@ -177,7 +177,12 @@ def _execute(job: Job, folder: RunFolder) -> dict[str, Any]:
 
     def build() -> Work:
         work = job.build(job)
-        return lambda folder: {"seconds": time.perf_counter() - started, **work(folder)}
+
+        def timed(folder: RunFolder) -> Mapping[str, Any]:
+            metrics = work(folder)
+            return {"seconds": time.perf_counter() - started, **metrics}
+
+        return timed
 
     metrics = perform(folder, build, terminal=False)
     note(job, "end")

@@ -99,9 +99,12 @@ class Progress:
 
 
 def span(seconds: float) -> str:
-    """A duration as people say it: ``"45 s"``, ``"12 min"``, ``"3.5 h"``, ``"6 days"``."""
+    """A duration as people say it: ``"45 s"``, ``"12 min"``, ``"3.5 h"``, ``"6 days"``, ``"1,020 years"``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.0f} days"
+    if seconds < 72 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365.25:,.0f} years"

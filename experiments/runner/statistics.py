@@ -13,27 +13,34 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from rliable.library import get_interval_estimates
 from rliable.metrics import aggregate_iqm
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from eva_lightning.errors import check_number
 from eva_lightning.side_effects import isolated_rng
 
 #: What ± is, for every table.
 PLUS_MINUS = "± is half the width of the 95% interval of the mean over seeds (Student's t distribution)."
+#: What ± is where tasks are strata.
+PLUS_MINUS_BY_TASK = (
+    "± is half the width of the 95% interval of the mean over tasks (Student's t, spread over seeds within each task, "
+    "Welch-Satterthwaite's degrees of freedom): for these tasks, not for tasks in general."
+)
 #: What brackets are, for every table with interquartile means.
 BRACKETS = (
     "IQM is the mean of the middle half of all runs, in brackets its 95% interval (bootstrap over seeds, by task)."
 )
 
 _BOOTSTRAP_SAMPLES = 1_000
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,11 @@ class Sample:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
+def weighted_sum(terms: Iterable[tuple[float, Sample]], comparisons: int = 1) -> Interval:
     """Interval of a weighted sum of independent means, as at the top of this file.
 
+    Of several `comparisons` each has the level 1 - 0.05 / comparisons, so that all of them hold together with 95%
+    (Bonferroni).
     A mean that was rounded adds the variance of its rounding error, resolution² / 12. `n` of the result is the smallest
     sample's; without a standard deviation in one of the samples there is no width.
     """
@@ -128,12 +137,12 @@ def weighted_sum(terms: Iterable[tuple[float, Sample]]) -> Interval:
     total = sampling + rounding
     # of the sampling alone: rounding, whose variance is known, should not make an interval narrower
     degrees = sampling**2 / denominator if denominator > 0 else math.inf
-    return Interval(mean, t_quantile(degrees) * math.sqrt(total) if total > 0 else 0.0, smallest)
+    return Interval(mean, t_quantile(degrees, comparisons) * math.sqrt(total) if total > 0 else 0.0, smallest)
 
 
-def mean_over(samples: Sequence[Sample]) -> Interval:
+def mean_over(samples: Sequence[Sample], comparisons: int = 1) -> Interval:
     """Interval of the unweighted mean of independent means."""
-    return weighted_sum((1 / len(samples), sample) for sample in samples)
+    return weighted_sum(((1 / len(samples), sample) for sample in samples), comparisons)
 
 
 def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interval:
@@ -147,11 +156,76 @@ def mean_difference(first: Sequence[Sample], second: Sequence[Sample]) -> Interv
     return weighted_sum(term for a, b in pairs for term in ((weight, a), (-weight, b)))
 
 
-def t_quantile(degrees: float) -> float:
-    """97.5% point of Student's t distribution; of the normal one for infinite `degrees`."""
+def t_quantile(degrees: float, comparisons: int = 1) -> float:
+    """97.5% point of Student's t distribution, of the normal one for infinite `degrees`; of several comparisons that of
+    1 - 0.025 / comparisons."""
     if degrees != math.inf:
         check_number("degrees of freedom", degrees, above=0)
-    return float(stdtrit(degrees, 0.975))
+    return float(stdtrit(degrees, 1 - 0.025 / comparisons))
+
+
+def t_test(values: Sequence[float]) -> float | None:
+    """Two-sided p-value of Student's t test that the mean of `values` is 0; None for a single one.
+
+    Values without any spread have a p of 0, or of 1 where they are 0.
+    """
+    if len(values) < 2:
+        return None
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    if spread == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(len(values) - 1, -abs(mean) / (spread / math.sqrt(len(values)))))
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Holm's step-down correction (1979): p-values that bound the chance of any false finding in the whole family.
+
+    The i-th smallest of m is multiplied by m - i + 1, and none is smaller than one before it or larger than 1.
+    """
+    corrected: dict[Key, float] = {}
+    largest = 0.0
+    for before, (key, p) in enumerate(sorted(p_values.items(), key=lambda entry: entry[1])):
+        largest = min(1.0, max(largest, (len(p_values) - before) * p))
+        corrected[key] = largest
+    return {key: corrected[key] for key in p_values}
+
+
+def mean_ranks(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Range]:
+    """Rank of each method among all of them (1: the highest mean), averaged over tasks, with bootstrap intervals.
+
+    Equal means share the mean of their ranks. Seeds are drawn anew within every method and task; the interval is
+    between the 2.5% and 97.5% points of the mean ranks, for these tasks and new seeds.
+
+    Args:
+        values: Method -> for each task, in the same order, its values over seeds.
+    """
+    generator = np.random.default_rng(0)
+
+    def means(draw: bool) -> np.ndarray:
+        """Shape ``(draws, tasks, methods)``."""
+        size = _BOOTSTRAP_SAMPLES if draw else 1
+        columns = []
+        for of_tasks in values.values():
+            drawn = [
+                np.asarray(found)[generator.integers(len(found), size=(size, len(found)))].mean(axis=1)
+                if draw
+                else np.full(1, np.mean(found))
+                for found in of_tasks
+            ]
+            columns.append(np.stack(drawn, axis=1))
+        return np.stack(columns, axis=2)
+
+    def ranks(of: np.ndarray) -> np.ndarray:
+        """Mean over tasks, shape ``(draws, methods)``."""
+        other, own = of[..., None, :], of[..., :, None]
+        return ((other > own).sum(axis=-1) + ((other == own).sum(axis=-1) + 1) / 2).mean(axis=1)
+
+    found, drawn = ranks(means(draw=False))[0], ranks(means(draw=True))
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    return {
+        method: Range(float(found[i]), float(low[i]), float(high[i]), min(map(len, of_tasks)))
+        for i, (method, of_tasks) in enumerate(values.items())
+    }
 
 
 def over_seeds(runs: pd.DataFrame, value: str, by: str | list[str] = "method") -> dict[Any, Interval]:
@@ -194,12 +268,53 @@ def paired(runs: pd.DataFrame, first: str, second: str, value: str, *, relative:
     Returns:
         The interval, or None where no seed has all runs.
     """
+    differences = paired_values(runs, first, second, value, relative=relative)
+    return Interval.of(differences) if differences else None
+
+
+def paired_values(runs: pd.DataFrame, first: str, second: str, value: str, *, relative: bool = False) -> list[float]:
+    """The differences of :func:`paired`, one per seed; none where no seed has all runs."""
+    wide = _wide(runs, value)
+    if not {first, second} <= set(wide.columns.get_level_values(0)):
+        return []
+    a, b = wide[first], wide[second]
+    return list((100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1))
+
+
+def by_task(runs: pd.DataFrame, value: str) -> dict[Hashable, Interval]:
+    """Interval of the mean over tasks of each method, runs of different tasks taken as independent.
+
+    Where tasks share nothing but the number of a seed, this has the width that the spread within tasks gives it, and
+    more degrees of freedom than :func:`over_tasks`. Methods that lack a task are left out.
+    """
+    wide = _wide(runs, value)
+    found = {key: _over_strata(wide[key]) for key in runs["method"].unique()}
+    return {key: interval for key, interval in found.items() if interval is not None}
+
+
+def paired_by_task(
+    runs: pd.DataFrame, first: str, second: str, value: str, *, relative: bool = False, comparisons: int = 1
+) -> Interval | None:
+    """Interval of the mean over tasks of `first` minus `second`, run by run, tasks taken as independent.
+
+    Args:
+        runs, first, second, value, relative: See :func:`paired`.
+        comparisons: Number of differences that are looked at together; the interval is corrected for it (Bonferroni).
+
+    Returns:
+        The interval, or None where a task has no pair.
+    """
     wide = _wide(runs, value)
     if not {first, second} <= set(wide.columns.get_level_values(0)):
         return None
     a, b = wide[first], wide[second]
-    differences = (100 * np.log(a / b) if relative else a - b).dropna().mean(axis=1)
-    return Interval.of(list(differences)) if len(differences) else None
+    return _over_strata(100 * np.log(a / b) if relative else a - b, comparisons)
+
+
+def _over_strata(values: pd.DataFrame, comparisons: int = 1) -> Interval | None:
+    """Interval of the mean of the columns' means; None where a column is empty."""
+    columns = [list(values[task].dropna()) for task in values]
+    return mean_over([Sample.of(column) for column in columns], comparisons) if all(columns) else None
 
 
 def iqm(runs: pd.DataFrame, value: str) -> dict[Hashable, Range]:

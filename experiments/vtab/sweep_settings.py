@@ -21,7 +21,7 @@ from experiments.runner.command import SettingsCommand
 from experiments.runner.options import RunnerOptions
 from experiments.runner.settings import Role, option
 from experiments.vtab import settings as of_a_run
-from experiments.vtab.grid import Grid, load_grid
+from experiments.vtab.grid import SELECTED_BY, Grid, load_grid
 
 #: The methods of the paper's Table 20.
 TABLE_20 = ("fft", "lora", "adalora", "pissa", "olora", "eva", "dora", "eva-dora")
@@ -85,6 +85,13 @@ class Settings(RunnerOptions, of_a_run.SharedOptions):
     )
     final_each_rho: bool = option(
         False, "final runs of every ρ at its own best learning rate and rank, not of the better one alone", SELECTION
+    )
+    select: str = option(
+        "accuracy", "choose learning rate, rank and ρ by the accuracy on validation images (the paper) or the loss, "
+        "which is steadier where they are few", SELECTION, choices=SELECTED_BY,
+    )  # fmt: skip
+    validate: bool = option(
+        False, "evaluate val200 after every epoch of the tuning runs, for curves of the held-out loss", PLACE
     )
     state_components: int | None = option(
         None, "components per layer of the shared EVA states; as many as the grid needs if not given", PLACE,

@@ -23,6 +23,9 @@ Samples = Mapping[str, Sample]
 #: Method -> what it is compared with besides the baseline.
 COUNTERPARTS = {"eva-dora": "dora"}
 
+#: Characters that are left for cells beside the labels, where 120 are shown.
+_ROOM = 78
+
 #: Columns of the sheets: tasks, then means.
 TASK_COLUMNS, MEAN_COLUMNS = tuple(HEADINGS), tuple(GROUP_HEADINGS)
 
@@ -57,7 +60,7 @@ class Sheet:
     """A table.
 
     Attributes:
-        name: ``"table20"``, ``"table21"``, ``"table25"`` or ``"differences"``.
+        name: ``"table20"``, ``"table21"``, ``"table25"``, ``"differences"``, or ``"own…"`` of other folders.
         title: One line.
         caption: What the numbers are.
         columns: Tasks, groups and ``"average"``.
@@ -70,10 +73,18 @@ class Sheet:
     columns: tuple[str, ...]
     lines: tuple[SheetLine, ...]
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is about folders that are not VTAB-1K's official draws: nothing of the paper's is in it."""
+        return self.name.startswith("own")
+
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """Columns in blocks that a screen or page is wide enough for: one per group with its mean, and the means."""
         if not set(self.columns) & set(TASK_COLUMNS):
-            return {"means": self.columns}
+            wide = max((len(text) for line in self.lines for text in line.cells.values()), default=0)
+            fit = max(1, _ROOM // (max(wide, *map(len, map(heading, self.columns))) + 3)) if self.is_own else 99
+            parts = [self.columns[i : i + fit] for i in range(0, len(self.columns), fit)]
+            return {f"{i} of {len(parts)}" if len(parts) > 1 else "means": part for i, part in enumerate(parts, 1)}
         groups = MEAN_COLUMNS[:-1]
         return {**{group: (*GROUPS[group], group) for group in groups}, "means": MEAN_COLUMNS}
 

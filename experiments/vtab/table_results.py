@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.runner.settings import Role, identity, role_of
 from experiments.runner.statistics import Sample
 from experiments.runner.tuning import choose
 from experiments.vtab.grid import PAPER, score
-from experiments.vtab.settings import Settings
+from experiments.vtab.settings import Settings, weights_in_words
 from experiments.vtab.table_paper import HEADINGS, SEEDS
 
 #: Names of the model of the paper's tables.
@@ -42,6 +43,8 @@ class Ours:
         is_ambiguous: There is another entry of the same method and notes.
         rhos: Task -> the ρ that was chosen on val200; empty where there is only one, that of `key`.
         names_rho: Say ρ also where it is 2, as there is an entry of a chosen one.
+        runs: The final runs that count, as :func:`read_runs` gives them, with the column ``edge``: whether the
+            learning rate is the ``"lowest"`` or ``"highest"`` of those tuned over, or ``""``.
     """
 
     key: MethodKey
@@ -51,6 +54,7 @@ class Ours:
     is_ambiguous: bool = False
     rhos: Mapping[str, float] = field(default_factory=dict)
     names_rho: bool = False
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -61,14 +65,20 @@ class Ours:
         return label + (f" #{self.experiment[:6]}" if self.is_ambiguous else "")
 
 
-def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
+def read_runs(folders: Iterable[str | Path], select: str = "accuracy") -> pd.DataFrame:
     """The finished runs below `folders`, also while a sweep writes them: one row per run, in order of their paths.
+
+    Args:
+        folders: Outputs of sweeps and runs.
+        select: What tuning was judged by, as the sweep's option.
 
     Returns:
         Columns ``experiment`` (identity of the settings that are not one run's), ``model``, ``method`` (with its ρ),
         ``family`` (without), ``rho``, ``task``, ``phase`` (``"tune"`` or ``"final"``), ``seed``, ``point`` (learning
-        rate and rank), ``accuracy`` (in percent), ``loss``, ``notes`` (why it cannot be compared with the paper's),
-        ``place`` (the folder).
+        rate and rank), ``lr``, ``accuracy`` (in percent), ``loss``, ``score`` (in tuning, lower is better), ``notes``
+        (why it cannot be compared with the paper's), ``place`` (the folder), ``official`` (all images, of the official
+        sizes), ``group`` (of tasks), ``train_images``, ``test_images``, ``epochs``, ``image_size``, ``weights`` and
+        ``seconds`` (of training and evaluation).
 
     Raises:
         MissingInputError: One of `folders` is none, or no final run is finished; says what to run.
@@ -81,7 +91,7 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
                 f"the folder of runs {folder} does not exist: python -m experiments.vtab sweep --root DIR makes "
                 "runs/vtab; other folders are named by --runs"
             )
-        rows += [run_row(metrics, str(place)) for place, metrics in metrics_below(folder) if _is_ours(metrics)]
+        rows += [run_row(metrics, str(place), select) for place, metrics in metrics_below(folder) if _is_ours(metrics)]
     runs = pd.DataFrame(rows)
     if runs.empty or "final" not in set(runs["phase"]):
         progress = f" ({len(runs)} tuning runs are)" if len(runs) else ""
@@ -99,7 +109,7 @@ def _is_ours(metrics: Mapping[str, Any]) -> bool:
     return known and metrics.get("evaluation_split") in _PHASES
 
 
-def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
+def run_row(metrics: Mapping[str, Any], place: str, select: str = "accuracy") -> dict[str, Any]:
     """A row of the frame from what ``metrics.json`` in the folder `place` holds."""
     phase = _PHASES[metrics["evaluation_split"]]
     return {
@@ -114,8 +124,16 @@ def run_row(metrics: Mapping[str, Any], place: str) -> dict[str, Any]:
         "point": Point.of(lr=metrics["lr"], rank=metrics.get("rank")),
         "accuracy": 100 * float(metrics["accuracy"]),
         "loss": float(metrics["loss"]),
+        "score": score(metrics, select),
         "notes": tuple(_differences(metrics)) if phase == "final" else (),
         "place": place,
+        "lr": float(metrics["lr"]),
+        "official": bool(metrics.get("official_sizes", True)),
+        "group": metrics.get("group", "other"),
+        "train_images": metrics.get("train_images"),
+        "test_images": metrics.get("evaluation_images"),
+        **{name: metrics["experiment"].get(name) for name in ("epochs", "image_size", "weights")},
+        "seconds": sum(float(metrics.get(f"{part}_seconds", math.nan)) for part in ("train", "evaluation")),
     }
 
 
@@ -135,7 +153,7 @@ def _differences(metrics: Mapping[str, Any]) -> Iterable[str]:
     if weights == "none":
         yield "random weights instead of pre-trained ones"
     elif weights is not None:
-        yield f"weights of the file {Path(str(weights).split(':')[0]).name}"
+        yield weights_in_words(str(weights))
     if protocol != PAPER_PROTOCOL.name:
         yield f"protocol {protocol}, not the text of the paper"
     if metrics.get("limited"):
@@ -207,17 +225,18 @@ def _entries(runs: pd.DataFrame, searched: bool) -> list[Ours]:
         samples = {task: Sample.of(values[task]) for task in _in_order(values)}
         rhos = {str(task): float(group["rho"].iloc[0]) for task, group in found.groupby("task")} if searched else {}
         key = MethodKey.parse(method)
-        entries.append(Ours(key, experiment, samples, tuple(_notes(found, samples)), rhos=rhos))
+        entries.append(Ours(key, experiment, samples, tuple(_notes(found, samples)), rhos=rhos, runs=found))
     return entries
 
 
 def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
     """Final runs of one task, method and experiment that count, with a note on how their point was tuned."""
+    edge = ""
     if trials is None:
         notes = ["learning rate and rank as given, not chosen on val200"]
     else:
         by_point = trials.groupby("point", sort=False)
-        scores = {point: [score(run) for run in found.to_dict("records")] for point, found in by_point}
+        scores = {point: found["score"].tolist() for point, found in by_point}
         best = choose({point: scores[point] for point in final["point"].unique() if point in scores})
         if best is not None:
             final = final[final["point"] == best.point]
@@ -226,6 +245,9 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
         first = choose(scores, most)
         if best is not None and first is not None and first.score < best.score:
             notes.append(f"tuning prefers {first.point}, of which no final run is finished")
+        rates, lr = sorted({point.get("lr") for point in scores}), final["lr"].iloc[0]
+        if len(rates) > 1:
+            edge = "lowest" if lr == rates[0] else "highest" if lr == rates[-1] else ""
     for _, same in final.groupby("seed"):
         first, last = same.iloc[0], same.iloc[-1]
         for _, other in same.iterrows():
@@ -236,7 +258,7 @@ def _chosen(final: pd.DataFrame, trials: pd.DataFrame | None) -> pd.DataFrame:
                     "them"
                 )
     final = final.drop_duplicates("seed")
-    return final.assign(notes=[(*found, *notes) for found in final["notes"]])
+    return final.assign(notes=[(*found, *notes) for found in final["notes"]], edge=edge)
 
 
 def _in_order(tasks: Iterable[str]) -> list[str]:

@@ -12,7 +12,6 @@ from eva_lightning.plots import PALETTE
 from experiments.runner.jobs import Point
 from experiments.runner.statistics import Interval, Sample, mean_over
 from experiments.runner.tuning import choose
-from experiments.vtab.grid import score
 
 _SPLITS = {"tune": "val200, tuning runs", "final": "test, final runs"}
 
@@ -56,9 +55,7 @@ def _best_points(trials: pd.DataFrame) -> dict[tuple[str, float], Point]:
     """Task and ρ -> the learning rate and rank of the best tuning."""
     best = {}
     for (task, rho), found in trials.groupby(["task", "rho"]):
-        scores = {
-            point: [score(run) for run in same.to_dict("records")] for point, same in found.groupby("point", sort=False)
-        }
+        scores = {point: same["score"].tolist() for point, same in found.groupby("point", sort=False)}
         choice = choose(scores, max(map(len, scores.values())))
         if choice is not None:
             best[str(task), float(rho)] = choice.point

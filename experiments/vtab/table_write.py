@@ -38,8 +38,15 @@ _CSV_COLUMNS = [
 
 def as_markdown(sheets: Sequence[Sheet], notes: Sequence[str], figures: Sequence[str]) -> str:
     """One document: legend, sheets, notes and figures."""
-    parts = ["# VTAB-1K: the paper's numbers beside ours", LEGEND, *_numbered(notes, "- **{}**: {}.")]
+    beside = any(not sheet.is_own for sheet in sheets)
+    parts = [
+        *(["# VTAB-1K: the paper's numbers beside ours", LEGEND] if beside else ["# Folders of images, measured here"]),
+        *_numbered(notes, "- **{}**: {}."),
+    ]
     for sheet in sheets:
+        if sheet.is_own:
+            parts += [f"## {sheet.title}", _escape_markdown(sheet.caption), _plain_table(sheet)]
+            continue
         rows = []
         for line in sheet.lines:
             mark = f" <sup>{line.marks}</sup>" if line.marks else ""
@@ -54,6 +61,16 @@ def as_markdown(sheets: Sequence[Sheet], notes: Sequence[str], figures: Sequence
         parts += [f"## {sheet.title}", _escape_markdown(sheet.caption), table]
     parts += [f"![{figure.removesuffix('.png')}]({figure})" for figure in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def _plain_table(sheet: Sheet) -> str:
+    """A table with nobody's numbers but ours."""
+    rows = [
+        [line.label + (f" <sup>{line.marks}</sup>" if line.marks else ""), *line.texts(sheet.columns)]
+        for line in sheet.lines
+    ]
+    frame = pd.DataFrame(rows, columns=["", *map(heading, sheet.columns)]).map(_escape_markdown)
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * len(sheet.columns)))
 
 
 def _escape_markdown(text: str) -> str:
@@ -76,14 +93,16 @@ def print_sheets(console: Console, sheets: Sequence[Sheet], notes: Sequence[str]
             console.print(_terminal_table(sheet, title, columns))
         console.print(Text(sheet.caption, style="dim"))
         console.print()
-    console.print(Text("paper (italic): printed in the paper, DINOv2-g/14; ours (bold): measured here"))
+    if any(not sheet.is_own for sheet in sheets):
+        console.print(Text("paper (italic): printed in the paper, DINOv2-g/14; ours (bold): measured here"))
     for text in _numbered(notes, "[{}] {}"):
         console.print(Text(text))
 
 
 def _terminal_table(sheet: Sheet, title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True, min_width=5)
+    if not sheet.is_own:
+        table.add_column("", no_wrap=True, min_width=5)
     table.add_column("difference" if sheet.name == "differences" else "method")
     for column in columns:
         table.add_column(heading(column).replace("-", "-\n"), justify="right", no_wrap=True)
@@ -96,7 +115,8 @@ def _terminal_table(sheet: Sheet, title: str, columns: Sequence[str]) -> Table:
             table.add_section()
         before = line.section
         label = f"{line.label} [{line.marks}]" if line.marks else line.label
-        table.add_row(line.source, *map(Text, (label, *texts)), style="bold" if line.source == "ours" else "italic")
+        style = "" if sheet.is_own else "bold" if line.source == "ours" else "italic"
+        table.add_row(*([] if sheet.is_own else [line.source]), *map(Text, (label, *texts)), style=style)
     return table
 
 

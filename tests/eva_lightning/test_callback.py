@@ -522,7 +522,7 @@ def test_given_state_sets_ranks_before_optimizers_exist() -> None:
 # --- ablations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", ["eva", "whiten", "rotate", "permute", "minor", "redistribute"])
+@pytest.mark.parametrize("init", ["eva", "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute"])
 def test_every_init_trains(init: str) -> None:
     callback = FreezeAfterInit(rho=1, r=4, init=init)
     data = dataset(96)
@@ -530,7 +530,7 @@ def test_every_init_trains(init: str) -> None:
     a = callback.snapshot["net.0.lora_A.default.weight"]
     v = exact_components(data.tensors[0], IN)
     inside = (a @ v[:4].T).square().sum() / a.square().sum()
-    if init in ("eva", "whiten", "rotate"):
+    if init in ("eva", "whiten", "lora-norm", "rotate"):
         assert inside > 1 - 1e-4, "within the span of the top components"
     if init == "minor":
         assert (a @ v[-4:].T).square().sum() / a.square().sum() > 1 - 1e-4

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eva_lightning.initialization import INITS, initial_a, random_rotation
+from eva_lightning.initialization import INITS, initial_a, random_rotation, uniform_orthonormal
 from eva_lightning.svd import ExactSVD, SVDResult
 from tests.svd_helpers import assert_orthonormal, decaying
 
@@ -60,6 +60,29 @@ def test_whiten_keeps_directions_and_scales_by_the_root_of_the_ratio(result: SVD
     norms = torch.linalg.vector_norm(a, dim=1)
     assert torch.allclose(norms, result.explained_variance_ratio[:8] ** -0.5, rtol=1e-4)
     assert torch.allclose(a / norms[:, None], result.components[:8], atol=1e-5)
+
+
+def test_lora_norm_keeps_directions_at_the_mean_row_length_of_loras_default(result: SVDResult) -> None:
+    a, v = build("lora-norm", result).double(), result.components[:8].double()
+    drawn = torch.empty(20000, 96, dtype=torch.float64)
+    torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(0))
+    root_mean_square = drawn.square().sum(1).mean().sqrt()
+    assert root_mean_square == pytest.approx(0.57735, rel=2e-3)
+    assert torch.allclose(torch.linalg.vector_norm(a, dim=1), root_mean_square, rtol=2e-3)
+    assert torch.allclose(a / torch.linalg.vector_norm(a, dim=1)[:, None], v, atol=1e-6)
+
+
+def test_orthonormal_columns_are_uniform_and_those_of_gram_schmidt() -> None:
+    normal = torch.randn(4000, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([uniform_orthonormal(matrix) for matrix in normal])
+    first = normal[:, :, 0] / torch.linalg.vector_norm(normal[:, :, 0], dim=1, keepdim=True)
+    rest = normal[:, :, 1] - (first * normal[:, :, 1]).sum(1, keepdim=True) * first
+    second = rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
+    assert torch.allclose(drawn, torch.stack([first, second], dim=2), atol=1e-10)
+    # columns of a uniform frame have mean 0 and second moment I / 5
+    moment = torch.einsum("bik,bjk->ij", drawn, drawn) / (2 * 4000)
+    assert (moment - torch.eye(5, dtype=torch.float64) / 5).abs().max() < 0.01
+    assert drawn.mean(0).abs().max() < 4 * math.sqrt(1 / 5 / 4000)
 
 
 def test_whiten_does_not_blow_up_without_variance() -> None:

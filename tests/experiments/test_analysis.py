@@ -10,6 +10,7 @@ import torch
 
 from eva_lightning.analysis import component_cosines
 from experiments.analysis import command_line, main, parse, parts
+from experiments.analysis.figures import shares
 from experiments.analysis.settings import part_settings
 from experiments.analysis.sources import Streamed, open_source
 from tests.eva_lightning.rl.tiny import TASK, make_robot
@@ -60,6 +61,24 @@ def test_the_command_makes_all_figures_of_a_timm_backbone(tmp_path: Path) -> Non
     assert len(numbers["ranks"]["ranks"]["1"]) == blocks * len(kinds)
     assert set(numbers["distances"]["table5"]) == kinds
     assert {sum(ranks.values()) for ranks in numbers["ranks"]["ranks"].values()} == {8 * blocks * len(kinds)}
+
+
+def test_shares_are_those_of_types_and_of_parts_of_the_depth() -> None:
+    ranks = {
+        f"blocks.{block}.{kind}": 10 * block + place for block in range(5) for place, kind in enumerate(("a.x", "b"))
+    }
+    total = sum(ranks.values())
+    maps = {1.0: dict.fromkeys(ranks, 4), 2.0: ranks}
+    assert shares(maps) == {
+        "a.x": {1.0: pytest.approx(0.5), 2.0: pytest.approx(100 / total)},
+        "b": {1.0: pytest.approx(0.5), 2.0: pytest.approx(105 / total)},
+    }
+    by_depth = shares(maps, parts=3)
+    assert list(by_depth) == ["blocks 0 to 1", "blocks 2 to 3", "blocks 4 to 4"]
+    assert by_depth["blocks 4 to 4"] == {1.0: pytest.approx(0.2), 2.0: pytest.approx(81 / total)}
+    assert sum(of[2.0] for of in by_depth.values()) == pytest.approx(1)
+    without_blocks = {2.0: {"fc": 3, "head": 1}}
+    assert shares(without_blocks, parts=3) == {"other layers": {2.0: 1.0}}
 
 
 def test_the_command_makes_all_figures_of_a_decision_transformer(robots: list[str], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +39,17 @@ from experiments.runner.settings import Role, option, parse_settings
 from experiments.runner.tuning import Choice
 from experiments.runner.yaml_files import read_yaml
 from experiments.vtab.grid import load_grid
+from experiments.vtab.own_curves import read_history
 from tests.eva_lightning.rl.published_files import FORMATS, episodes
 from tests.eva_lightning.rl.synthetic import synthetic_task, write_synthetic
 from tests.eva_lightning.vision.fakes import make_task
 from tests.fuzz.engine import Reader
+from tests.tools.dinov2_small.tiny import ARCHITECTURE, tiny_graph, tiny_release, tiny_tensors
 from tests.tools.vtab import original_fakes
 from tests.tools.vtab.test_archive import zip_folder
+from tools.dinov2_small.graph import Backbone
+from tools.dinov2_small.release import Release
+from tools.dinov2_small.wheel import graph_in
 from tools.vtab.archive import find_members, unpack
 from tools.vtab.dataset_check import check_tasks
 from tools.vtab.originals import ORIGINALS
@@ -322,6 +329,16 @@ def _bytes_of(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def _graph(folder: Path) -> None:
+    (folder / "a.onnx").write_bytes(tiny_graph(tiny_tensors()).SerializeToString())
+
+
+@functools.cache
+def _release() -> Release:
+    with tempfile.TemporaryDirectory() as folder:
+        return tiny_release(Path(folder) / "a.whl")
+
+
 READERS: tuple[Reader, ...] = (
     Reader("config", _text("c.yaml", CONFIG), _configured, checked=False),
     Reader("yaml", _text("c.yaml", CONFIG), lambda f: _discard(read_yaml(f / "c.yaml")), checked=False),
@@ -383,6 +400,13 @@ READERS: tuple[Reader, ...] = (
         lambda f: _discard(read_weights(f / "w.pth")),
         checked=False,
     ),
+    Reader(
+        "onnx",
+        _graph,
+        lambda f: _discard(Backbone((f / "a.onnx").read_bytes(), str(f / "a.onnx"), ARCHITECTURE).tensors),
+        checked=False,
+    ),
+    Reader("wheel", lambda f: _discard(tiny_release(f / "a.whl")), lambda f: graph_in(f / "a.whl", _release())),
     Reader("checkpoint", _checkpoint, lambda f: read_checkpoint(f / "a.ckpt")),
     Reader("archive", _zipped, _unpacked, checked=False),
     Reader(
@@ -418,4 +442,10 @@ READERS: tuple[Reader, ...] = (
         files="**/*.json",
     ),
     Reader("history", _history, _rows, checked=False),
+    Reader(
+        "epochs",
+        _text("metrics.csv", "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds\n1,0.5,0.1,,,0.01,2\n"),
+        lambda f: _discard(read_history(f / "metrics.csv")),
+        checked=False,
+    ),
 )

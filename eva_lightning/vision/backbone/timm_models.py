@@ -179,7 +179,9 @@ def _with_weights(
             model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
         )
     except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"weight file {file} is not of {model_name}: {_disagreement(error)}") from error
+        # timm converts some files before it loads them, and may fail there without a word about a key
+        reason = _disagreement(error) or _differing_keys(state, model_name, arguments) or str(error).partition("\n")[0]
+        raise InputError(f"weight file {file} is not of {model_name}: {reason or type(error).__name__}") from error
     wanted = model.state_dict().get("patch_embed.proj.weight")
     if patches is not None and wanted is not None and patches.ndim == 4 and patches.shape != wanted.shape:
         # timm would resample the filters of another patch size without a word
@@ -191,20 +193,33 @@ def _with_weights(
 
 
 def _disagreement(error: Exception) -> str:
-    """The first keys that PyTorch's strict loading objects to, in one phrase."""
+    """The first keys that PyTorch's strict loading objects to, in one phrase; empty for another error."""
     text = str(error)
     phrases = []
     for kind, label in (("Missing key", "it lacks"), ("Unexpected key", "it has the surplus")):
         found = re.search(rf"{kind}\(s\) in state_dict: (.*?)\.\s*(?:\n|$)", text, flags=re.DOTALL)
         if found:
             keys = re.findall(r'"([^"]+)"', found.group(1))
-            phrases.append(f"{label} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+            phrases.append(f"{label} {_first(keys)}")
     sizes = re.findall(r"size mismatch for (\S+): .*?shape torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", text)
     if sizes:
         key, theirs, ours = sizes[0]
         more = f" and {len(sizes) - 1} more of another shape" if len(sizes) > 1 else ""
         phrases.append(f"{key} has shape {theirs} where {ours} is needed{more}")
-    return "; ".join(phrases) or (text.splitlines()[0] if text else type(error).__name__)
+    return "; ".join(phrases)
+
+
+def _differing_keys(state: Mapping[str, Tensor], model_name: str, arguments: dict[str, Any]) -> str:
+    """The first keys that a file lacks or has too many, in one phrase."""
+    with torch.device("meta"):
+        wanted = timm.create_model(model_name, num_classes=0, **arguments).state_dict()
+    missing, surplus = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
+    phrases = ((missing, "it lacks"), (surplus, "it has the surplus"))
+    return "; ".join(f"{label} {_first(keys)}" for keys, label in phrases if keys)
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _check_patches(model: nn.Module, name: str, image_size: int) -> None:

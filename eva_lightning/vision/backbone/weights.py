@@ -46,7 +46,7 @@ def resolve_weights(model: str, weights: str) -> Weights:
     config = get_pretrained_cfg(model)
     if config is None or not config.has_weights:
         raise InputError(f"timm has no pre-trained weights of {model}: pass --weights FILE or --weights none")
-    cached = _cached(config.hf_hub_id, config.hf_hub_filename)
+    cached = cached_file(config.hf_hub_id, config.hf_hub_filename)
     if cached is not None:
         return Weights(pretrained=True, file=cached)
     _require_hub(model, config.hf_hub_id)
@@ -65,7 +65,8 @@ def _weight_file(path: str) -> Path:
     return file
 
 
-def _cached(repository: str | None, filename: str | None) -> Path | None:
+def cached_file(repository: str | None, filename: str | None) -> Path | None:
+    """The file of a repository of the Hugging Face hub that is on this machine, or None."""
     if not repository:
         return None
     for name in (filename,) if filename else _HUB_FILES:
@@ -77,7 +78,7 @@ def _cached(repository: str | None, filename: str | None) -> Path | None:
 
 def download(repository: str | None, filename: str | None) -> Path | None:
     """The file of a repository of the Hugging Face hub, from its cache or the hub; None where there is no such file."""
-    found = _cached(repository, filename)
+    found = cached_file(repository, filename)
     if found is not None or not repository:
         return found
     for name in (filename,) if filename else _HUB_FILES:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from eva_lightning.errors import InputError
 from eva_lightning.reading import in_short
-from eva_lightning.vision.data.decoding import JPEG_START, open_image, read_image_file
+from eva_lightning.vision.data.decoding import JPEG_START, OversizedImageError, open_image, read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
         image = _decode(data)
     except Exception as error:
         # Pillow reports damaged files by OSError, SyntaxError, ValueError, EOFError or struct.error, by format
-        broken = InputError(f"image {path} cannot be decoded ({in_short(error)}): copy it again")
+        remedy = "make it smaller, or leave it out" if isinstance(error, OversizedImageError) else "copy it again"
+        broken = InputError(f"image {path} cannot be decoded ({in_short(error)}): {remedy}")
         if not data.startswith(JPEG_START):
             raise broken from None
         try:

@@ -14,12 +14,13 @@ that the same folder gives the same splits everywhere.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, unknown
-from eva_lightning.names import check_name
+from eva_lightning.names import check_name, check_path, shown
 from eva_lightning.reading import read_text
 from eva_lightning.vision.data.decoding import image_files
 from eva_lightning.vision.data.split_files import read_split
@@ -113,6 +114,7 @@ def _of_parts(folder: Path, parts: Mapping[str, Path]) -> OwnTask:
     tests = named.pop("test") if "test" in named else named.pop("val")
     training = named["train"]
     _check_classes(folder, training)
+    _refuse_alike(folder, dict.fromkeys([*training, *tests, *named.get("val", {})]))
     labels = {name: label for label, name in enumerate(training)}
     for part in (tests, named.get("val", {})):
         strange = next((name for name in part if name not in labels), None)
@@ -160,9 +162,12 @@ def _with_split_files(folder: Path) -> VTABTask:
 def _images(folder: Path, base: Path) -> dict[str, list[str]]:
     """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth."""
     found = {}
-    for place in sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        if paths := image_files(place):
-            found[place.name] = sorted((path.relative_to(folder).as_posix() for path in paths), key=_digest)
+    for place in _class_folders(folder, base):
+        if paths := [path.relative_to(folder).as_posix() for path in image_files(place)]:
+            found[place.name] = sorted(paths, key=_digest)
+        for path in paths:
+            check_path(f"image in {folder}: its path", path)
+    _refuse_alike(folder, found)
     if not found:
         raise MissingInputError(
             f"{folder} holds no images that are sorted by class: a folder for each class, train/CLASS and test/CLASS, or "
@@ -171,9 +176,53 @@ def _images(folder: Path, base: Path) -> dict[str, list[str]]:
     return found
 
 
+def _class_folders(folder: Path, base: Path) -> list[Path]:
+    """The folders in `base`, sorted; hidden ones are passed over.
+
+    Raises:
+        InputError: `base` cannot be read, or a link leads to a folder around it or to one that is there already: its
+            images would have two labels.
+    """
+    try:
+        entries = sorted(entry for entry in base.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"the folder {base} cannot be read ({error.strerror}): make it readable") from None
+    lost = next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None)
+    if lost is not None:
+        raise InputError(f"{lost} is a link that leads nowhere: put the folder itself there, or remove the link")
+    places = [entry for entry in entries if entry.is_dir()]
+    real = {place.resolve(): place for place in places if not place.is_symlink()}
+    for place in (place for place in places if place.is_symlink()):
+        target = place.resolve()
+        if base.resolve().is_relative_to(target):
+            raise InputError(f"the class folder {place} is a link to {target}, which holds it: remove the link")
+        if real.setdefault(target, place) is not place:
+            raise InputError(f"the class folders {real[target]} and {place} are one: remove the link")
+    return places
+
+
+def _refuse_alike(folder: Path, classes: Iterable[str]) -> None:
+    """Names that other systems, or a reader, take for one."""
+    known: dict[str, str] = {}
+    for name in classes:
+        other = known.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            raise InputError(
+                f"the classes {shown(other)} and {shown(name)} of {folder} differ in case or spelling only: rename one of "
+                "them, or put their images together"
+            )
+
+
 def _check_classes(folder: Path, images: Mapping[str, list[str]]) -> None:
     if len(images) < 2:
-        raise InputError(f"{folder} has one class, {next(iter(images))}: there is nothing to tell apart")
+        only = next(iter(images))
+        part = next((part for part, names in _PARTS.items() if only in names), None)
+        if part is not None:
+            raise InputError(
+                f"{folder} has the folder {only} alone: beside train/CLASS there must be test/CLASS or val/CLASS, or "
+                "folders of classes and nothing else"
+            )
+        raise InputError(f"{folder} has one class, {shown(only)}: there is nothing to tell apart")
 
 
 def _share(paths: list[str], part: int) -> tuple[list[str], list[str]]:

@@ -9,11 +9,21 @@ from pathlib import Path
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.names import check_path, shown
 from eva_lightning.reading import LARGEST_TEXT, read_bytes
+from eva_lightning.vision.data.tasks import TASKS
 
 ARCHIVE = (
     "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub; "
     "python -m experiments.vtab prepare gets and unpacks it)"
 )
+
+
+
+def whence(folder: Path) -> str:
+    """How to get the data of a task's folder, as the end of a message."""
+    if folder.name in TASKS:
+        return f"take it from {ARCHIVE}"
+    return f"write it anew or bring back what it lists, as {folder.name} is none of VTAB-1K's tasks"
+
 
 #: Python's own rule takes 1_0 and the digits of all scripts.
 _LABEL = re.compile(r"[-+]?[0-9]{1,9}")
@@ -51,7 +61,7 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
                 "join train800.txt and val200.txt, in this order, into it (python -m experiments.vtab prepare does)"
             )
         else:
-            remedy = f"take it from {ARCHIVE}"
+            remedy = whence(folder)
         raise MissingInputError(f"split file {file} is missing: {remedy}")
     paths: list[str] = []
     labels: list[int] = []
@@ -79,5 +89,5 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
         paths.append(path)
         labels.append(value)
     if not paths:
-        raise InputError(f"{file} lists no image: take it again from {ARCHIVE}")
+        raise InputError(f"{file} lists no image: {whence(folder)}")
     return Split(split, folder, tuple(paths), tuple(labels))

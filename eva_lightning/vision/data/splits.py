@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
 from eva_lightning.vision.data.own_tasks import find_task, has_split_files, read_own_task
-from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split
+from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split, whence
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 
 #: Training split -> the split it is judged on: the final protocol and the tuning protocol of the paper (section D.3).
@@ -154,16 +154,18 @@ def _class_warnings(
     if lost and (folder / "test.txt").is_file():
         raise InputError(
             f"label gap in {folder}: {len(lost)} of the {spec.classes} classes ({_listed(lost)}) occur in no split "
-            f"file, so part of the data is lost: take the folder again from {ARCHIVE}"
+            f"file, so part of the data is lost: {whence(folder)}"
         )
-    unseen = sorted(set(range(spec.classes)) - set(train.labels))
-    if not unseen:
-        return []
-    sentence = (
-        f"{folder.name}/{train.name}.txt has no example of {len(unseen)} of the {spec.classes} classes "
-        f"({_listed(unseen)}): they cannot be learned"
-    )
-    return [sentence]
+    sentences = []
+    for split, meaning in ((train, "they cannot be learned"), (evaluation, "nothing is said of them")):
+        unseen = sorted(set(range(spec.classes)) - set(split.labels))
+        # 200 images need not hold every class
+        if unseen and split.name != "val200":
+            sentences.append(
+                f"{folder.name}/{split.name}.txt has no example of {len(unseen)} of the {spec.classes} classes "
+                f"({_listed(unseen)}): {meaning}"
+            )
+    return sentences
 
 
 def _require_images(split: Split) -> None:
@@ -171,7 +173,7 @@ def _require_images(split: Split) -> None:
     if missing:
         raise MissingInputError(
             f"image {split.folder / missing[0]}, listed in {split.name}.txt, is missing "
-            f"({len(missing)} of its {len(split)} images are): unpack {ARCHIVE} again"
+            f"({len(missing)} of its {len(split)} images are): {whence(split.folder)}"
         )
 
 

@@ -21,8 +21,9 @@ from tests.eva_lightning.methods.image_fits import fit, plain
 from tests.eva_lightning.vision.fakes import make_task
 
 INITS = {
-    "eva": "eva", "eva-dora": "eva", "eva-whiten": "whiten", "eva-rotate": "rotate", "eva-permute": "permute",
-    "eva-minor": "minor", "lora-redistribute": "redistribute", "eva-raw": "eva", "eva-max": "eva",
+    "eva": "eva", "eva-dora": "eva", "eva-whiten": "whiten", "eva-lora-norm": "lora-norm", "eva-rotate": "rotate",
+    "eva-permute": "permute", "eva-minor": "minor", "lora-redistribute": "redistribute", "eva-raw": "eva",
+    "eva-max": "eva",
 }  # fmt: skip
 LARGEST = 16
 """Components held: what rank 8 with ρ = 2 needs."""

@@ -11,9 +11,9 @@ from eva_lightning.methods import METHODS, MethodKey, method_names
 
 IN_THE_ORDER_OF_REPORTS = [
     "scratch", "linear", "fft", "lora", "dora", "rslora", "lora+", "adalora", "pissa", "milora", "olora", "ailora",
-    "gaussian", "orthogonal", "corda", "corda-kpm", "lora-ga", "lora-ga-peft", "lora-da", "lora-one", "gora", "eva",
-    "eva-gradient", "eva-dora", "eva-whiten", "eva-rotate",
-    "eva-permute", "eva-minor", "lora-redistribute", "eva-raw", "eva-max",
+    "gaussian", "orthogonal", "orthonormal", "corda", "corda-kpm", "lora-ga", "lora-ga-peft", "lora-da", "lora-one",
+    "gora", "eva", "eva-gradient", "eva-dora", "eva-whiten", "eva-lora-norm", "eva-rotate", "eva-permute",
+    "eva-minor", "lora-redistribute", "eva-raw", "eva-max",
 ]  # fmt: skip
 VISION_ALONE = {"linear", "ailora"}
 

@@ -1,4 +1,4 @@
-"""Starts that need the weights alone: AILoRA by a dense SVD, PEFT's orthogonal and normal ones by PEFT."""
+"""Starts that need no data: AILoRA by a dense SVD, PEFT's orthogonal and normal ones by PEFT, orthonormal by hand."""
 
 from __future__ import annotations
 
@@ -78,6 +78,35 @@ def test_starts_without_a_base_weight_are_pefts_drawn_alike(method: Any) -> None
         assert torch.equal(layer.base.weight, reference.base_layer.weight), name  # type: ignore[arg-type]
 
 
+def test_orthonormal_rows_are_the_gram_schmidt_of_pefts_normal_ones() -> None:
+    """In float64, row by row; B is zero and the base weight is as it was."""
+    normal, _ = prepared("gaussian", options())
+    before = torch.get_rng_state()
+    module, _ = prepared("orthonormal", options())
+    assert torch.equal(before, torch.get_rng_state())
+    drawn = find_adapters(normal)
+    for name, layer in find_adapters(module).items():
+        basis: list[torch.Tensor] = []
+        for row in drawn[name].a.detach().double():
+            rest = row - sum((row @ other) * other for other in basis)
+            basis.append(rest / rest.norm())
+        torch.testing.assert_close(layer.a.detach().double(), torch.stack(basis), rtol=0, atol=1e-6)
+        assert not layer.b.any(), name
+        assert torch.equal(layer.base.weight, build().get_submodule(name).weight)  # type: ignore[arg-type]
+        assert layer.module.scaling["default"] == SCALING
+
+
+def test_orthonormal_rows_follow_the_seed_and_no_other_layer() -> None:
+    def rows(seed: int) -> list[torch.Tensor]:
+        module = build()
+        torch.manual_seed(seed)
+        inject(module, r=RANK, initialisation="orthonormal")
+        return [layer.a.detach() for layer in find_adapters(module).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(rows(1), rows(1), strict=True))
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in zip(rows(1), rows(2), strict=True))
+
+
 def test_orthogonal_factors_are_large_and_their_product_is_nothing() -> None:
     module, _ = prepared("orthogonal", options())
     for layer in find_adapters(module).values():
@@ -99,7 +128,7 @@ def test_orthogonal_ranks_are_even_and_no_wider_than_the_layer() -> None:
 
 
 def test_what_needs_no_base_weight_adapts_quantised_ones_too() -> None:
-    for method, refused in (("gaussian", False), ("orthogonal", True), ("ailora", True)):
+    for method, refused in (("gaussian", False), ("orthonormal", False), ("orthogonal", True), ("ailora", True)):
         module = build()
         layer: Any = module.net.attention.q  # type: ignore[union-attr]
         layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)

@@ -156,3 +156,14 @@ def test_compiles_to_the_same_function() -> None:
         expected = model(**given)
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(**given), expected, rtol=0, atol=1e-5)
+
+
+def test_acting_has_gpt2s_gelu_in_any_precision() -> None:
+    model = small().eval().double()
+    tokens = torch.randn(2, 6, model.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    for block in model.blocks:
+        torch.nn.init.normal_(block.fc1.weight, std=2.0)  # type: ignore[union-attr, arg-type]
+    expected = model.act(tokens)  # with gradients, so by torch's gelu
+    with torch.inference_mode():
+        torch.testing.assert_close(model.act(tokens), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model.float().act(tokens.float()).double(), expected, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from eva_lightning.adapters import has_adapters
+from eva_lightning.methods.apply import AdapterOptions, apply_method
+from eva_lightning.rl import policy as policies
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy, Mode
 
@@ -65,6 +68,34 @@ def test_streaming_mode_is_the_forward_on_at_least_half_the_context(positions: s
     for t in range(STEPS):
         expected = full_forward(made, played, target, starts[t], t)
         np.testing.assert_allclose(played[2][t], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_adapters_count(mode: Mode) -> None:
+    made = module()
+    apply_method("lora", made, AdapterOptions(rank=2, bias="none"), head=made.head_name, mask_fn=made.mask_fn)
+    assert has_adapters(made)
+    for name, value in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    played = play(DecisionTransformerPolicy(made, N, 500.0, mode), steps=9)
+    starts = [0] * 8 + [1 if mode == "exact" else 4]
+    for t, start in enumerate(starts):
+        expected = full_forward(made, played, np.full(N, 500.0), start, t)
+        np.testing.assert_allclose(played[2][t], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 61, 90, 91])
+def test_environments_in_parts_are_environments_at_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module()
+    at_once = play(DecisionTransformerPolicy(made, N, 500.0))[2]
+    calls: list[int] = []
+    act = made.model.act
+    monkeypatch.setattr(made.model, "act", lambda part, *cache: (calls.append(len(part)), act(part, *cache))[1])
+    monkeypatch.setattr(policies, "_TOKENS_PER_CALL", tokens)
+    np.testing.assert_allclose(play(DecisionTransformerPolicy(made, N, 500.0))[2], at_once, rtol=0, atol=2e-6)
+    # a window of 8 steps has 30 tokens, and three of them 90
+    assert calls[8:] == {1: [1, 1, 1], 61: [2, 1], 90: [3], 91: [3]}[tokens] * 15
 
 
 @pytest.mark.parametrize("mode", ["exact", "streaming"])

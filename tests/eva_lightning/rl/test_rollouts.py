@@ -3,13 +3,17 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from functools import cache
 from typing import Any
 
+import metaworld
 import numpy as np
 import pytest
 import torch
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from torch.utils.data import DataLoader
 
+from eva_lightning.adapters import has_adapters
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl import rollouts
 from eva_lightning.rl.environments import MetaWorldEnvironment
@@ -30,12 +34,101 @@ def build(**kwargs: Any) -> DecisionTransformerModule:
     return module
 
 
+@cache
+def goals_of_seed_7() -> list[Any]:
+    """The evaluation goals of push, by metaworld itself."""
+    return list(metaworld.MT1("push-v3", seed=15).train_tasks)
+
+
+@pytest.mark.parametrize("environments", [None, 1, 2])
+def test_equals_metaworlds_own_environment_and_the_full_window_by_hand(environments: int | None) -> None:
+    module = build().eval()
+    result = evaluate(module, "push", episodes=3, environments=environments, seed=7, **QUICK)
+    env: Any = ALL_V3_ENVIRONMENTS["push-v3"](reward_function_version="v2")
+    for episode, goal in enumerate(goals_of_seed_7()[:3]):
+        env.set_task(goal)
+        states, actions, rewards, solved = [env.reset()[0]], np.zeros((12, 4)), np.zeros(12), []
+        for t in range(12):
+            steps = slice(max(0, t - 3), t + 1)  # a context of four
+            to_go = 1000.0 - np.concatenate(([0.0], rewards.cumsum()))
+            batch = {"states": np.stack(states), "actions": actions, "rewards": rewards, "returns_to_go": to_go}
+            window = {name: torch.as_tensor(value[steps]).float()[None] for name, value in batch.items()}
+            n = t + 1 - steps.start
+            with torch.no_grad():
+                action = module({**window, "timesteps": torch.arange(n)[None], "mask": torch.ones(1, n).bool()})[0, -1]
+            actions[t] = action.clamp(-1, 1).double().numpy()
+            state, rewards[t], _, _, info = env.step(actions[t])
+            states.append(state)
+            solved.append(bool(info["success"]))
+        assert result.returns[episode] == pytest.approx(rewards.sum(), rel=1e-4)
+        assert (result.successes[episode], result.final_successes[episode]) == (any(solved), solved[-1])
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("episodes", "environments", "sizes"), [(7, 3, [3, 2, 2]), (6, 3, [3, 3]), (51, None, [26, 25]), (2, 5, [2])]
+)
+def test_batches_are_of_one_size(
+    episodes: int, environments: int | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[int]] = []
+
+    class NoEnvironment:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def __enter__(self) -> NoEnvironment:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    def lock_step(policy: Any, envs: Any, numbers: list[int], *rest: Any) -> RolloutResult:
+        assert policy.n_environments == len(envs) == len(numbers)
+        found.append(numbers)
+        return RolloutResult("push-v3", *(np.zeros(len(numbers), bool),) * 2, np.array(numbers, float), 1, 0.0)
+
+    monkeypatch.setattr(rollouts, "MetaWorldEnvironment", NoEnvironment)
+    monkeypatch.setattr(rollouts, "_lock_step", lock_step)
+    result = evaluate(build(), "push", episodes=episodes, environments=environments, **QUICK)
+    assert [len(numbers) for numbers in found] == sizes
+    assert result.returns.tolist() == list(range(episodes))
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_adapters_are_merged_into_a_copy_if_they_can_be(diverged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    apply_method("lora", module, AdapterOptions(rank=2, bias="none"), head=module.head_name, mask_fn=module.mask_fn)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if "lora_B" in name:
+                value.fill_(float("nan") if diverged else 0.5)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    rolled_out: list[Any] = []
+
+    def lock_step(policy: Any, envs: Any, *rest: Any) -> RolloutResult:
+        rolled_out.append(policy.module)
+        return RolloutResult("push-v3", *(np.zeros(1, bool),) * 2, np.zeros(1), 1, 0.0)
+
+    monkeypatch.setattr(rollouts, "_lock_step", lock_step)
+    evaluate(module, "push", episodes=1, **QUICK)
+    assert has_adapters(rolled_out[0]) == diverged
+    assert has_adapters(module)
+    after = module.state_dict()
+    assert all(torch.equal(value, after[name]) or diverged for name, value in before.items())
+    if not diverged:
+        batch = next(iter(DataLoader(windows(), 4)))  # type: ignore[arg-type]
+        with torch.no_grad():
+            np.testing.assert_allclose(rolled_out[0].eval()(batch), module.eval()(batch), rtol=1e-5, atol=1e-6)
+
+
 def test_equals_one_environment_at_a_time_by_hand() -> None:
     module = build().eval()
-    result = evaluate(module, "faucet-close", episodes=3, environments=2, seed=7, **QUICK)
+    result = evaluate(module, "faucet-close", episodes=3, environments=2, seed=7, mode="streaming", **QUICK)
     assert (result.task, len(result), result.steps) == ("faucet-close-v3", 3, 36)
+    assert result.cpu_seconds > 0
     for episode in range(3):
-        policy = DecisionTransformerPolicy(module, 1, 1000.0)
+        policy = DecisionTransformerPolicy(module, 1, 1000.0, "streaming")
         with MetaWorldEnvironment("faucet-close-v3", seed=7, split="eval", horizon=12) as env:
             observation, reward, total, solved = env.reset(episode), None, 0.0, []
             for _ in range(12):

@@ -55,21 +55,21 @@ def test_unknown_methods_are_refused() -> None:
 
 
 def test_committed_learning_rates_are_the_best_of_their_grid() -> None:
-    content = yaml.safe_load((CONFIGS / "demo.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
     tuning = content["tuning"]
     assert not set(tuning["seeds"]) & set(range(10))
     assert set(content["learning_rates"]) == set(digits.METHODS)
     for method, lr in content["learning_rates"].items():
         rows = [row for row in tuning["scores"] if row["method"] == method]
-        assert lr == max(rows, key=lambda row: (row["accuracy"], -row["loss"]))["lr"]
+        assert lr == min(rows, key=lambda row: (row["loss"], -row["accuracy"]))["lr"]
 
 
-def test_score_prefers_accuracy_then_loss() -> None:
+def test_score_prefers_loss_then_accuracy() -> None:
     comparison = digits.Digits(digits.Settings(tune="unused.yaml"))
     metrics = {
-        1e-3: {"accuracy": [0.1, 0.9], "loss": [2.0, 0.5]},
+        1e-3: {"accuracy": [0.1, 0.8], "loss": [2.0, 0.4]},
         1e-2: {"accuracy": [0.5, 0.9], "loss": [1.0, 0.4]},
-        1e-1: {"accuracy": [0.9, 0.8], "loss": [0.1, 0.1]},
+        1e-1: {"accuracy": [0.9, 0.95], "loss": [0.1, 0.5]},
     }
     choice = choose({Point.of(lr=lr): [comparison.score(each)] for lr, each in metrics.items()})
     assert choice is not None

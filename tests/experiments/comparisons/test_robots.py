@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from eva_lightning.rl.module import read_checkpoint
 from eva_lightning.rl.tasks import MT40
 from experiments.comparisons import robots, robots_film
-from experiments.comparisons.robots_film import Film, interesting_goal, make_film
-from experiments.comparisons.robots_tables import blocks, results_table
+from experiments.comparisons.robots_film import Film, Made, goal_to_film, learnt_goals, make_film
+from experiments.comparisons.robots_tables import results_table
+from experiments.runner import tables
 from tests.paths import CONFIGS
 
 TASK = "handle-press-side-v3"
@@ -44,15 +49,9 @@ def test_tables_agree_with_scipy() -> None:
         f"any 3 of 4\n[{wilson.low:.2f}, {wilson.high:.2f}]\nlast 2 of 4\n[{last.low:.2f}, {last.high:.2f}]"
     )
     assert cells.loc["LoRA", "Trained"] == "1,234\n2.0 s"
-    assert cells.loc["LoRA", "Curve"] == "█▁"
-    assert "any 1 of 4" in cells.loc["handle-press-side, pre-trained", "Success"]
+    assert "any 1 of 4" in cells.loc["pre-trained", "Success"]
     older = after.drop(columns="final_successes")
     assert results_table(options, TASK, before, older).cells.loc["LoRA", "Success"].endswith("]\nlast –")
-
-
-def test_blocks_span_the_scale() -> None:
-    assert blocks([0.0, 0.5, 1.0], 0.0, 1.0) == "▁▅█"
-    assert blocks([0.3], 0.3, 0.3) == "▁"
 
 
 def test_score_is_the_share_of_the_loss_that_is_left() -> None:
@@ -68,8 +67,16 @@ def test_steps_that_are_shown_are_measured() -> None:
 
 
 def test_filmed_goal_is_the_first_that_was_learnt() -> None:
-    assert interesting_goal([True, False, False], [True, False, True]) == 2
-    assert interesting_goal([True, False, False], [False, False, False]) == 0
+    assert goal_to_film([True, False, False, False], [True, False, True, True]) == 2
+    assert learnt_goals([True, False, False, False], [True, False, True, True]) == [2, 3]
+    assert goal_to_film([True, False, False], [False, False, False]) == 0
+
+
+def _pictures(grey: int) -> np.ndarray:
+    """Three that differ, above all in the upper half: GIFs keep no two alike."""
+    pictures = np.full((3, 32, 32, 3), grey, np.uint8)
+    pictures[:, :16] += np.array([0, 60, 120], np.uint8)[:, None, None, None]
+    return pictures
 
 
 def test_a_film_that_fails_costs_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +85,9 @@ def test_a_film_that_fails_costs_no_results(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
     monkeypatch.setattr(robots_film, "roll_one", broken)
-    assert make_film(_film(), tmp_path / "film.gif", 0) == (None, "no video: the driver went away")
-    assert make_film(_film(size=0), tmp_path / "film.gif", 0) == (None, "no video: film_size is 0")
+    assert make_film(_film(), tmp_path / "film.gif", 0) == Made(None, reason="no video: the driver went away")
+    assert make_film(_film(size=0), tmp_path / "film.gif", 0) == Made(None, reason="no video: film_size is 0")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_film_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +95,62 @@ def test_a_film_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def roll(film: Film, checkpoint: str) -> tuple[np.ndarray, bool]:
         calls.append(checkpoint)
-        return np.zeros((3, 32, 32, 3), np.uint8), checkpoint == "b.ckpt"
+        return _pictures(40 * len(calls)), checkpoint == "b.ckpt"
 
+    file, mp4 = tmp_path / "film.gif", tmp_path / "film.mp4"
     monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
     monkeypatch.setattr(robots_film, "roll_one", roll)
     for _ in range(2):
-        assert make_film(_film(), tmp_path / "film.gif", 0) == ((False, True), "")
+        assert make_film(_film(), file, 0) == Made((False, True), mp4, file.with_suffix(".png"))
     assert calls == ["a.ckpt", "b.ckpt"]
-    make_film(_film(size=16), tmp_path / "film.gif", 0)
+    pictures = iio.imread(mp4, plugin="FFMPEG")
+    assert pictures.shape == iio.imread(file).shape == (3, 20 + 32, 32 + 4 + 32, 3)
+    assert abs(int(pictures[0, -4, 4, 0]) - 40) < 15
+    assert abs(int(pictures[0, -4, -4, 0]) - 80) < 15
+    assert np.array_equal(iio.imread(file.with_suffix(".png"))[20:, :32], _pictures(40)[-1])
+    # one of the files was lost, or changed: both are drawn again
+    mp4.unlink()
+    assert make_film(_film(), file, 0).mp4 == mp4
     assert len(calls) == 4
+    make_film(_film(size=16), file, 0)
+    assert len(calls) == 6
+
+
+def test_without_ffmpeg_there_is_a_gif_and_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robots_film, "rendering_backend", lambda: "egl")
+    monkeypatch.setattr(robots_film, "roll_one", lambda film, checkpoint: (_pictures(40), True))
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", _no_ffmpeg)
+    for _ in range(2):
+        made = make_film(_film(), tmp_path / "film.gif", 0)
+        assert (made.solved, made.mp4) == ((True, True), None)
+        assert made.reason.startswith("no MP4: there is no ffmpeg here")
+    assert iio.imread(tmp_path / "film.gif").shape == (3, 52, 68, 3)
+    assert not (tmp_path / "film.mp4").exists()
+
+
+def _no_ffmpeg() -> str:
+    raise RuntimeError("No ffmpeg exe could be found.")
+
+
+@pytest.mark.parametrize("task", ["push-v3", "faucet-close-v3", "peg-unplug-side-v3"])
+def test_tables_fit_a_hundred_columns(task: str) -> None:
+    options = robots.Settings(tasks=(task,))
+    losses = [{"updates": step, "val_loss": 0.1234} for step in options.noted_updates]
+    rows = [
+        {
+            "task": task, "method": method, "lr": 0.0003, "seed": seed, "val_loss": losses, "successes": [True] * 10,
+            "final_successes": [False] * 10, "trainable_parameters": 607236, "train_seconds": 10.25,
+        }
+        for method in robots.METHODS for seed in range(options.seeds)
+    ]  # fmt: skip
+    before = pd.DataFrame([{**row, "method": "none"} for row in rows[:2]])
+    table = results_table(options, task, before, pd.DataFrame(rows))
+    printed = io.StringIO()
+    console = Console(width=250, file=printed)
+    tables.show(table.cells, table.caption, notes=(), console=console, lines=True)
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 100
+    assert "607,236" in printed.getvalue()
 
 
 def test_committed_configuration_is_tuned_apart_from_what_it_is_used_for() -> None:

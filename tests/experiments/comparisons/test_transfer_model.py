@@ -16,7 +16,8 @@ from eva_lightning.vision.data.datamodule import SplitDataset
 from eva_lightning.vision.data.split_files import Split
 from eva_lightning.vision.module import ImageClassifier
 from experiments.comparisons import transfer_model
-from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Evaluations, Pretraining, evaluate, pretrain
+from experiments.comparisons.held_out import Evaluations, evaluate
+from experiments.comparisons.transfer_model import IMAGE_SIZE, MODEL, Pretraining, pretrain
 
 
 def dataset(labels: Sequence[int], size: int) -> SplitDataset:

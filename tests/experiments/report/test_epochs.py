@@ -68,7 +68,29 @@ def test_pairs_use_common_seeds_only_and_one_seed_decides_nothing() -> None:
 
 
 def test_shown_epochs_are_the_first_three_and_the_last() -> None:
-    assert [shown_epochs(n) for n in (1, 2, 3, 4, 10)] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 10]]
+    shown = [shown_epochs(range(1, n + 1)) for n in (1, 2, 3, 4, 10)]
+    assert shown == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 10]]
+    assert shown_epochs([1, 2, 5]) == [1, 2, 5]
+
+
+def test_evaluations_after_some_epochs_stand_under_those_epochs_and_frozen_features_under_the_last() -> None:
+    runs = _runs(lora=[[1.0, 0.6], [1.2, 0.5]], eva_1=[[0.8, 0.5], [1.0, 0.45]]).assign(epochs=[[1, 5]] * 4)
+    frozen = {**_run("linear", 0, [0.9]), "epochs": [5], "setup_seconds": float("nan")}
+    table = compare(pd.concat([runs, pd.DataFrame([frozen])], ignore_index=True)).results
+    assert list(table.cells.columns) == ["Rate", "Trained", "Set-up", "Epoch 1", "Epoch 5"]
+    assert table.cells.loc["Linear", ["Rate", "Set-up", "Epoch 1"]].tolist() == ["–", "–", "–"]
+    assert table.cells.loc["Linear", "Epoch 5"] == "0.900\n10.0 %"
+    assert table.cells.loc["LoRA", "Epoch 5"].startswith("0.550 ±")
+    assert any("frozen features" in note for note in table.notes)
+
+
+def test_pairs_that_are_asked_for_are_compared() -> None:
+    (difference,) = paired_differences(_runs(**LOSSES), [("lora", "eva:1")])
+    (usual,) = paired_differences(_runs(**LOSSES))
+    assert {epoch: -it.mean for epoch, it in difference.loss.items()} == pytest.approx(
+        {epoch: it.mean for epoch, it in usual.loss.items()}
+    )
+    assert "LoRA against EVA (ρ = 1)" in difference.sentence
 
 
 def test_equal_rates_are_counted_where_both_methods_have_them() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pandas as pd
+import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure as Drawing
 
+from eva_lightning.rl.video import write_picture, write_video
 from experiments.report import page
 from experiments.report.learning_rates import Tuning
 
@@ -23,7 +29,7 @@ class _Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -63,6 +69,55 @@ def test_texts_are_escaped_and_the_best_cell_is_marked(tmp_path: Path) -> None:
     assert "&lt;v&gt;" in text
     assert '<td class="best">1 *<br><small>&lt;b&gt;</small></td>' in text
     assert "<td>2</td>" in text
+
+
+def _film(folder: Path) -> page.Film:
+    """A film of 648 x 360 that begins black and ends in orange, as GIF and MP4."""
+    frames = np.zeros((20, 360, 648, 3), np.uint8)
+    frames[10:] = (240, 120, 20)
+    gif, mp4 = (write_video([frames], folder / f"film{suffix}", stride=1) for suffix in (".gif", ".mp4"))
+    return page.filmed(gif, mp4, write_picture(frames[-1], folder / "film.png"), "What is filmed", "Below")
+
+
+def _film_section(film: page.Film) -> Markup:
+    text = '{% import "pieces.html" as pieces %}<h1>Film</h1><div class="film">{{ pieces.film(film) }}</div>'
+    return Markup(page.TEMPLATES.from_string(text).render(film=film))
+
+
+def test_a_film_has_controls_a_poster_and_a_gif_to_fall_back_to(tmp_path: Path) -> None:
+    film = _film(tmp_path)
+    tags = _Tags(_film_section(film))
+    assert tags.open == []
+    (video,) = tags.all("video")
+    assert {"controls", "loop", "muted", "playsinline"} <= set(video)
+    assert (video["poster"] or "").startswith("data:image/png;base64,")
+    assert [source["type"] for source in tags.all("source")] == ["video/mp4"]
+    (image,) = tags.all("img")
+    assert (image["src"] or "").startswith("data:image/gif;base64,")
+    without = _Tags(_film_section(page.filmed(tmp_path / "film.gif", None, None, "What is filmed")))
+    assert not without.all("video")
+    assert len(without.all("img")) == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium here")
+def test_a_browser_shows_the_film_and_can_play_it(tmp_path: Path) -> None:
+    ask = """<script>addEventListener("load", () => { const film = document.querySelector("video"), body = document.body
+    const note = () => body.dataset.film = `${film.readyState >= 2} ${film.videoWidth}x${film.videoHeight}`
+    film.readyState >= 2 ? note() : film.addEventListener("loadeddata", note) })</script>"""
+    file, picture = tmp_path / "report.html", tmp_path / "shot.png"
+    page.write_page(file, "Film", [_film_section(_film(tmp_path)), Markup(ask)])
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,700",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]  # fmt: skip
+    for what in ("--dump-dom", f"--screenshot={picture}"):
+        done = subprocess.run([*browser, what, file.as_uri()], capture_output=True, text=True, timeout=300, check=True)
+        if what == "--dump-dom":
+            assert 'data-film="true 648x360"' in done.stdout
+    shown = iio.imread(picture)[..., :3].astype(int)
+    orange = (abs(shown - (240, 120, 20)) < 25).all(axis=-1)
+    columns = np.flatnonzero(orange.any(axis=0))
+    # the poster, the film's end, in at least its own size; controls lie over its lower part
+    assert columns[-1] - columns[0] + 1 >= 648
+    assert orange.sum() > 0.5 * 648 * 360
 
 
 def test_the_same_figure_is_the_same_bytes() -> None:

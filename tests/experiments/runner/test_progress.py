@@ -7,8 +7,8 @@ from experiments.runner.progress import Progress, span
 
 
 def test_durations() -> None:
-    assert [span(s) for s in (0, 45, 89, 720, 5399, 12600, 518400)] == [
-        "0 s", "45 s", "89 s", "12 min", "90 min", "3.5 h", "6 days",
+    assert [span(s) for s in (0, 45, 89, 720, 5399, 12600, 518400, 3.2e10)] == [
+        "0 s", "45 s", "89 s", "12 min", "90 min", "3.5 h", "6 days", "1,014 years",
     ]  # fmt: skip
 
 

@@ -11,13 +11,18 @@ from scipy import stats
 from experiments.runner.statistics import (
     Interval,
     Sample,
+    by_task,
+    holm,
     iqm,
     mean_difference,
     mean_over,
+    mean_ranks,
     over_seeds,
     over_tasks,
     paired,
+    paired_by_task,
     t_quantile,
+    t_test,
     weighted_sum,
 )
 
@@ -156,3 +161,75 @@ def test_interquartile_mean_and_its_bootstrap() -> None:
 
 def test_ends_of_intervals() -> None:
     assert (Interval(0.5, 0.1, 3).low, Interval(0.5, None, 1).high) == (0.4, 0.5)
+
+
+def _success(per_task: list[list[float]], method: str = "eva") -> list[dict[str, object]]:
+    return [
+        {"method": method, "task": str(task), "seed": seed, "success": value}
+        for task, values in enumerate(per_task)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_bootstrap_draws_seeds_within_tasks_not_over_all_runs() -> None:
+    # no spread within a task: drawn within tasks nothing changes, drawn over all runs it does
+    scores = [[0.1] * 3, [0.4] * 3, [0.6] * 3, [1.0] * 3]
+    found = iqm(pd.DataFrame(_success(scores)), "success")["eva"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    drawn = np.random.default_rng(0).choice(np.ravel(scores), size=(1000, 12))
+    low, high = np.quantile([stats.trim_mean(row, 0.25) for row in drawn], [0.025, 0.975])
+    assert high - low > 0.2
+
+
+def test_tasks_as_strata_and_differences_corrected_for_their_number() -> None:
+    first, second = [[0.9, 0.7, 0.8], [0.3, 0.5, 0.1], [1.0] * 3], [[0.6, 0.7, 0.5], [0.2, 0.1, 0.1], [1.0] * 3]
+    frame = pd.DataFrame([*_success(first), *_success(second, "lora")])
+    differences = np.array(first) - np.array(second)  # (tasks, seeds)
+    parts = differences.var(axis=1, ddof=1) / 3 / 3**2
+    degrees = parts.sum() ** 2 / (parts**2 / 2).sum()
+    for number in (1, 12):
+        found = paired_by_task(frame, "eva", "lora", "success", comparisons=number)
+        assert found is not None
+        assert found.mean == pytest.approx(differences.mean())
+        assert found.half == pytest.approx(stats.t.ppf(1 - 0.05 / number / 2, degrees) * math.sqrt(parts.sum()))
+    # of one task it is the paired t test
+    (one,) = (paired_by_task(frame[frame.task == "0"], "eva", "lora", "success"),)
+    assert one is not None
+    assert limits(one) == pytest.approx(tuple(stats.ttest_rel(first[0], second[0]).confidence_interval(0.95)))
+    assert by_task(frame, "success")["eva"].mean == pytest.approx(np.mean(first))
+    assert paired_by_task(frame[frame.method == "eva"], "eva", "lora", "success") is None
+    assert paired_by_task(frame[(frame.method == "eva") | (frame.task == "0")], "eva", "lora", "success") is None
+
+
+def test_p_values_are_scipys() -> None:
+    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+    assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-9)
+    assert t_test([-v for v in values]) == pytest.approx(t_test(values))
+    assert (t_test([0.5]), t_test([0.0, 0.0]), t_test([0.5, 0.5])) == (None, 1.0, 0.0)
+
+
+def test_holms_correction_is_that_of_statsmodels() -> None:
+    from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
+
+    p = {"a": 0.04, "b": 0.001, "c": 0.9, "d": 0.03, "e": 0.02, "f": 0.5}
+    corrected = holm(p)
+    assert list(corrected) == list(p)
+    assert list(corrected.values()) == pytest.approx(list(multipletests(list(p.values()), method="holm")[1]))
+    assert holm({}) == {}
+
+
+def test_mean_ranks_are_scipys_with_ties_and_intervals_that_narrow_with_the_noise() -> None:
+    generator = np.random.default_rng(1)
+    means = {"a": [3.0, 2.0, 5.0], "b": [2.0, 2.0, 1.0], "c": [1.0, 4.0, 2.0]}
+    exact = {method: [[mean] * 4 for mean in of] for method, of in means.items()}
+    table = np.array(list(means.values()))
+    expected = stats.rankdata(-table, axis=0).mean(axis=1)
+    found = mean_ranks(exact)
+    assert [found[m].mean for m in means] == pytest.approx(list(expected))
+    assert all(r.low == r.mean == r.high for r in found.values())
+    noisy = {m: [list(mean + generator.normal(0, 1, 4)) for mean in of] for m, of in means.items()}
+    wide = mean_ranks(noisy)
+    assert all(r.low <= r.mean <= r.high and r.low >= 1 and r.high <= 3 for r in wide.values())
+    assert any(r.high - r.low > 0.3 for r in wide.values())
+    assert sum(r.mean for r in wide.values()) == pytest.approx(6)
+    assert mean_ranks(noisy) == wide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,6 +80,21 @@ def test_a_finished_run_is_handed_in_and_checkpoints_go(tmp_path: Path) -> None:
     lines = (tmp_path / "journal.log").read_text().splitlines()
     assert [line.split()[1] for line in lines] == ["begin", "end"]
     assert lines[0].endswith(": method ρ = 2, lr 0.1")
+
+
+def sleeping(job: Job) -> Work:
+    def work(folder: RunFolder) -> dict[str, Any]:
+        started = time.perf_counter()
+        time.sleep(0.05)
+        return {"slept": time.perf_counter() - started}
+
+    return work
+
+
+def test_the_time_of_the_work_counts(tmp_path: Path) -> None:
+    outcome = attempt(Job(sleeping, Settings(), str(tmp_path), "final", {}, "one"))
+    assert outcome.metrics is not None
+    assert outcome.metrics["seconds"] >= outcome.metrics["slept"] >= 0.05
 
 
 def test_seconds_of_the_work_itself_count(tmp_path: Path) -> None:

@@ -74,3 +74,5 @@ def test_runs_compare_by_accuracy_then_by_loss() -> None:
     assert [run["loss"] for run in sorted(runs, key=score)] == [9.0, 0.5, 1.0]
     # a loss that is no number (diverged) comes last
     assert score({"accuracy": 0.5, "loss": math.nan}) == score({"accuracy": 0.5, "loss": None}) == (-0.5, math.inf)
+    assert score({"accuracy": 0.5, "loss": 1.25}, "loss") == (1.25, -0.5)
+    assert score({"accuracy": 0.5, "loss": math.nan}, "loss") == (math.inf, -0.5)

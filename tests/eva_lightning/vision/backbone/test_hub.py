@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from eva_lightning.vision.backbone.hub import require_hub
+from eva_lightning.vision.backbone.hub import require_hub, silence
 
 
 @pytest.fixture
@@ -55,3 +55,14 @@ def test_no_network_and_offline_mode_are_said_at_once(monkeypatch: pytest.Monkey
     with pytest.raises(ConnectionError, match=r"does not answer \(HF_HUB_OFFLINE is set\)"):
         require_hub("a/b", "it is not here", "do without")
     assert time.perf_counter() - began < 6
+
+
+def test_a_search_for_the_address_that_does_not_end_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: ended.wait(60))
+    began = time.perf_counter()
+    assert silence("a/b", 0.2) == "no answer within 0.2 s"
+    assert time.perf_counter() - began < 30
+    ended.set()

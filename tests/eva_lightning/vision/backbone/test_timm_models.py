@@ -109,7 +109,7 @@ def test_missing_and_unreadable_weight_files(tmp_path: Path) -> None:
 
 def test_hub_that_does_not_answer_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("eva_lightning.vision.backbone.weights._cached", lambda *_: None)
+    monkeypatch.setattr("eva_lightning.vision.backbone.weights.cached_file", lambda *_: None)
     started = time.perf_counter()
     with pytest.raises(ConnectionError, match=r"does not answer .*: pass --weights FILE .* or --weights none"):
         resolve_weights("vit_small_patch14_dinov2.lvd142m", "pretrained")
@@ -120,7 +120,7 @@ def test_weights_in_the_hub_cache_need_no_network(tmp_path: Path, monkeypatch: p
     source = timm.create_model("test_vit", num_classes=1000)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("eva_lightning.vision.backbone.weights._cached", lambda *_: tmp_path / "model.safetensors")
+    monkeypatch.setattr("eva_lightning.vision.backbone.weights.cached_file", lambda *_: tmp_path / "model.safetensors")
     model = create_backbone("test_vit", 5, 32, resolve_weights("test_vit", "pretrained"))
     assert torch.equal(model.cls_token, source.cls_token)  # type: ignore[arg-type]
 

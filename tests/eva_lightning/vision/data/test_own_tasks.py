@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +113,7 @@ def test_what_cannot_be_a_task_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="none holds no images that are sorted by class"):
         find_task(tmp_path, "none")
     images(tmp_path / "one" / "x", 9)
-    with pytest.raises(InputError, match="one has one class, x: there is nothing to tell apart"):
+    with pytest.raises(InputError, match="one has one class, 'x': there is nothing to tell apart"):
         find_task(tmp_path, "one")
     images(tmp_path / "few" / "x", 9)
     images(tmp_path / "few" / "y", 2)
@@ -130,3 +134,104 @@ def test_what_cannot_be_a_task_is_one_sentence(tmp_path: Path) -> None:
         images(tmp_path / "strange" / "test" / name, 5)
     with pytest.raises(InputError, match="class z of .*strange has images to test or validate, but none to train"):
         find_task(tmp_path, "strange")
+
+
+def two(folder: Path) -> Path:
+    for name in ("x", "y"):
+        images(folder / name, 8)
+    return folder
+
+
+def _bytes_that_are_no_text(folder: Path) -> None:
+    source = (folder / "x" / "000.png").read_bytes()
+    with open(os.fsencode(folder / "x") + b"/\xff.png", "wb") as file:
+        file.write(source)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a link to the folder itself": (
+        lambda r: (r / "loop").symlink_to(r), "class folder .*loop is a link to .*mine, which holds it: remove the link"),
+    "a link to another class": (
+        lambda r: (r / "z").symlink_to(r / "x"), "the class folders .*x and .*z are one: remove the link"),
+    "a link round to itself": (lambda r: (r / "z").symlink_to(r / "z"), "z is a link that leads nowhere: put the folder"),
+    "a class that is gone": (lambda r: (r / "z").symlink_to(r / "gone"), "z is a link that leads nowhere"),
+    "an image that is gone": (
+        lambda r: (r / "x/new.png").symlink_to("gone.png"), "the image .*new.png is a link that leads nowhere: copy"),
+    "classes that differ by case": (lambda r: images(r / "X", 8), "the classes 'X' and 'x' of .*mine differ in case"),
+    "classes that differ by spelling": (
+        lambda r: (images(r / "caf\u00e9", 8), images(r / "cafe\u0301", 8)), "the classes .* differ in case or spelling"),
+    "a line end in a class": (lambda r: images(r / "a\nb", 8), r"got 'a\\nb/0.*control characters"),
+    "bytes that are no text": (_bytes_that_are_no_text, r"got 'x/\\udcff.png'.*control characters"),
+    "an empty image": (lambda r: (r / "x/000.png").write_bytes(b""), "image .*x/000.png cannot be decoded"),
+    "a text as an image": (lambda r: (r / "x/000.png").write_text("hello"), "x/000.png cannot be decoded .it is no JPEG"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_folders_that_would_be_misread_are_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    make, sentence = BROKEN[case]
+    make(two(tmp_path / "mine"))
+    with pytest.raises(InputError, match=sentence) as raised:
+        data = VTAB1K(tmp_path, "mine", image_size=8, batch_size=4, cache_dir=tmp_path / "cache", progress=False)
+        data.setup("fit")
+        data.setup("test")
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.glob("cache/mine-test*.npy"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp"])
+def test_a_huge_image_is_one_sentence_without_pillows_warning(suffix: str, tmp_path: Path) -> None:
+    folder = two(tmp_path / "mine")
+    for name in ("x", "y"):
+        for file in (folder / name).iterdir():
+            file.unlink()
+        for index in range(3):
+            Image.new("1", (9500, 9500)).save(folder / name / f"{index}.{suffix}")
+    data = VTAB1K(tmp_path, "mine", image_size=8, batch_size=4, cache_dir=tmp_path / "cache", progress=False)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(InputError, match=r"9500 x 9500 pixels are more than the 50000000 .*: make it smaller, or leave"),
+    ):
+        warnings.simplefilter("error")
+        data.setup("fit")
+    assert not list(tmp_path.glob("cache/*.npy"))
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scan = two(tmp_path / "mine"), os.scandir
+
+    def locked(path: Any) -> Any:
+        if Path(path) == folder / "y":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)  # as root, who runs the tests in containers, everything can be read
+    with pytest.raises(InputError, match=r"the folder .*y cannot be read \(Permission denied\): make it readable"):
+        find_task(tmp_path, "mine")
+
+
+def test_hidden_and_other_files_and_links_into_a_class_change_nothing(tmp_path: Path) -> None:
+    folder = two(tmp_path / "mine")
+    before = read_own_task(folder)
+    (folder / "x/notes.txt").write_text("not an image")
+    (folder / "README.md").write_text("nor this")
+    images(folder / "x/.thumbnails", 3)
+    (folder / "x/up").symlink_to(folder)
+    assert read_own_task(folder) == before
+
+
+def test_training_folders_alone_and_classes_without_test_images_are_said(tmp_path: Path) -> None:
+    two(tmp_path / "alone" / "train")
+    with pytest.raises(InputError, match="alone has the folder train alone: beside train/CLASS there must be"):
+        find_task(tmp_path, "alone")
+    folder = two(tmp_path / "mine")
+    for split in ("train800", "val200", "train800val200"):
+        (folder / f"{split}.txt").write_text("x/000.png 0\ny/000.png 1\n")
+    with pytest.raises(MissingInputError, match=r"test\.txt is missing: write it anew .* none of VTAB-1K's tasks"):
+        open_task(tmp_path, "mine")
+    (folder / "test.txt").write_text("x/001.png 0\n")
+    sentence = "mine/test.txt has no example of 1 of the 2 classes (1): nothing is said of them"
+    assert sentence in open_task(tmp_path, "mine").warnings
+    (folder / "test.txt").write_text("x/001.png 0\ny/none.png 1\n")
+    with pytest.raises(MissingInputError, match=r"none\.png, listed in test\.txt, is missing .*: write it anew or bring"):
+        open_task(tmp_path, "mine")
