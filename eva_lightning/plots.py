@@ -268,19 +268,25 @@ def learning_curves(
 
 
 def rate_sensitivity(
-    scores: Mapping[str, Mapping[float, float]], ylabel: str, xlabel: str = "learning rate", title: str | None = None
+    scores: Mapping[str, Mapping[float, float]],
+    ylabel: str,
+    xlabel: str = "learning rate",
+    title: str | None = None,
+    order: Sequence[str] = (),
 ) -> Figure:
     """A score against the learning rate, one line per method, both axes logarithmic; the lowest point is ringed.
 
     Args:
         scores: method to its score (lower is better, positive) at every learning rate.
         ylabel, xlabel: what the axes show, with units.
+        order: methods in the order that gives them their colours, so that figures with other methods agree.
     """
     _require(scores, "scores")
     figure, axes = _axes()
-    for i, (label, row) in enumerate(scores.items()):
+    colours = list(dict.fromkeys([*order, *scores]))
+    for label, row in scores.items():
         rates = sorted(row)
-        color = PALETTE[i % len(PALETTE)]
+        color = PALETTE[colours.index(label) % len(PALETTE)]
         _line(axes, rates, [row[rate] for rate in rates], label, color)
         best = min(rates, key=row.__getitem__)
         axes.plot([best], [row[best]], marker="o", markersize=10, fillstyle="none", color=color)

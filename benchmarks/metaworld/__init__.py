@@ -31,7 +31,10 @@ class Settings(BenchmarkSettings):
 
 def measure(settings: Settings) -> dict[str, Figures]:
     """Measure the parts; returns part -> name -> figure."""
-    parts = {**PARTS, "rollout": partial(rollout.measure, environments=settings.environments)}
+    parts: dict[str, Callable[[], Figures]] = {
+        **PARTS,
+        "rollout": partial(rollout.measure, environments=settings.environments),
+    }
     return measure_parts({part: parts[part] for part in settings.parts}, settings)
 
 

@@ -12,6 +12,7 @@ from eva_lightning.rl.demonstrations import load_task
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.rollouts import evaluate
 from experiments.metaworld.before import RolloutSettings
+from experiments.metaworld.measures import rollout_metrics
 from experiments.runner.run_folder import RunFolder, Work
 
 
@@ -44,14 +45,4 @@ def _roll_out(settings: RolloutSettings, folder: RunFolder) -> Mapping[str, Any]
         horizon=settings.horizon,
         mode=mode,  # type: ignore[arg-type]
     )
-    return {
-        "target_return": target,
-        "success_rate": result.success_rate,
-        "final_success_rate": result.final_success_rate,
-        "mean_return": result.mean_return,
-        "successes": result.successes.tolist(),
-        "final_successes": result.final_successes.tolist(),
-        "returns": result.returns.tolist(),
-        "rollout_seconds": result.seconds,
-        "rollout_steps": result.steps,
-    }
+    return {"target_return": target, **rollout_metrics(result)}

@@ -30,7 +30,7 @@ from eva_lightning.rl.protocol import Protocol, check_protocol, get_protocol, pr
 from eva_lightning.rl.rollouts import evaluate
 from eva_lightning.rl.trajectories import TrajectoryDataModule
 from experiments.metaworld.finetune import EXPERIMENT, Settings
-from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, success_text, warn_of_target
+from experiments.metaworld.measures import EPISODE_BRACKETS, rates_text, rollout_metrics, success_text, warn_of_target
 from experiments.metaworld.success import PAPER_NOTE
 from experiments.metaworld.training import About, Looks, ValidationLosses, fit, log_differences, make_trainer
 from experiments.runner.gradient_norms import gradient_norms
@@ -278,16 +278,7 @@ class _Run:
             workers=settings.rollout_workers,
             progress=settings.progress and sys.stdout.isatty(),
         )
-        return {
-            "success_rate": result.success_rate,
-            "final_success_rate": result.final_success_rate,
-            "mean_return": result.mean_return,
-            "successes": result.successes.tolist(),
-            "final_successes": result.final_successes.tolist(),
-            "returns": result.returns.tolist(),
-            "rollout_seconds": result.seconds,
-            "rollout_steps": result.steps,
-        }
+        return rollout_metrics(result)
 
     def save(self, folder: RunFolder) -> None:
         """The adapters for stock PEFT, EVA's state, and the whole network with adapters merged, in one file."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import binomtest
 
 from experiments.metaworld.success import Definition, definitions
 from experiments.runner.statistics import Interval, Range
 from experiments.runner.tables import cell
+
+if TYPE_CHECKING:
+    from eva_lightning.rl.rollouts import RolloutResult
 
 #: A target return above this times the data's mean was measured to break tasks such as push.
 HIGHEST_TARGET = 1.2
@@ -19,6 +22,20 @@ HIGHEST_TARGET = 1.2
 EPISODE_BRACKETS = "brackets: 95% interval over episodes (Wilson's, binomial)"
 
 _LOGGER = logging.getLogger(__name__)
+
+
+def rollout_metrics(result: RolloutResult) -> dict[str, Any]:
+    """What ``metrics.json`` holds of rollouts."""
+    return {
+        "success_rate": result.success_rate,
+        "final_success_rate": result.final_success_rate,
+        "mean_return": result.mean_return,
+        "successes": result.successes.tolist(),
+        "final_successes": result.final_successes.tolist(),
+        "returns": result.returns.tolist(),
+        "rollout_seconds": result.seconds,
+        "rollout_steps": result.steps,
+    }
 
 
 def success_range(successes: Sequence[bool]) -> Range:

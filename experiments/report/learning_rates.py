@@ -14,7 +14,7 @@ from eva_lightning import plots
 from eva_lightning.errors import InputError
 from eva_lightning.files import write_text
 from eva_lightning.sealed import set_aside
-from experiments.report.epochs import label, methods_of
+from experiments.report.epochs import COLOURED, label, methods_of
 from experiments.report.page import Figure, Table, drawn
 from experiments.runner.tuning import Choice
 from experiments.runner.yaml_files import read_yaml
@@ -149,7 +149,7 @@ def sensitivity_figure(scores: pd.DataFrame, column: str, what: str) -> Figure:
         for method in methods_of(scores)
     }
     best = ", ".join(f"{name} at {min(row, key=row.__getitem__):g}" for name, row in lines.items())
-    figure = plots.rate_sensitivity(lines, "cross-entropy (nats)", title=what)
+    figure = plots.rate_sensitivity(lines, "cross-entropy (nats)", title=what, order=COLOURED)
     return drawn(figure, f"{what} against the learning rate; lowest: {best}", "Mean over seeds; rings mark the lowest.")
 
 

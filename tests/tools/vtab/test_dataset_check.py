@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_lightning.vision.data.split_files import read_split
+from eva_lightning.vision.data.split_files import read_split, whence
 from eva_lightning.vision.data.tasks import TASKS
 from tests.eva_lightning.vision.fakes import make_task, write_lines
 from tools.vtab import dataset_check as status
@@ -76,7 +76,7 @@ def test_missing_and_bad_split_files(tmp_path: Path) -> None:
     (found,) = check_tasks(tmp_path, ["kitti"])
     assert found.verdict == "incomplete"
     assert found.problems == (
-        "train800.txt lists no image",
+        f"train800.txt lists no image: {whence(folder)}",
         "val200.txt is missing",
         "test.txt line 1: label must be in 0..3 for kitti, got 9",
     )
