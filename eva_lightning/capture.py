@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from eva_lightning.layer_inputs import LayerInputs, Tokens
 from eva_lightning.svd import StreamingSVD
 from eva_lightning.svd.inputs import flatten_tokens
-from eva_lightning.token_subsampling import TokenChoice
+from eva_lightning.token_subsampling import Price, TokenChoice
 
 
 class SharingChanged(Exception):
@@ -110,6 +112,10 @@ class InputCapture:
                 handle.remove()
             self._last = None
 
+    @cached_property
+    def _typical_flops(self) -> float:
+        return statistics.median(e.flops_per_token(e.dim, e.k) for e in self.engines.values())
+
     def begin(self, mask: Tensor | None = None) -> None:
         """Start a minibatch. ``mask`` (bool) marks the tokens that count, for inputs of its shape."""
         self.n_batches += 1
@@ -164,7 +170,7 @@ class InputCapture:
             return
         with self._located(name), _full_precision(x.device):
             self._take_in(name, inputs, pieces)
-            if self.choice.is_open(name, inputs.width):
+            if self.choice.is_open(name):
                 self._learn(name, inputs, x, mask)
 
     def _take_in(self, name: str, inputs: LayerInputs, pieces: Iterable[Tokens]) -> None:
@@ -177,7 +183,11 @@ class InputCapture:
         tokens = flatten_tokens(tokens, counts, inputs.width)
         if not len(tokens):
             return
-        self.choice.learn(name, tokens, self.engines[name].k, _columns_of(inputs.module))
+        engine = self.engines[name]
+        flops = engine.flops_per_token(engine.dim, engine.k)
+        product = 2 * engine.dim * _columns_of(inputs.module)
+        price = Price(flops / self._typical_flops, flops / product if product else 0.0)
+        self.choice.learn(name, tokens, engine.k, price)
         self._take_in(name, inputs, inputs.tokens(x, mask, self.choice.of(name, added=True)))
 
     @contextmanager
@@ -206,8 +216,8 @@ class InputCapture:
         return True
 
 
-def _columns_of(module: nn.Module) -> int | None:
-    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+def _columns_of(module: nn.Module) -> int:
+    return getattr(module, "out_features", None) or getattr(module, "out_channels", None) or 0
 
 
 @contextmanager

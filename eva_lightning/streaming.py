@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,7 +87,6 @@ def compute_eva_state(
     inputs = {n: x if isinstance(x, LayerInputs) else inputs_of(x) for n, x in layers.items()}
     plan = Allocation.plan(inputs, k, options, minor)
     selection = Selection(dict.fromkeys(inputs, k)) if selection is None else selection
-    width = round(statistics.median(plan.widths.values()))
 
     def run(batch: Any) -> None:
         with context():
@@ -96,7 +94,7 @@ def compute_eva_state(
 
     never_share: set[str] = set()
     while True:
-        choice = TokenChoice(options.tokens_per_sample, options.seed, width)
+        choice = TokenChoice(options.tokens_per_sample, options.seed)
         capture = InputCapture(inputs, plan.engines(), choice, never_share)
         stopping = _stopping_rule(options, capture, selection)
         stream = batches() if options.algorithm == "fast" else started_over(batches)

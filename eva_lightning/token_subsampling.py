@@ -10,41 +10,46 @@ from torch import Tensor
 
 from eva_lightning.streaming_options import TokensPerSample
 from eva_lightning.svd import token_noise
-from eva_lightning.svd.sketch import sketch_columns
 
 _AUTO_PER_SAMPLE = 32
 _AUTO_PER_BATCH = 512
-_MEDIUM = 1152
-# Tokens in proportion to the noise would make the losses of all layers equal, to its root their sum least for the same
-# cost (in layers of equal width). In between; at 16 minibatches the choice then costs a layer 0.03 to 0.3%.
-_PER_NOISE, _POWER = 104, 0.75
+_PER_NOISE = 200
 _SHARE_OF_PRODUCT = 0.3
 
 
-def automatic(tokens: int, samples: int, width: int) -> int:
+def automatic(tokens: int, samples: int) -> int:
     """Tokens to use of each of `samples` samples of `tokens` tokens for ``tokens_per_sample="auto"``, in any layer.
 
-    32 of a sample, and of a minibatch at least 512, three per dimension in narrow models and two per dimension in those
-    wider than 576: there more is needed, and the forward pass takes long enough to hide it. All where that would leave
-    out less than half. Tokens of one image or text resemble each other, so more samples help more than more tokens of
-    each (measured in ``docs/engine.md``).
+    32 of a sample, and of a minibatch at least 512. All where that would leave out less than half. Tokens of one image
+    or text resemble each other, so more samples help more than more tokens of each (measured in ``docs/engine.md``).
 
     Args:
         tokens: tokens of a sample.
         samples: samples of a minibatch.
-        width: median width of the layers' inputs.
     """
-    per_batch = max(_AUTO_PER_BATCH, min(3 * width, _MEDIUM), 2 * width)
-    wanted = max(_AUTO_PER_SAMPLE, math.ceil(per_batch / max(1, samples)))
+    wanted = max(_AUTO_PER_SAMPLE, math.ceil(_AUTO_PER_BATCH / max(1, samples)))
     return tokens if tokens < 2 * wanted else wanted
 
 
 @dataclass(frozen=True)
-class Need:
-    """How many tokens a layer is to have beyond what all have.
+class Price:
+    """What a token costs a layer.
 
     Attributes:
-        per_batch: of a minibatch.
+        token: flops of its decomposition over those of the median layer.
+        product: the same over those of the layer's own product; 0 if that is not known.
+    """
+
+    token: float = 1.0
+    product: float = 0.0
+
+
+@dataclass(frozen=True)
+class Need:
+    """How many tokens a layer is to have.
+
+    Attributes:
+        per_batch: of a minibatch, if that is more than what all have.
         share: most of the tokens there are.
     """
 
@@ -52,21 +57,23 @@ class Need:
     share: float = 1.0
 
     @classmethod
-    def of(cls, tokens: Tensor, k: int, out: int | None) -> Need:
+    def of(cls, tokens: Tensor, k: int, price: Price) -> Need:
         """From the tokens of a layer's first minibatch.
 
-        The more, the more a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`); but never so many
-        that a sketch of them takes more than 0.3 of the flops of the layer's own product.
+        The more, the more a choice of tokens costs the layer (:func:`eva_lightning.svd.token_noise`), and the fewer,
+        the dearer they are. With losses of noise / n, ``n = (noise**2 / price)**(1/3)`` times a constant makes the sum
+        of their squares least for what all tokens cost together. Never so many that the decomposition takes more than
+        0.3 of the flops of the layer's own product.
 
         Args:
             tokens: shape ``(n, width)``.
             k: components wanted.
-            out: columns of the layer's product, if they are known.
+            price: of a token.
         """
         if len(tokens) < 4 * k:  # too few to tell
             return cls()
-        share = 1.0 if out is None else _SHARE_OF_PRODUCT * out / (2 * sketch_columns(k))
-        return cls(_PER_NOISE * token_noise(tokens, k) ** _POWER, share)
+        share = _SHARE_OF_PRODUCT / price.product if price.product else 1.0
+        return cls(_PER_NOISE * (token_noise(tokens, k) ** 2 / price.token) ** (1 / 3), share)
 
     def count(self, tokens: int, samples: int, least: int) -> int:
         """Tokens of each sample, at least `least`."""
@@ -81,12 +88,10 @@ class TokenChoice:
     Attributes:
         per_sample: how many.
         seed: seeds the order in which they are used.
-        width: median width of the layers' inputs.
     """
 
     per_sample: TokensPerSample = "auto"
     seed: int = 0
-    width: int = 0
     _n_batches: int = 0
     _chosen: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
     _needs: dict[str, Need] = field(default_factory=dict)
@@ -100,13 +105,13 @@ class TokenChoice:
         """The tokens of a layer; only those that :meth:`learn` has just added to them if `added`."""
         return LayerTokens(self, self._needs.get(layer, Need()), added)
 
-    def is_open(self, layer: str, width: int) -> bool:
-        """Whether :meth:`learn` should be asked. Only for layers wider than most: they need most."""
-        return self.per_sample == "auto" and width > self.width > 0 and layer not in self._needs
+    def is_open(self, layer: str) -> bool:
+        """Whether :meth:`learn` should be asked."""
+        return self.per_sample == "auto" and layer not in self._needs
 
-    def learn(self, layer: str, tokens: Tensor, k: int, out: int | None) -> None:
+    def learn(self, layer: str, tokens: Tensor, k: int, price: Price) -> None:
         """Find out how many tokens a layer needs, see :meth:`Need.of`; holds from now on."""
-        self._needs[layer] = Need.of(tokens, k, out)
+        self._needs[layer] = Need.of(tokens, k, price)
 
     def same(self, layer: str, other: str) -> None:
         """Give `layer` as many tokens as `other` has."""
@@ -116,7 +121,7 @@ class TokenChoice:
     def least(self, tokens: int, samples: int) -> int:
         """Tokens of a sample that every layer gets."""
         if self.per_sample == "auto":
-            return automatic(tokens, samples, self.width)
+            return automatic(tokens, samples)
         return tokens if self.per_sample is None else min(self.per_sample, tokens)
 
     def positions(self, tokens: int, first: int, n: int, device: torch.device) -> Tensor | None:

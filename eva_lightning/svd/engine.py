@@ -102,6 +102,11 @@ class StreamingSVD(ABC):
     def message_bytes(cls, dim: int, k: int) -> int:
         """Bytes every rank contributes when ranks are united."""
 
+    @classmethod
+    @abstractmethod
+    def flops_per_token(cls, dim: int, k: int) -> float:
+        """Of an update with many tokens, to first order."""
+
     @property
     @abstractmethod
     def n_samples(self) -> int:

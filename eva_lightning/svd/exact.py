@@ -13,7 +13,13 @@ from eva_lightning.errors import check_number
 from eva_lightning.svd import distributed
 from eva_lightning.svd.eigensolver import complete_rows, iterated_columns, top_eigenpairs
 from eva_lightning.svd.engine import EPS, StreamingSVD, SVDResult, without_rounding
-from eva_lightning.svd.inputs import full_precision, require_finite, squared_norm, token_mean, wide_dtype
+from eva_lightning.svd.inputs import (
+    centred_pieces,
+    full_precision,
+    require_finite,
+    token_mean,
+    wide_dtype,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +121,11 @@ class ExactSVD(StreamingSVD):
         """
         return 4 * dim * iterated_columns(dim, k)
 
+    @classmethod
+    def flops_per_token(cls, dim: int, k: int) -> float:
+        """Of an update: the blocks on and above the diagonal."""
+        return 2.0 * sum((stop - start) * (dim - start) for start, stop in _block_bounds(dim))
+
     @property
     def n_samples(self) -> int:
         """Tokens seen, masked ones left out."""
@@ -122,15 +133,15 @@ class ExactSVD(StreamingSVD):
 
     def _take_in(self, tokens: Tensor) -> None:
         shift = token_mean(tokens).float() if self._sums is None else self._sums.shift
-        centred = (tokens - shift).float()
-        squares = squared_norm(centred)
+        squares = torch.stack([(y := centred.flatten()).dot(y) for centred in centred_pieces(tokens, shift)]).sum()
         if squares.device.type == "cpu":
             require_finite(float(squares))
         else:
             self._unverified = squares if self._unverified is None else self._unverified + squares
         sums = self._allocated(shift)
-        _accumulate(sums.second, centred)
-        sums.row_sum += centred.sum(dim=0)
+        for centred in centred_pieces(tokens, shift):
+            _accumulate(sums.second, centred)
+            sums.row_sum += centred.sum(dim=0)
         sums.n += tokens.shape[0]
         sums.mirrored = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from eva_lightning.errors import InputError, InputTypeError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_PIECE = 2**18
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
@@ -84,6 +85,22 @@ def token_mean(tokens: Tensor) -> Tensor:
     """
     first = tokens[0]
     return first + (tokens - first).mean(dim=0)
+
+
+def centred_pieces(tokens: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """Tokens minus their mean, on a CPU in pieces that stay in its cache while they are worked on.
+
+    Args:
+        tokens: Shape ``(n, dim)``, at least fp32; what large means have in common goes before the rounding to fp32.
+        mean: Shape ``(dim,)``.
+
+    Yields:
+        Shape ``(<= n, dim)``, fp32.
+    """
+    rows = len(tokens) if tokens.device.type != "cpu" else max(1, _PIECE // max(1, tokens.shape[1]))
+    mean = mean.to(tokens.dtype)
+    for piece in tokens.split(max(1, rows)):
+        yield (piece - mean).float()
 
 
 def squared_norm(tokens: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ class FactoredSVD(StreamingSVD):
         """Bytes every rank contributes when ranks are united: its factor, mean and total variance."""
         return 4 * dim * cls.kept(dim, k) + 8 * (dim + 1)
 
+    @classmethod
+    def flops_per_token(cls, dim: int, k: int) -> float:
+        """Of an update: two products with the rows that are kept."""
+        return 4.0 * dim * cls.kept(dim, k)
+
     @property
     def n_samples(self) -> int:
         """Tokens seen, masked ones left out, waiting ones included."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eva_lightning.svd.eigensolver import gaussian, orthonormal_columns
 from eva_lightning.svd.engine import EPS
-from eva_lightning.svd.inputs import require_finite, squared_norm, token_mean, wide_dtype
+from eva_lightning.svd.inputs import centred_pieces, require_finite, squared_norm, token_mean, wide_dtype
 from eva_lightning.svd.low_rank import Factor, FactoredSVD
 
 # Directions beyond k that are followed: those of flat spectra are not told apart from the top k at once.
@@ -70,16 +70,19 @@ class SketchSVD(FactoredSVD):
         if self._factor is None or self._block is None:
             self._set(_first(tokens, self.kept(self.dim, self.k), _columns(self.dim, self.k)))
             return
-        # Shifting by the mean before them leaves the tokens a mean small enough to be taken out of the products.
-        centred = (tokens - self._factor.mean.to(tokens.dtype)).float()
-        squares = squared_norm(centred)
-        if squares.device.type == "cpu":
-            require_finite(float(squares))
         block = self._block
-        block.product.addmm_(centred.T, centred @ block.basis)
-        block.row_sum += centred.sum(dim=0)
+        seen = _Block(block.basis, *(torch.zeros_like(x) for x in (block.product, block.row_sum, block.squares)))
+        # Shifting by the mean before them leaves the tokens a mean small enough to be taken out of the products.
+        for centred in centred_pieces(tokens, self._factor.mean):
+            seen.product.addmm_(centred.T, centred @ block.basis)
+            seen.row_sum += centred.sum(dim=0)
+            seen.squares += squared_norm(centred)
+        if seen.squares.device.type == "cpu":
+            require_finite(float(seen.squares))
+        block.product += seen.product
+        block.row_sum += seen.row_sum
+        block.squares += seen.squares
         block.n += len(tokens)
-        block.squares += squares
         if block.n >= self._factor.n:
             self.verify()
             self._set(self._condensed())
@@ -119,13 +122,8 @@ class SketchSVD(FactoredSVD):
         )
 
 
-def sketch_columns(k: int) -> int:
-    """Columns that the covariance is multiplied with, in layers at least that wide."""
-    return 2 * k + _MORE + _FRESH
-
-
 def _columns(dim: int, k: int) -> int:
-    return min(sketch_columns(k), dim)
+    return min(2 * k + _MORE + _FRESH, dim)
 
 
 def _first(tokens: Tensor, kept: int, columns: int) -> Factor:

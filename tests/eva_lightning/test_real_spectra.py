@@ -100,6 +100,10 @@ def test_default_captures_real_spectra(recorded: Recorded) -> None:
     assert min(recorded.captured().values()) >= 0.997
 
 
+def test_all_tokens_capture_everything(recorded: Recorded) -> None:
+    assert min(recorded.captured(tokens_per_sample=None).values()) >= 0.9999
+
+
 def test_32_tokens_of_each_sample_did_not(recorded: Recorded) -> None:
     found = recorded.captured(tokens_per_sample=32)
     assert found["blocks.1.mlp.fc2"] < 0.99

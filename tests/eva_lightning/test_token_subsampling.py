@@ -6,28 +6,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eva_lightning.token_subsampling import Need, TokenChoice, automatic
+from eva_lightning.token_subsampling import Need, Price, TokenChoice, automatic
 from tests.svd_helpers import decaying
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("tokens", "samples", "width", "expected"),
+    ("tokens", "samples", "expected"),
     [
-        (197, 16, 192, 36),  # three per dimension
-        (197, 64, 192, 32),  # never fewer of a sample
-        (197, 4, 192, 197),  # 144 would be more than half
-        (512, 4, 96, 128),  # at least 512 of a minibatch
-        (257, 16, 384, 72),
-        (197, 16, 768, 96),  # two per dimension of wide models
-        (257, 64, 1536, 48),
-        (40, 32, 128, 40),
-        (17, 1, 64, 17),
+        (197, 16, 32),
+        (197, 64, 32),  # never fewer of a sample
+        (197, 4, 197),  # 128 would be more than half
+        (512, 4, 128),  # at least 512 of a minibatch
+        (40, 32, 40),
+        (17, 1, 17),
     ],
 )
-def test_automatic_numbers(tokens: int, samples: int, width: int, expected: int) -> None:
-    assert automatic(tokens, samples, width) == expected
+def test_automatic_numbers(tokens: int, samples: int, expected: int) -> None:
+    assert automatic(tokens, samples) == expected
 
 
 def test_goes_round_all_positions() -> None:
@@ -69,7 +66,7 @@ def flat(n: int, dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_layer_that_needs_more_gets_them_in_its_first_minibatch_too(masked: bool) -> None:
-    choice = TokenChoice(width=64)
+    choice = TokenChoice()
     tokens, samples, least = 400, 16, 32
 
     def chosen(added: bool = False) -> torch.Tensor:
@@ -79,11 +76,10 @@ def test_a_layer_that_needs_more_gets_them_in_its_first_minibatch_too(masked: bo
         return found
 
     choice.begin()
-    assert not choice.is_open("narrow", 64)
-    assert choice.is_open("wide", 256)
+    assert choice.is_open("wide")
     before = chosen()
-    choice.learn("wide", flat(512, 256), 8, None)
-    assert not choice.is_open("wide", 256)
+    choice.learn("wide", flat(512, 256), 8, Price())
+    assert not choice.is_open("wide")
     added = chosen(added=True)
     n = len(before) + len(added)
     assert n > 1.5 * len(before)
@@ -98,16 +94,16 @@ def test_a_layer_that_needs_more_gets_them_in_its_first_minibatch_too(masked: bo
 def test_needs_follow_the_spectrum_the_tails_and_the_price() -> None:
     steep, flatter = decaying(512, 256, power=1.5), flat(512, 256)
     loud = flatter * torch.where(torch.arange(512) % 16 == 0, 5.0, 1.0)[:, None]
-    needs = [Need.of(x, 8, None) for x in (steep, flatter, loud)]
+    needs = [Need.of(x, 8, Price()) for x in (steep, flatter, loud)]
     assert needs[0].per_batch < needs[1].per_batch < needs[2].per_batch
-    # a sketch of k = 8 multiplies with 40 columns twice: all tokens cost 0.3 of a product with 267 columns
-    assert [Need.of(flatter, 8, out).share for out in (320, 160)] == pytest.approx([1.2, 0.6])
+    assert Need.of(flatter, 8, Price(token=8)).per_batch == pytest.approx(needs[1].per_batch / 2)
+    assert [Need.of(flatter, 8, Price(product=p)).share for p in (0.25, 0.5)] == pytest.approx([1.2, 0.6])
     assert Need(1e9, 0.5).count(200, 4, least=32) == 100
     assert Need(1e9, 0.1).count(200, 4, least=32) == 32  # never fewer than other layers
     assert Need(400, 1.0).count(200, 4, least=32) == 100
 
 
 def test_too_few_or_broken_tokens_ask_for_nothing() -> None:
-    assert Need.of(flat(20, 256), 8, None) == Need()
-    assert Need.of(torch.full((100, 64), float("nan")), 8, None).per_batch == 0
-    assert Need.of(torch.ones(100, 64), 8, None).per_batch == 0
+    assert Need.of(flat(20, 256), 8, Price()) == Need()
+    assert Need.of(torch.full((100, 64), float("nan")), 8, Price()).per_batch == 0
+    assert Need.of(torch.ones(100, 64), 8, Price()).per_batch == 0
