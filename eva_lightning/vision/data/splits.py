@@ -8,6 +8,7 @@ relative to the task folder. Only text files are read, and images are only found
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ def files_digest(folder: Path, paths: Iterable[str], first: str = "") -> str:
     """SHA-256 that changes when `first`, the list of `paths`, or the size or time of one of these files changes."""
     digest = hashlib.sha256(first.encode())
     for path in paths:
-        stat = (folder / path).stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        status = (folder / path).stat()
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -105,8 +106,7 @@ def open_task(
     warnings += _class_warnings(spec, folder, read, complete[split], complete[evaluated_on])
     train = complete[split].first(limit_train)
     evaluated = complete[evaluated_on].first(limit_test)
-    for part in (train, evaluated):
-        _require_images(part)
+    _require_apart(train, evaluated)
     limited = len(train) < len(complete[split]) or len(evaluated) < len(complete[evaluated_on])
     return TaskData(spec, train, evaluated, tuple(warnings), limited, comparable and not limited)
 
@@ -168,13 +168,36 @@ def _class_warnings(
     return sentences
 
 
-def _require_images(split: Split) -> None:
-    missing = [path for path in split.paths if not (split.folder / path).is_file()]
+def _require_apart(train: Split, evaluation: Split) -> None:
+    """Every image is there, and none of those to evaluate on is trained on, not even through a link."""
+    trained = set(_found(train).values())
+    both = [path for path, file in _found(evaluation).items() if file in trained]
+    if both:
+        raise InputError(
+            f"image {evaluation.folder / both[0]}, listed in {evaluation.name}, is also trained on: {len(both)} of its "
+            f"{len(evaluation)} images are in {train.name} too; an accuracy on them would say nothing, so list them once"
+        )
+
+
+def _found(split: Split) -> dict[str, tuple[int, int]]:
+    """Image -> what tells its file from others, whatever name it has."""
+    found, missing = {}, []
+    for path in split.paths:
+        try:
+            status = (split.folder / path).stat()
+        except OSError:
+            missing.append(path)
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found[path] = (status.st_dev, status.st_ino) if status.st_ino else (0, hash(path))
+        else:
+            missing.append(path)
     if missing:
         raise MissingInputError(
             f"image {split.folder / missing[0]}, listed in {split.name}.txt, is missing "
             f"({len(missing)} of its {len(split)} images are): {whence(split.folder)}"
         )
+    return found
 
 
 def _listed(labels: list[int], most: int = 5) -> str:

@@ -32,9 +32,8 @@ def test_wrong_counts_warn_once_per_file_and_official_counts_do_not(tmp_path: Pa
     assert [w for w in found.warnings if "test.txt lists 12 images where VTAB-1K has 711" in w]
     assert len(found.warnings) == 2
     assert all("not comparable" in warning for warning in found.warnings)
-    lines = [f"images/test_{i % 12:03d}.jpg {i % 4}" for i in range(1000)]
-    write_lines(folder, "train800val200", lines)
-    write_lines(folder, "test", lines[:711])
+    for split, kind, count in (("train800val200", "train800", 1000), ("test", "test", 711)):
+        write_lines(folder, split, [f"images/{kind}_{i % 12:03d}.jpg {i % 4}" for i in range(count)])
     official = open_task(tmp_path, "kitti")
     assert official.comparable
     assert official.warnings == ()
@@ -79,6 +78,22 @@ def test_missing_image_names_the_first_and_counts(tmp_path: Path) -> None:
     (folder / "images/test_003.jpg").unlink()
     (folder / "images/test_007.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"test_003\.jpg, listed in test\.txt, is missing \(2 of its 12 images"):
+        open_task(tmp_path, "kitti")
+
+
+@pytest.mark.parametrize("way", ["listed twice", "symbolic link", "hard link"])
+def test_an_image_to_train_and_to_test_on_is_refused(tmp_path: Path, way: str) -> None:
+    folder = make_task(tmp_path)
+    trained, name = "images/train800_000.jpg", f"images/{way}.jpg"
+    if way == "symbolic link":
+        (folder / name).symlink_to(folder / trained)
+    elif way == "hard link":
+        (folder / name).hardlink_to(folder / trained)
+    else:
+        name = trained
+    lines = (folder / "test.txt").read_text(encoding="utf-8").splitlines()
+    write_lines(folder, "test", [*lines, f"{name} 0"])
+    with pytest.raises(InputError, match=r"is also trained on: 1 of its 13 images are in train800val200 too"):
         open_task(tmp_path, "kitti")
 
 
