@@ -26,8 +26,8 @@ class EpochsCompared(TunedComparison):
 
     @property
     def early_epoch(self) -> int:
-        """The last epoch that is early."""
-        return max(epoch for epoch in self.evaluated if epoch <= EARLY[-1] or epoch == self.evaluated[0])
+        """The last epoch that is early; the only one where there is no other."""
+        return max((epoch for epoch in self.evaluated[:-1] if epoch <= EARLY[-1]), default=self.evaluated[0])
 
     @property
     def tuning_seeds(self) -> list[int]:

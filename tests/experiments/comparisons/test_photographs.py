@@ -96,6 +96,15 @@ def _one_run(root: Path, **more: Any) -> OneRun:
     return OneRun(**{**settings, "method": "lora", "evaluated": (3,), "epochs": 3, "batch_size": 6, "rank": 2, **more})
 
 
+@pytest.mark.parametrize(("evaluated", "early"), [((1, 3), 1), ((1, 2, 5), 2), ((1, 4), 1), ((5,), 5)])
+def test_an_early_epoch_is_before_the_last(evaluated: tuple[int, ...], early: int) -> None:
+    class Compared(Photographs):
+        def __init__(self) -> None:
+            self.evaluated = evaluated
+
+    assert Compared().early_epoch == early
+
+
 def test_every_method_runs_on_every_seed_at_both_rates(finished: Path) -> None:
     runs = sorted((r["method"], r["lr"], r["seed"], tuple(r["epochs"])) for r in _results(finished))
     tuned = [(method, 1e-2, seed, (1, 3)) for method in TRAINED for seed in (0, 1)]
