@@ -71,7 +71,8 @@ class SketchSVD(FactoredSVD):
             self._set(_first(tokens, self.kept(self.dim, self.k), _columns(self.dim, self.k)))
             return
         block = self._block
-        seen = _Block(block.basis, *(torch.zeros_like(x) for x in (block.product, block.row_sum, block.squares)))
+        zeros = torch.zeros_like
+        seen = _Block(block.basis, zeros(block.product), zeros(block.row_sum), zeros(block.squares))
         # Shifting by the mean before them leaves the tokens a mean small enough to be taken out of the products.
         for centred in centred_pieces(tokens, self._factor.mean):
             seen.product.addmm_(centred.T, centred @ block.basis)
