@@ -69,5 +69,6 @@ class TaskImages:
             picture = Image.fromarray(coarse).resize((self.width, self.height), Image.Resampling.BICUBIC)
             picture.save(folder / name, quality=90)
             lines.append(f"{name} {index % TASKS[MADE_UP].classes}\n")
-        for split in ("train800val200", "test"):
-            (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+        (folder / "train800val200.txt").write_text("".join(lines), encoding="utf-8")
+        Image.new("RGB", (self.width, self.height)).save(folder / "test.jpg")
+        (folder / "test.txt").write_text("test.jpg 0\n", encoding="utf-8")
