@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.models import N_CLASSES
 from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.vision.data.datamodule import NORMALIZATIONS
 from eva_lightning.vision.data.images import load_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in experiments.vtab
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def make_images(folder: str | Path | None, n_batches: int, batch_size: int, size
         pixels, source = _of_folder(Path(folder), n, size, rng)
     else:
         pixels, source = np.stack([_noise(size, rng) for _ in range(n)]), f"{n} images of 1/f colour noise"
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATIONS["imagenet"])
     labels = torch.from_numpy(rng.integers(0, N_CLASSES, n))
     batches = []
     for i in range(0, n, batch_size):

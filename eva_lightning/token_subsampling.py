@@ -95,6 +95,7 @@ class TokenChoice:
     _n_batches: int = 0
     _chosen: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
     _needs: dict[str, Need] = field(default_factory=dict)
+    _left_out: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
         """Start a minibatch."""
@@ -103,11 +104,15 @@ class TokenChoice:
 
     def of(self, layer: str, added: bool = False) -> LayerTokens:
         """The tokens of a layer; only those that :meth:`learn` has just added to them if `added`."""
-        return LayerTokens(self, self._needs.get(layer, Need()), added)
+        return LayerTokens(self, layer, self._needs.get(layer, Need()), added)
 
     def is_open(self, layer: str) -> bool:
-        """Whether :meth:`learn` should be asked."""
-        return self.per_sample == "auto" and layer not in self._needs
+        """Whether :meth:`learn` should be asked: not where no token is left out."""
+        return self.per_sample == "auto" and layer in self._left_out and layer not in self._needs
+
+    def leave_out(self, layer: str) -> None:
+        """Note that not all tokens of a layer are used."""
+        self._left_out.add(layer)
 
     def learn(self, layer: str, tokens: Tensor, k: int, price: Price) -> None:
         """Find out how many tokens a layer needs, see :meth:`Need.of`; holds from now on."""
@@ -159,26 +164,33 @@ class LayerTokens:
 
     Attributes:
         choice: that of all layers.
+        layer: its name.
         need: the layer's own.
         added: only the tokens beyond those of a layer without needs.
     """
 
     choice: TokenChoice
+    layer: str
     need: Need = Need()
     added: bool = False
 
     def positions(self, tokens: int, samples: int, device: torch.device) -> Tensor | None:
         """Ascending indices of the tokens to use in every sample, or ``None`` for all."""
         least, n = self._counts(tokens, samples)
-        if self.added:
-            return self.choice.positions(tokens, least * (self.choice.before + 1), n - least, device)
-        return self.choice.positions(tokens, n * self.choice.before, n, device)
+        before = self.choice.before
+        first, n = (least * (before + 1), n - least) if self.added else (n * before, n)
+        return self._noted(self.choice.positions(tokens, first, n, device))
 
     def rows(self, counted: int, tokens: int, samples: int, device: torch.device) -> Tensor | None:
         """Ascending indices into the `counted` tokens that a mask leaves of all samples, or ``None`` for all."""
         least, n = (count * samples for count in self._counts(tokens, samples))
         first, n = (least, n - least) if self.added else (0, n)
-        return self.choice.rows(counted, first, n, device)
+        return self._noted(self.choice.rows(counted, first, n, device))
+
+    def _noted(self, index: Tensor | None) -> Tensor | None:
+        if index is not None:
+            self.choice.leave_out(self.layer)
+        return index
 
     def _counts(self, tokens: int, samples: int) -> tuple[int, int]:
         least = self.choice.least(tokens, samples)

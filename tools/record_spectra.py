@@ -21,13 +21,13 @@ from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import write_json
 from eva_lightning.vision.backbone.timm_models import create_backbone, resolve_model
 from eva_lightning.vision.backbone.weights import resolve_weights
+from eva_lightning.vision.data.datamodule import NORMALIZATIONS
 from eva_lightning.vision.data.images import load_image
 from experiments.runner.command import SettingsCommand
 from experiments.runner.settings import Role, check_settings, option
 
 LAYERS = ("blocks.1.mlp.fc2", "blocks.1.attn.proj", "blocks.9.attn.qkv")
 _MODEL, _SIZE, _K, _QUANTILES = "dinov2_s14", 224, 32, 65
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def _pixels(settings: Settings) -> Tensor:
         raise InputError(f"images: {folder} holds {len(files)}, --n asks for {settings.n}", setting="images")
     chosen = [files[i * len(files) // settings.n] for i in range(settings.n)]
     pixels = torch.stack([torch.from_numpy(load_image(file, _SIZE)) for file in chosen]).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATIONS["imagenet"])
     return (pixels - mean) / std
 
 

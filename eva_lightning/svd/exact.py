@@ -17,6 +17,7 @@ from eva_lightning.svd.inputs import (
     centred_pieces,
     full_precision,
     require_finite,
+    squared_norm,
     token_mean,
     wide_dtype,
 )
@@ -133,7 +134,7 @@ class ExactSVD(StreamingSVD):
 
     def _take_in(self, tokens: Tensor) -> None:
         shift = token_mean(tokens).float() if self._sums is None else self._sums.shift
-        squares = torch.stack([(y := centred.flatten()).dot(y) for centred in centred_pieces(tokens, shift)]).sum()
+        squares = torch.stack([squared_norm(centred) for centred in centred_pieces(tokens, shift)]).sum()
         if squares.device.type == "cpu":
             require_finite(float(squares))
         else:

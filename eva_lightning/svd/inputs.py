@@ -13,7 +13,7 @@ from eva_lightning.errors import InputError, InputTypeError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_PIECE = 2**18
+_CACHED = 2**18  # values of fp32: 1 MiB
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
@@ -97,7 +97,7 @@ def centred_pieces(tokens: Tensor, mean: Tensor) -> Iterator[Tensor]:
     Yields:
         Shape ``(<= n, dim)``, fp32.
     """
-    rows = len(tokens) if tokens.device.type != "cpu" else max(1, _PIECE // max(1, tokens.shape[1]))
+    rows = len(tokens) if tokens.device.type != "cpu" else max(1, _CACHED // max(1, tokens.shape[1]))
     mean = mean.to(tokens.dtype)
     for piece in tokens.split(max(1, rows)):
         yield (piece - mean).float()

@@ -60,6 +60,14 @@ def test_all_tokens(per_sample: int | None) -> None:
     assert choice.of("a").positions(20, 2, CPU) is None
 
 
+def test_where_all_tokens_are_used_there_is_nothing_to_find_out() -> None:
+    choice = TokenChoice()
+    choice.begin()
+    assert choice.of("a").positions(17, 16, CPU) is None
+    assert choice.of("b").positions(257, 16, CPU) is not None
+    assert [choice.is_open(layer) for layer in "ab"] == [False, True]
+
+
 def flat(n: int, dim: int) -> torch.Tensor:
     return decaying(n, dim, power=0.3, mean=0.0)
 
@@ -76,8 +84,8 @@ def test_a_layer_that_needs_more_gets_them_in_its_first_minibatch_too(masked: bo
         return found
 
     choice.begin()
-    assert choice.is_open("wide")
     before = chosen()
+    assert choice.is_open("wide")
     choice.learn("wide", flat(512, 256), 8, Price())
     assert not choice.is_open("wide")
     added = chosen(added=True)

@@ -50,7 +50,7 @@ def test_formats_of_the_benchmarks_are_decoded_whatever_their_name(tmp_path: Pat
 def test_other_formats_are_refused(tmp_path: Path, kind: str) -> None:
     missing = {"WEBP": "webp", "JPEG2000": "jpg_2000"}.get(kind)
     if missing and not features.check(missing):
-        pytest.skip("this Pillow cannot write it")
+        pytest.skip(f"this Pillow cannot write {kind}")
     (tmp_path / "a.jpg").write_bytes(encoded(kind))
     with pytest.raises(InputError, match=r"a\.jpg cannot be decoded \(it is no JPEG, PNG, GIF or BMP file\)"):
         load_image(tmp_path / "a.jpg", 4)
