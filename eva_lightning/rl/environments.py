@@ -148,7 +148,7 @@ class MetaWorldEnvironment(gymnasium.Env[npt.NDArray[np.float64], npt.NDArray[np
         info["success"] = bool(info["success"])
         return observation, float(reward), False, self._steps >= self.horizon, info
 
-    def render(self) -> npt.NDArray[np.uint8]:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8]:
         """A frame of the present state, ``(render_size, render_size, 3)``.
 
         Raises:

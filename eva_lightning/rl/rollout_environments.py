@@ -142,7 +142,7 @@ def open_all(scene: Goals | Seeds, number: int, filmed: int, stack: ExitStack) -
     Raises:
         InputError: See :meth:`Seeds.make`; or two are the same.
     """
-    environments = []
+    environments: list[Environment] = []
     for index in range(number):
         environment = stack.enter_context(scene.make(index < filmed))
         if any(environment is other for other in environments):

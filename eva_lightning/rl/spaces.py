@@ -53,7 +53,7 @@ class Interface:
         if isinstance(observations, Dict) and _PARTS[0] in observations.spaces:
             parts = tuple(part for part in _PARTS if part in observations.spaces)
             boxes = [observations.spaces[part] for part in parts]
-        sizes = [box.shape[0] for box in boxes if _is_vector(box)]
+        sizes = [int(np.prod(box.shape)) for box in boxes if box.shape is not None and _is_vector(box)]
         if len(sizes) < len(boxes):
             raise InputError(
                 f"the observations of {name} must be a Box of one axis, or a Dict with such an 'observation', got "
