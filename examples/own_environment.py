@@ -28,7 +28,12 @@ from eva_lightning.rl.trajectories import TrajectoryDataModule
 
 NAME, JOINTS, HORIZON, SECONDS_PER_STEP = "HalfCheetah-v5", 6, 200, 0.05
 #: Frequency in hertz, then amplitudes, phases and offsets of the six torques: what ``--search`` prints.
-GAIT = np.zeros(19)
+GAIT = np.array([
+    2.445,
+    0.752, 0.998, -0.154, 0.651, 0.268, 0.404,
+    -2.486, -1.829, 1.594, -0.636, -0.682, -2.275,
+    0.144, 0.053, 0.191, 0.032, -0.257, -0.105,
+])  # fmt: skip
 #: Evaluation episodes begin with seeds that no demonstration began with.
 EVALUATION_SEED = 1000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -86,8 +87,8 @@ class Seeds:
         """
         if not callable(self.make_env):
             raise InputTypeError(
-                f"make_env must be a function that makes an environment, such as {_EXAMPLE}, or the name of a "
-                f"Meta-World task, got {self.make_env!r}"
+                f"make_env must be a function that makes an environment, such as {_EXAMPLE}, an id, or the "
+                f"name of a Meta-World task, got {self.make_env!r}"
             )
         check_number("seed", self.seed, at_least=0, whole=True)
         if self.horizon is not None:
@@ -126,11 +127,13 @@ class Seeds:
 
 
 def scene_of(make_env: str | MakeEnvironment, seed: int, horizon: int | None, video_size: int) -> Goals | Seeds:
-    """Where to roll out: a task by its name, or what a function makes.
+    """Where to roll out: a task by its name, or what a function, or ``gymnasium.make`` by an id, makes.
 
     Raises:
-        InputError: The task is unknown.
+        InputError: There is no such task, and no environment of that id.
     """
+    if isinstance(make_env, str) and make_env in gymnasium.registry:
+        return Seeds(functools.partial(gymnasium.make, make_env), seed, horizon)
     if isinstance(make_env, str):
         return Goals(resolve_task(make_env), seed, HORIZON if horizon is None else horizon, video_size)
     return Seeds(make_env, seed, horizon)

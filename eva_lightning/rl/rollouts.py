@@ -152,7 +152,8 @@ def evaluate(
     Args:
         module: The module, with or without adapters.
         make_env: Makes a new environment at each call, whose observations are a Box of one axis (or a Dict with such an
-            ``observation``) and whose actions are a Box of one axis; or a Meta-World task, such as ``push-v3``.
+            ``observation``) and whose actions are a Box of one axis; or an id that ``gymnasium.make`` knows; or a
+            Meta-World task, such as ``push-v3``.
         target_return: Return the policy is asked for; the paper takes the largest in the task's data. None for the
             module's own ``target_return``.
         episodes: Number of episodes.

@@ -55,7 +55,8 @@ class Reach(gymnasium.Env[Any, Any]):
         names = ("achieved_goal", "desired_goal", "observation")
         self.observation_space = gymnasium.spaces.Dict(dict.fromkeys(names, box))
         # no bounds in one direction
-        self.action_space = gymnasium.spaces.Box(np.array([-np.inf, -0.5]), np.array([np.inf, 1.5]), dtype=np.float32)
+        low, high = np.array([[-np.inf, -0.5], [np.inf, 1.5]], dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(low, high)
         self.success = success
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, Any]:

@@ -37,7 +37,7 @@ def _minari_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_windows_are_what_minari_reads() -> None:
-    dataset = minari.load_dataset("pusher/random-v0")
+    episodes = list(minari.load_dataset("pusher/random-v0"))
     data = TrajectoryDataModule.from_minari("pusher/random-v0", context=K, batch_size=8, val_episodes=2)
     windows: Any = data.train_dataloader().dataset
     assert data.tasks == ("pusher/random-v0",)
@@ -47,7 +47,7 @@ def test_windows_are_what_minari_reads() -> None:
         for row in range(8):
             window = {name: value[row].numpy() for name, value in batch.items()}
             n, first = int(window["mask"].sum()), int(window["timesteps"][0])
-            found = [e for e in dataset if np.array_equal(e.actions[first : first + n], window["actions"][:n])]
+            found = [e for e in episodes if np.array_equal(e.actions[first : first + n], window["actions"][:n])]
             assert len(found) == 1
             episode = found[0]
             assert episode.id < 3
@@ -60,7 +60,7 @@ def test_windows_are_what_minari_reads() -> None:
             seen.add((episode.id, first + n))
     assert len(seen) == len(windows)
     held_out = torch.cat([batch["states"][batch["mask"]] for batch in data.val_dataloader()]).numpy()
-    expected = [dataset[number].observations[:-1] for number in (3, 4)]
+    expected = [episodes[number].observations[:-1] for number in (3, 4)]
     np.testing.assert_array_equal(held_out, np.concatenate(expected).astype(np.float32))
 
 
@@ -127,11 +127,15 @@ def test_a_module_of_its_options_trains_scales_actions_and_keeps_all_in_its_chec
         DecisionTransformerModule.from_pretrained(tmp_path / "x.ckpt", action_low=[-1.0] * 7)
 
 
-def test_what_is_no_data_set_is_one_sentence(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_data_set_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no Minari data set 'pusher/expert-v3' in .*: download it"):
         TrajectoryDataModule.from_minari("pusher/expert-v3")
-    with pytest.raises(ValueError, match="cannot be opened"):
-        TrajectoryDataModule.from_minari("no name at all")
+    (tmp_path / "broken-v0" / "data").mkdir(parents=True)
+    (tmp_path / "broken-v0" / "data" / "metadata.json").write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+        with pytest.raises(ValueError, match="the Minari data set 'broken-v0' cannot be opened"):
+            TrajectoryDataModule.from_minari("broken-v0")
     with pytest.raises(TypeError, match="by its id or as a MinariDataset, got 3"):
         TrajectoryDataModule.from_minari(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no expert's: use target executed"):

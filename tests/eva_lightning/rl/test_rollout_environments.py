@@ -73,6 +73,8 @@ def test_equals_a_loop_over_gymnasium_make(name: str, sizes: Any, environments: 
     assert (result.task, result.steps, len(result)) == (name, sum(map(len, expected)), 3)
     assert not result.knows_success
     assert np.isnan(result.success_rate)
+    by_id = evaluate(module, name, episodes=3, seed=5, horizon=40, environments=environments)
+    assert by_id.returns.tolist() == result.returns.tolist()
     if name == "Hopper-v5":  # which falls
         assert len(set(result.lengths)) > 1
         assert max(result.lengths) < 40
@@ -145,7 +147,7 @@ def test_frames_of_the_first_episodes() -> None:
 
 
 def test_the_callback_rolls_out_in_any_environment() -> None:
-    module = build(39, 4)
+    module = build(39, 4).train()
     names = {"mine": partial(gymnasium.make, "eva_lightning/MetaWorld-reach-v3", max_episode_steps=3)}
     silent = {"other": lambda: gymnasium.wrappers.TransformReward(names["mine"](), lambda reward: 2 * reward)}
     callback = RolloutCallback({**names, **silent}, 2, 2, {"mine": 10.0})
@@ -175,6 +177,7 @@ SAME = Reach()
         (partial(gymnasium.make, "Pusher-v5"), {}, "of Pusher-v5 have 23 numbers, and the module's have 11"),
         (partial(gymnasium.make, "CartPole-v1"), {}, r"the actions of CartPole-v1 .* got Discrete\(2\)"),
         (partial(gymnasium.make, "FrozenLake-v1"), {}, "the observations of FrozenLake-v1 must be a Box of one axis"),
+        ("Hoper-v5", {}, "unknown Meta-World task 'Hoper-v5'"),
         (lambda: SAME, {}, "make_env must make a new environment at each call"),
         (lambda: None, {}, "make_env must return a gymnasium.Env, got None"),
         (SAME, {}, "make_env must be a function that makes an environment"),
