@@ -3,7 +3,8 @@
 Lightning offers no place to say that checkpoints with adapters need their module prepared: between building a module
 from its hyper-parameters and loading its weights, ``load_from_checkpoint`` asks only the user's class. So
 ``LightningModule.load_from_checkpoint`` itself is wrapped, in both copies of Lightning, without importing either:
-``import eva_lightning`` must not cost the seconds that Lightning takes.
+``import eva_lightning`` must not cost the seconds that Lightning takes. What Gymnasium learns from
+:mod:`eva_lightning.rl`, the names of its environments, waits in the same way (:func:`after`).
 """
 
 from __future__ import annotations
@@ -85,5 +86,11 @@ def install() -> None:
     """Act on what is imported, and on the rest when it is."""
     for name in [name for name in _ACTIONS if hasattr(sys.modules.get(name), "__file__")]:
         _ACTIONS.pop(name)(sys.modules[name])
-    if _ACTIONS:
+    if _ACTIONS and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def after(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Call `action` with the module `name` once it is imported: at once, or whenever that will be."""
+    _ACTIONS[name] = action
+    install()

@@ -17,7 +17,9 @@ from tests.paths import ROOT
 from tests.test_repository import NOT_FOR_IMPORT
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+#: Examples that need an extra, and so a test of their own.
+WITH_AN_EXTRA = ("own_environment",)
+EXAMPLES = sorted(file for file in (ROOT / "examples").glob("*.py") if file.stem not in WITH_AN_EXTRA)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

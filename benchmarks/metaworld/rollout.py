@@ -116,13 +116,13 @@ def _actions(module: DecisionTransformerModule, task: str, environments: int, ho
         envs = [
             stack.enter_context(MetaWorldEnvironment(task, split="eval", horizon=horizon)) for _ in range(environments)
         ]
-        observations = np.stack([env.reset(index) for index, env in enumerate(envs)])
+        observations = np.stack([env.reset(options={"goal": index})[0] for index, env in enumerate(envs)])
         rewards: npt.NDArray[np.float64] | None = None
         for step in range(horizon):
             actions[:, step] = policy.act(observations, rewards)
             rewards = np.empty(environments)
             for index, env in enumerate(envs):
-                observations[index], rewards[index], _, _ = env.step(actions[index, step])
+                observations[index], rewards[index], *_ = env.step(actions[index, step])
     return actions
 
 

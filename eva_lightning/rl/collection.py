@@ -74,13 +74,14 @@ class ExpertRunner:
         executed = np.empty((steps, ACTION_DIM), dtype=np.float32)
         rewards = np.empty(steps, dtype=np.float32)
         successes = np.empty(steps, dtype=np.bool_)
-        observation = environment.reset(number)
+        observation, _ = environment.reset(options={"goal": number})
         observations[0] = observation
         for step in range(steps):
             wanted[step] = np.clip(expert.get_action(observation), -1.0, 1.0)
             # the number that is stored is the number that is executed: a replay of the file gives the same episode
             executed[step] = np.clip(wanted[step] + noise[step], -1.0, 1.0)
-            observation, rewards[step], successes[step], _ = environment.step(executed[step])
+            observation, rewards[step], _, _, info = environment.step(executed[step])
+            successes[step] = info["success"]
             observations[step + 1] = observation
         return TaskDemonstrations(
             environment.task,

@@ -30,7 +30,7 @@ CLIP = 10.0
 
 
 class Normalisation(nn.Module):
-    """From raw units to what the network sees: standardised states, scaled returns and rewards.
+    """From raw units to what the network sees: standardised states, scaled returns and rewards, actions in [-1, 1].
 
     States become ``clip((s - mean) / max(std, 0.02), -10, 10)``. The statistics are not in the ``state_dict``: they are
     hyper-parameters of the module that owns this one.
@@ -40,13 +40,16 @@ class Normalisation(nn.Module):
         state_std: Standard deviation of each dimension.
         return_scale: Returns-to-go are divided by this.
         reward_scale: Rewards are divided by this.
+        action_low, action_high: Bounds of each dimension of the action, which become -1 and 1; None where they are.
 
     Raises:
-        InputError: The statistics differ in length, or a scale is not above 0.
+        InputError: The statistics or bounds differ in length, a scale is not above 0, or a bound is above its other.
     """
 
     state_mean: Tensor
     state_std: Tensor
+    action_middle: Tensor | None
+    action_half: Tensor | None
 
     def __init__(
         self,
@@ -54,6 +57,8 @@ class Normalisation(nn.Module):
         state_std: Sequence[float],
         return_scale: float = 1000.0,
         reward_scale: float = 10.0,
+        action_low: Sequence[float] | None = None,
+        action_high: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if len(state_mean) != len(state_std):
@@ -65,6 +70,9 @@ class Normalisation(nn.Module):
         std = torch.tensor(list(state_std), dtype=torch.float32).clamp(min=MINIMUM_STD)
         self.register_buffer("state_mean", torch.tensor(list(state_mean), dtype=torch.float32), persistent=False)
         self.register_buffer("state_std", std, persistent=False)
+        middle, half = _middle_and_half(action_low, action_high)
+        self.register_buffer("action_middle", middle, persistent=False)
+        self.register_buffer("action_half", half, persistent=False)
         self.return_scale = return_scale
         self.reward_scale = reward_scale
 
@@ -79,6 +87,36 @@ class Normalisation(nn.Module):
     def rewards(self, rewards: Tensor) -> Tensor:
         """Raw rewards, of any shape, scaled."""
         return rewards / self.reward_scale
+
+    def actions(self, actions: Tensor) -> Tensor:
+        """Raw actions ``(..., action_dim)``, in [-1, 1] where they are within the bounds."""
+        if self.action_middle is None or self.action_half is None:
+            return actions
+        return (actions - self.action_middle) / self.action_half
+
+    def raw_actions(self, actions: Tensor) -> Tensor:
+        """The inverse of :meth:`actions`."""
+        if self.action_middle is None or self.action_half is None:
+            return actions
+        return actions * self.action_half + self.action_middle
+
+
+def _middle_and_half(
+    low: Sequence[float] | None, high: Sequence[float] | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Middle and half width of each interval; None for both where all are [-1, 1], which then costs nothing."""
+    if low is None and high is None:
+        return None, None
+    if low is None or high is None or len(low) != len(high):
+        raise InputError(f"action_low and action_high must be given together, of one length, got {low} and {high}")
+    bounds = torch.tensor([list(low), list(high)], dtype=torch.float64)  # (2, action_dim)
+    if not bounds.isfinite().all() or (bounds[0] > bounds[1]).any():
+        raise InputError(f"action_low must be finite and at most action_high, got {list(low)} and {list(high)}")
+    if (bounds[0] == -1).all() and (bounds[1] == 1).all():
+        return None, None
+    half = (bounds[1] - bounds[0]) / 2
+    # a dimension that cannot move has any width
+    return bounds.mean(dim=0).float(), half.masked_fill(half == 0, 1.0).float()
 
 
 @dataclass

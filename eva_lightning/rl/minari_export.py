@@ -1,12 +1,15 @@
 """Demonstrations as Minari data sets, which ``minari.load_dataset`` opens.
 
-Minari's own ``DataCollector`` wants an environment that can be made again from its name alone, which a Meta-World task
-with chosen goals is not; its buffers take the files as they are. ``infos`` has an entry per observation: ``success``,
-False at the first, and ``expert_action``, zero at the last. The number of an episode's goal is its option ``goal``.
+A data set's ``recover_environment()`` makes the environment of the demonstrations again, and with ``eval_env=True`` the
+same task on its evaluation goals. An episode's option ``goal`` is the number of its goal: with
+``reset(options={"goal": i})`` the stored actions give the stored episode. ``infos`` has an entry per observation:
+``success``, False at the first, and ``expert_action``, zero at the last. Minari's buffers take the files as they are;
+its ``DataCollector`` would act anew.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -18,6 +21,7 @@ from unittest.mock import patch
 import gymnasium
 import minari
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.storage import get_dataset_path
 from rich.console import Console
@@ -26,7 +30,8 @@ from rich.progress import track
 from eva_lightning.errors import InputError
 from eva_lightning.ours import delete_tree
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, TaskEntry, load_task
-from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.rl.registration import environment_id
+from eva_lightning.rl.tasks import ACTION_DIM, resolve_task
 
 _VARIABLE = "MINARI_DATASETS_PATH"
 _ALGORITHM = "metaworld scripted expert"
@@ -116,14 +121,14 @@ def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> 
                 infos={"success": success, "expert_action": wanted},
             )
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), gymnasium.make(_spec(demonstrations, entry, "train")) as environment:
         # author, licence and reference scores are not ours to invent
         warnings.filterwarnings("ignore", category=UserWarning, module=r"minari\.")
         minari.create_dataset_from_buffers(
             name,
             buffers,
-            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32),
-            action_space=gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32),
+            env=environment,
+            eval_env=_spec(demonstrations, entry, "eval"),
             algorithm_name=f"{_ALGORITHM}, Gaussian noise {entry.noise:g}",
             description=(
                 f"Meta-World {demonstrations.task}, goal visible, reward v2, {entry.horizon} steps per episode; "
@@ -132,3 +137,11 @@ def _export(name: str, demonstrations: TaskDemonstrations, entry: TaskEntry) -> 
             ),
             requirements=[f"{package}=={version}" for package, version in entry.versions.items()],
         )
+
+
+def _spec(demonstrations: TaskDemonstrations, entry: TaskEntry, split: str) -> EnvSpec:
+    """What makes the task's environment again, with the goals of the demonstrations or those to evaluate on."""
+    spec = copy.deepcopy(gymnasium.spec(environment_id(demonstrations.task)))
+    spec.max_episode_steps = entry.horizon
+    spec.kwargs |= {"seed": entry.seed, "split": split}
+    return spec

@@ -30,6 +30,8 @@ ARCHITECTURE = ("state_dim", "action_dim", "width", "layers", "heads", "position
 NORMALISATION = ("state_mean", "state_std", "return_scale", "reward_scale")
 #: Hyper-parameters that change what weights mean, and that earlier checkpoints lack.
 CONVENTIONS = ("action_tanh", "state_first", "exact_gelu")
+#: Bounds of the actions, which earlier checkpoints lack too: all of theirs are in [-1, 1].
+BOUNDS = {"action_low": -1.0, "action_high": 1.0}
 
 
 class DecisionTransformerModule(L.LightningModule):
@@ -59,6 +61,9 @@ class DecisionTransformerModule(L.LightningModule):
         min_lr: Learning rate after the last step.
         gradient_clip: Largest norm of the gradient, where the trainer is given none; None for no clipping.
         action_tanh, state_first, exact_gelu, decay_weights_only: See :class:`~eva_lightning.rl.protocol.Protocol`.
+        action_low, action_high: Bounds of the actions; None for -1 and 1. The network sees and predicts, and the loss
+            compares, actions scaled to [-1, 1]; those of batches, of ``forward`` and of policies are as the bounds say.
+        target_return: Return that rollouts ask for where they are given none; None for no such.
 
     Attributes:
         lr_multipliers: From a parameter's name in this module to a factor on its learning rate, or None. For methods to
@@ -92,6 +97,9 @@ class DecisionTransformerModule(L.LightningModule):
         state_first: bool = False,
         exact_gelu: bool = False,
         decay_weights_only: bool = False,
+        action_low: Sequence[float] | None = None,
+        action_high: Sequence[float] | None = None,
+        target_return: float | None = None,
     ) -> None:
         super().__init__()
         # plain floats: checkpoints are opened with weights_only=True
@@ -101,6 +109,9 @@ class DecisionTransformerModule(L.LightningModule):
             raise InputError(
                 f"state_mean and state_std must have {state_dim} values, got {len(state_mean)} and {len(state_std)}"
             )
+        action_low, action_high = (_floats(bound, action_dim) for bound in (action_low, action_high))
+        if target_return is not None:
+            check_number("target_return", target_return)
         check_number("lr", lr, above=0)
         check_number("min_lr", min_lr, at_least=0, at_most=lr)
         check_number("weight_decay", weight_decay, at_least=0)
@@ -112,7 +123,7 @@ class DecisionTransformerModule(L.LightningModule):
         self.warmup_steps, self.gradient_clip = warmup_steps, gradient_clip
         self.decay_weights_only = decay_weights_only
         self.lr_multipliers: Callable[[str], float] | None = None
-        self.normalisation = Normalisation(state_mean, state_std, return_scale, reward_scale)
+        self.normalisation = Normalisation(state_mean, state_std, return_scale, reward_scale, action_low, action_high)
         self.model = DecisionTransformer(
             state_dim, action_dim, width, layers, heads, context, dropout, positions, max_timesteps,
             action_tanh, state_first, exact_gelu,
@@ -145,9 +156,12 @@ class DecisionTransformerModule(L.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Predicted actions ``(B, K, action_dim)`` of a batch in raw units."""
+        return self.normalisation.raw_actions(self._predicted(batch))
+
+    def _predicted(self, batch: Batch) -> Tensor:
         predicted: Tensor = self.model(
             self.normalisation.states(batch["states"]),
-            batch["actions"],
+            self.normalisation.actions(batch["actions"]),
             self.normalisation.rewards(batch["rewards"]),
             self.normalisation.returns(batch["returns_to_go"]),
             batch["timesteps"],
@@ -156,7 +170,7 @@ class DecisionTransformerModule(L.LightningModule):
         return predicted
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error over the real steps and the dimensions of the action."""
+        """Mean squared error over the real steps and the dimensions of the action, which are scaled to [-1, 1]."""
         squared, count = self._squared_errors(batch)
         return squared.sum() / count.sum().clamp(min=1)
 
@@ -164,7 +178,8 @@ class DecisionTransformerModule(L.LightningModule):
         """Of each window: sum of squared errors and number of values, ``(B,)`` each."""
         mask = batch["mask"]  # (B, K)
         # in fp32 also where the network computes in bf16: its 8 bits are too few for small differences
-        error = self(batch).float() - batch.get("target_actions", batch["actions"]).float()  # (B, K, action_dim)
+        target = self.normalisation.actions(batch.get("target_actions", batch["actions"]))
+        error = self._predicted(batch).float() - target.float()  # (B, K, action_dim)
         squared = (error.square() * mask.unsqueeze(-1)).sum(dim=(1, 2))  # (B,)
         return squared, mask.sum(dim=1) * error.shape[-1]
 
@@ -260,7 +275,10 @@ class DecisionTransformerModule(L.LightningModule):
 
 
 #: Hyper-parameters that earlier checkpoints lack, as they were then.
-_DEFAULTS = dict.fromkeys((*CONVENTIONS, "decay_weights_only"), False)
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys((*CONVENTIONS, "decay_weights_only"), False),
+    **dict.fromkeys((*BOUNDS, "target_return")),
+}
 
 
 def running_mean(device: torch.device) -> MeanMetric:
@@ -282,6 +300,8 @@ def _check_overrides(checkpoint: str | Path, hparams: Mapping[str, Any], overrid
                 f"{checkpoint} is of another normalisation: its {name} must be used when fine-tuning, "
                 f"expected {_short(hparams[name])}, got {_short(value)}"
             )
+        if name in BOUNDS and not _close(*(_bound(name, given, known) for given in (value, known[name]))):
+            raise InputError(f"{checkpoint} is of other actions: its {name} is {known[name]}, got {value}")
         if name == "context" and value > hparams[name]:
             raise InputError(
                 f"context must be at most the {hparams[name]} steps of {checkpoint}'s training, got {value}"
@@ -340,6 +360,17 @@ def save_weights(
     with replacing(file) as temporary:
         save_sealed(content, temporary)
     return Path(file)
+
+
+def _floats(values: Sequence[float] | None, size: int) -> list[float] | None:
+    """Plain floats, `size` of them."""
+    if values is not None and len(values) != size:
+        raise InputError(f"action_low and action_high must have {size} values, got {len(values)}")
+    return None if values is None else [float(value) for value in values]
+
+
+def _bound(name: str, values: Sequence[float] | None, known: Mapping[str, Any]) -> Sequence[float]:
+    return [BOUNDS[name]] * known["action_dim"] if values is None else values
 
 
 def _close(first: Any, second: Any) -> bool:

@@ -98,14 +98,19 @@ class DecisionTransformerPolicy:
             rewards: ``(N,)`` rewards of the actions given last; None at the first step.
 
         Returns:
-            ``(N, action_dim)`` in [-1, 1].
+            ``(N, action_dim)`` within the module's bounds, [-1, 1] unless it was given others.
 
         Raises:
-            InputError: Rewards are missing, or given at the first step.
+            InputError: Rewards are missing or given at the first step, or the step is beyond those of training.
         """
         if (rewards is None) != (self._step == 0):
             expected = "are needed after the first step" if rewards is None else "must be None at the first step"
             raise InputError(f"rewards {expected} of an episode, at step {self._step}")
+        model = self.module.model
+        if model.positions == "timestep" and self._step >= model.embed_position.num_embeddings:
+            raise InputError(
+                f"an episode must have at most the {self._step} steps of the module's max_timesteps: give a horizon"
+            )
         training = [part for part in self.module.modules() if part.training]
         if training:
             self.module.eval()
@@ -113,12 +118,29 @@ class DecisionTransformerPolicy:
             with torch.inference_mode():
                 self._append(observations, rewards)
                 self._action = self._predict().clamp(-1.0, 1.0)
+                raw = self.module.normalisation.raw_actions(self._action)
         finally:
             for part in training:
                 part.training = True
         self._step += 1
-        actions: npt.NDArray[np.float64] = self._action.double().cpu().numpy()
+        actions: npt.NDArray[np.float64] = raw.double().cpu().numpy()
         return actions
+
+    def keep(self, environments: Sequence[int]) -> None:
+        """Go on with some of the environments alone, in the given order: the others' episodes are over.
+
+        Their number is `n_environments` from now on, until :meth:`reset` and after it.
+        """
+        self.n_environments = len(environments)
+        self._target = self._target[list(environments)]
+        self._returns_to_go = self._returns_to_go[list(environments)]
+        with torch.inference_mode():
+            rows = torch.as_tensor(environments, device=self._tokens.device)
+            self._tokens = self._tokens[rows]
+            self._action = None if self._action is None else self._action[rows]
+            if self._cache is not None:
+                self._cache.keys = [keys[rows] for keys in self._cache.keys]
+                self._cache.values = [values[rows] for values in self._cache.values]
 
     def _append(self, observations: npt.NDArray[np.floating], rewards: npt.NDArray[np.floating] | None) -> None:
         """Embed what is new: action and reward of the last step, return-to-go and state of this one."""

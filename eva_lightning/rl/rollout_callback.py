@@ -1,4 +1,4 @@
-"""Success in the simulator, measured during training."""
+"""Success and return in the simulator, measured during training."""
 
 from __future__ import annotations
 
@@ -15,34 +15,38 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.rl.policy import Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
+from eva_lightning.rl.rollout_environments import MakeEnvironment, scene_of
 from eva_lightning.rl.rollouts import RolloutResult, evaluate
-from eva_lightning.rl.tasks import HORIZON, check_horizon, resolve_task
+from eva_lightning.rl.tasks import resolve_task
 from eva_lightning.rl.video import write_video
 
 _LOGGER = logging.getLogger(__name__)
 
 
 class RolloutCallback(L.Callback):
-    """Roll the module out in Meta-World whenever it is validated, at most every `every_n_steps` updates.
+    """Roll the module out whenever it is validated, at most every `every_n_steps` updates.
 
-    Logged are ``rollout/<task>/success`` (share of the episodes solved at any step), ``rollout/<task>/final_success``
-    (at the last step), ``rollout/<task>/return``, and with several tasks their means ``rollout/success`` and so on.
-    Videos go, as GIF, to a WandbLogger (online or offline) and a TensorBoardLogger, if the trainer has one. Training is
-    not affected: the module's modes, its weights and every random state stay. With several devices the first one rolls
-    out. Where MuJoCo cannot render, a warning names what to install and the rest works.
+    In Meta-World's tasks or in any Gymnasium environment. Logged are ``rollout/<task>/success`` (share of the episodes
+    solved at any step) and ``rollout/<task>/final_success`` (at the last step), both only where the environment says
+    what is solved, ``rollout/<task>/return``, and with several tasks their means ``rollout/success`` and so on. Videos
+    go, as GIF, to a WandbLogger (online or offline) and a TensorBoardLogger, if the trainer has one. Training is not
+    affected: the module's modes, its weights and every random state stay. With several devices the first one rolls out.
+    Where MuJoCo cannot render, a warning names what to install and the rest works.
 
     Example::
 
         rollouts = RolloutCallback(["push-v3"], episodes=10, every_n_steps=1000, target_returns={"push-v3": 1585.0})
         L.Trainer(val_check_interval=500, callbacks=[rollouts]).fit(module, data)
+        RolloutCallback({"HalfCheetah-v5": lambda: gymnasium.make("HalfCheetah-v5")}, episodes=5, every_n_steps=100)
 
     Args:
-        tasks: Tasks to roll out.
+        tasks: Meta-World tasks to roll out, or environments: a name of your choice -> a function that makes one.
         episodes: Episodes per task.
         every_n_steps: Optimizer steps between rollouts, at least; validations in between have none.
-        target_returns: Task -> return the policy is asked for.
+        target_returns: Task -> return the policy is asked for; those that are not there are asked for the module's own
+            ``target_return``. Meta-World's tasks must be there.
         video: Episodes per task to record; True for one.
-        seed: Seed of the evaluation goals.
+        seed: Seed of the evaluation goals, or of the first episode.
         mode, context, environments, horizon, video_size: See :func:`~eva_lightning.rl.rollouts.evaluate`.
 
     Attributes:
@@ -54,29 +58,36 @@ class RolloutCallback(L.Callback):
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: Sequence[str] | Mapping[str, MakeEnvironment],
         episodes: int,
         every_n_steps: int,
-        target_returns: Mapping[str, float],
+        target_returns: Mapping[str, float] | None = None,
         video: bool | int = False,
         *,
         seed: int = 0,
         mode: Mode = "exact",
         context: int | None = None,
         environments: int | None = None,
-        horizon: int = HORIZON,
+        horizon: int | None = None,
         video_size: int = 240,
     ) -> None:
-        self.tasks = tuple(resolve_task(task) for task in tasks)
+        is_own = isinstance(tasks, Mapping)
+        self._environments: dict[str, str | MakeEnvironment] = (
+            {**tasks} if isinstance(tasks, Mapping) else {resolve_task(task): resolve_task(task) for task in tasks}
+        )
+        self.tasks = tuple(self._environments)
         if not self.tasks:
             raise InputError("tasks must name at least one task, got none")
-        check_horizon(horizon)
+        for make_env in self._environments.values():
+            scene_of(make_env, seed, horizon, video_size).check(0, 0)
         check_number("episodes", episodes, at_least=1, whole=True)
         check_number("every_n_steps", every_n_steps, at_least=1, whole=True)
         check_number("video", int(video), at_least=0, whole=True)
-        self.target_returns = {resolve_task(task): float(value) for task, value in target_returns.items()}
+        self.target_returns = {
+            task if is_own else resolve_task(task): float(value) for task, value in (target_returns or {}).items()
+        }
         missing = [task for task in self.tasks if task not in self.target_returns]
-        if missing:
+        if missing and not is_own:
             raise InputError(f"target_returns has no return for {missing[0]}, only for {sorted(self.target_returns)}")
         self.every_n_steps = every_n_steps
         self.video = int(video)
@@ -114,20 +125,22 @@ class RolloutCallback(L.Callback):
         film = self._films(trainer)
         values: dict[str, float] = {}
         for task in self.tasks:
-            target = self.target_returns[task]
-            result = evaluate(pl_module, task, target_return=target, video_episodes=film, **self._options)
+            target = self.target_returns.get(task)
+            make_env = self._environments[task]
+            result = evaluate(pl_module, make_env, target_return=target, video_episodes=film, **self._options)
             self.results[task] = result
-            figures = {
-                "success": result.success_rate, "final_success": result.final_success_rate,
-                "return": result.mean_return,
-            }  # fmt: skip
+            figures = {"return": result.mean_return}
+            if result.knows_success:
+                figures |= {"success": result.success_rate, "final_success": result.final_success_rate}
             values |= {f"rollout/{task}/{name}": value for name, value in figures.items()}
             if result.frames:
                 log_video(trainer, f"rollout/{task}/video", result.frames)
         if len(self.tasks) > 1:
             for name in ("success", "final_success", "return"):
-                figures_of_all = [values[f"rollout/{task}/{name}"] for task in self.tasks]
-                values[f"rollout/{name}"] = sum(figures_of_all) / len(figures_of_all)
+                figures_of_all = [values.get(f"rollout/{task}/{name}") for task in self.tasks]
+                known = [value for value in figures_of_all if value is not None]
+                if len(known) == len(self.tasks):
+                    values[f"rollout/{name}"] = sum(known) / len(known)
         return values
 
     def _films(self, trainer: L.Trainer) -> int:

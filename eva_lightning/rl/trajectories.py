@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -14,8 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_lightning.errors import InputError, check_choice, check_number
 from eva_lightning.rl.demonstrations import read_index
-from eva_lightning.rl.tasks import STATE_DIM, TARGETS, resolve_task
-from eva_lightning.rl.trajectory_store import Batch, Ints, TrajectoryStore
+from eva_lightning.rl.tasks import TARGETS, resolve_task
+from eva_lightning.rl.trajectory_arrays import Batch, Ints, Trajectories
+from eva_lightning.rl.trajectory_store import TrajectoryStore
+
+if TYPE_CHECKING:
+    import minari
 
 
 class WindowDataset(Dataset[Batch]):
@@ -34,7 +38,7 @@ class WindowDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, store: TrajectoryStore, episodes: Ints, context: int, seed: int | None, target: str = "executed"
+        self, store: Trajectories, episodes: Ints, context: int, seed: int | None, target: str = "executed"
     ) -> None:
         self.store = store
         self.episodes = episodes
@@ -150,8 +154,8 @@ class TrajectoryDataModule(L.LightningDataModule):
     ``use_distributed_sampler=False`` to the trainer; each takes batches of its own.
 
     Args:
-        folder: Folder of demonstrations.
-        tasks: Names of tasks.
+        folder: Folder of demonstrations, or trajectories in memory, which :meth:`from_minari` reads.
+        tasks: Names of tasks; trajectories in memory have their own.
         context: Steps of a window, K.
         batch_size: Windows per training batch.
         episodes: Training episodes per task; None for all but the held-out ones.
@@ -170,8 +174,8 @@ class TrajectoryDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        folder: str | Path,
-        tasks: Sequence[str],
+        folder: str | Path | Trajectories,
+        tasks: Sequence[str] = (),
         context: int = 10,
         batch_size: int = 64,
         episodes: int | None = None,
@@ -195,21 +199,63 @@ class TrajectoryDataModule(L.LightningDataModule):
         if samples_per_epoch is not None:
             check_number("samples_per_epoch", samples_per_epoch, at_least=batch_size, whole=True)
         check_choice("target", target, TARGETS)
-        if not tasks:
-            raise InputError("tasks must name at least one task, got none")
-        self.folder = Path(folder)
-        if target == "expert":
-            refuse_imported(self.folder, tasks)
-        self.tasks = tuple(resolve_task(task) for task in tasks)
+        if isinstance(folder, Trajectories):
+            if target == "expert":
+                raise InputError("these trajectories have executed actions and no expert's: use target executed")
+            self.store = folder
+        else:
+            self.folder = Path(folder)
+            self.store = _stored(self.folder, tasks, target, cache_dir, dtype, drop_previous_frame)
+        self.tasks = self.store.tasks
         self.context = context
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.workers = workers
         self.target = target
-        self.store = TrajectoryStore.build(self.folder, self.tasks, cache_dir, dtype, drop_previous_frame)
         self._train, self._val = self._split(episodes, val_episodes)
         self.samples_per_epoch = samples_per_epoch
+
+    @classmethod
+    def from_minari(
+        cls,
+        dataset: str | minari.MinariDataset,
+        context: int = 20,
+        batch_size: int = 64,
+        episodes: int | None = None,
+        val_episodes: int | None = None,
+        **options: Any,
+    ) -> TrajectoryDataModule:
+        """The episodes of a Minari data set, of any environment whose observations and actions are vectors.
+
+        They are read into memory, float32. ``module_options`` has what a new module for them needs. Observations are a
+        Box of one axis, or a Dict with ``observation`` (a goal environment), whose ``desired_goal`` is then part of the
+        state.
+
+        Example::
+
+            data = TrajectoryDataModule.from_minari("mujoco/halfcheetah/expert-v0")
+            module = DecisionTransformerModule(**data.module_options, width=128, layers=3, heads=4, context=20)
+
+        Args:
+            dataset: Id of a data set in Minari's local folder, or the data set.
+            context, batch_size, episodes: As above.
+            val_episodes: Held-out episodes, the last ones; a tenth of all, and one of few, for None.
+            options: ``eval_batch_size``, ``seed``, ``workers``, ``samples_per_epoch``, as above.
+
+        Raises:
+            MissingInputError: There is no such data set here.
+            InputError: A value is out of range, or the data set is damaged or has observations or actions of another
+                kind.
+        """
+        # Minari takes a second to import, and Meta-World's demonstrations do not need it
+        from eva_lightning.rl.minari_import import open_minari, read_minari
+
+        trajectories = read_minari(open_minari(dataset))
+        if val_episodes is None:
+            n = len(trajectories)
+            val_episodes = max(n // 10, 1) if n > 1 else 0
+        return cls(trajectories, (), context, batch_size, episodes, val_episodes, **options)
 
     def _split(self, episodes: int | None, held_out: int) -> tuple[Ints, Ints]:
         train, val = [], []
@@ -218,7 +264,8 @@ class TrajectoryDataModule(L.LightningDataModule):
             n = len(all_of_it) - held_out
             if n < (1 if episodes is None else episodes):
                 wanted = f"{episodes or 1} training and {held_out} held-out episodes"
-                raise InputError(f"{self.folder} has {len(all_of_it)} episodes of {task}, too few for {wanted}")
+                place = f"{self.folder} has" if isinstance(self.store, TrajectoryStore) else "there are"
+                raise InputError(f"{place} {len(all_of_it)} episodes of {task}, too few for {wanted}")
             train.append(all_of_it[: n if episodes is None else episodes])
             val.append(all_of_it[n:])
         return np.concatenate(train), np.concatenate(val)
@@ -240,7 +287,7 @@ class TrajectoryDataModule(L.LightningDataModule):
     @property
     def statistics(self) -> dict[str, list[float]]:
         """``state_mean`` and ``state_std`` over the training episodes, as the module's arguments."""
-        count, total, squares = 0, np.zeros(STATE_DIM), np.zeros(STATE_DIM)
+        count, total, squares = 0, np.zeros(self.store.state_dim), np.zeros(self.store.state_dim)
         for episode in self._train:
             states = self.store.states(episode).astype(np.float64)
             count += len(states)
@@ -249,6 +296,28 @@ class TrajectoryDataModule(L.LightningDataModule):
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
         return {"state_mean": mean.tolist(), "state_std": std.tolist()}
+
+    @property
+    def module_options(self) -> dict[str, Any]:
+        """Arguments of a new :class:`DecisionTransformerModule` for these data.
+
+        Sizes, bounds of actions, ``statistics``, scales (the largest return-to-go and reward) and, where there is one
+        task, the largest return of the training episodes as the return that rollouts ask for.
+        """
+        low, high = self.store.bounds or (None, None)
+        to_go, reward = self.store.largest
+        return {
+            "state_dim": self.store.state_dim,
+            "action_dim": self.store.action_dim,
+            **self.statistics,
+            "action_low": low,
+            "action_high": high,
+            # 1 where all are 0
+            "return_scale": to_go or 1.0,
+            "reward_scale": reward or 1.0,
+            "max_timesteps": int(self.store.lengths.max()),
+            "target_return": self.max_return[self.tasks[0]] if len(self.tasks) == 1 else None,
+        }
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Random windows, in batches of `batch_size`."""
@@ -286,6 +355,15 @@ class TrajectoryDataModule(L.LightningDataModule):
             # an own generator: otherwise every pass over the loader would advance the global random state
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _stored(folder: Path, tasks: Sequence[str], target: str, *options: Any) -> TrajectoryStore:
+    """The demonstrations of a folder; `options` are those of :meth:`TrajectoryStore.build`."""
+    if not tasks:
+        raise InputError("tasks must name at least one task, got none")
+    if target == "expert":
+        refuse_imported(folder, tasks)
+    return TrajectoryStore.build(folder, [resolve_task(task) for task in tasks], *options)
 
 
 def refuse_imported(folder: Path, tasks: Sequence[str]) -> None:

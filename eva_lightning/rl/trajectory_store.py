@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from eva_lightning.arrays import map_array
 from eva_lightning.errors import InputError, check_choice
@@ -21,12 +19,10 @@ from eva_lightning.files import digest, file_digest
 from eva_lightning.reading import reading, typed
 from eva_lightning.rl.demonstrations import DemonstrationIndex, TaskDemonstrations, load_task, read_index
 from eva_lightning.rl.tasks import ACTION_DIM, STATE_DIM, resolve_task
+from eva_lightning.rl.trajectory_arrays import Floats, Ints, Trajectories
 from eva_lightning.sealed import read_sealed_json, write_sealed_json
 
 logger = logging.getLogger(__name__)
-
-Ints = npt.NDArray[np.int64]
-Batch = dict[str, Tensor]
 
 DTYPES = ("float32", "float16")
 
@@ -36,7 +32,7 @@ _FORMAT = 2
 _ARRAYS = ("states", "actions", "scalars", "episodes")
 
 
-class TrajectoryStore:
+class TrajectoryStore(Trajectories):
     """The steps of several tasks' demonstrations, one after the other, in memory-mapped files.
 
     Read as little or as often as wanted: the operating system keeps what is used in memory, once for all processes.
@@ -48,23 +44,21 @@ class TrajectoryStore:
         MissingInputError, InputError: It is not complete, or damaged.
 
     Attributes:
-        tasks: Names of the tasks.
-        starts, lengths: ``(n_episodes,)`` first row and number of steps of each episode.
-        task_of: ``(n_episodes,)`` index into `tasks`.
-        returns: ``(n_episodes,)`` float64, undiscounted.
+        path: As given.
+        drop_previous_frame: See :meth:`build`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         about = _read_about(self.path)
-        self.tasks = about.tasks
         self.drop_previous_frame = about.drop_previous_frame
         self._shapes = _shapes(about)
         self._open()
-        self.starts, self.lengths, self.task_of = self._map("episodes")
-        _check_episodes(self.path, self.starts, self.lengths, self.task_of, about)
-        # the return-to-go of an episode's first step
-        self.returns = self._scalars[self.starts, 1].astype(np.float64)
+        starts, lengths, task_of = self._map("episodes")
+        _check_episodes(self.path, starts, lengths, task_of, about)
+        super().__init__(about.tasks, self._states, self._actions, self._scalars, starts, lengths, task_of)
+        # a row may lack the frame before, and has the expert's action too
+        self.state_dim, self.action_dim = STATE_DIM, ACTION_DIM
 
     def _open(self) -> None:
         self._states, self._actions, self._scalars = (self._map(name) for name in _ARRAYS[:3])
@@ -80,9 +74,6 @@ class TrajectoryStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open()
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
     @classmethod
     def build(
@@ -144,70 +135,14 @@ class TrajectoryStore:
                 logger.warning("the trajectories are prepared again: %s", error)
             return None
 
-    def states(self, episode: int) -> npt.NDArray[np.floating]:
-        """States ``(T, 39)`` of an episode: a view of the file, unless the previous frame was left out."""
-        return self._read_states(np.arange(self.starts[episode], self.starts[episode] + self.lengths[episode]))
-
     def window(self, episode: int, first: int, steps: int) -> dict[str, npt.NDArray[Any]]:
-        """Steps of an episode as views of the files, nothing copied: ``actions`` and ``target_actions`` ``(n, 4)``,
-        ``rewards`` and ``returns_to_go`` ``(n,)`` and, unless the previous frame was left out, ``states`` ``(n, 39)``.
+        """As :meth:`Trajectories.window`, without ``states`` where the previous frame was left out."""
+        views = super().window(episode, first, steps)
+        return {name: view for name, view in views.items() if name != "states" or not self.drop_previous_frame}
 
-        Args:
-            episode: Number of the episode.
-            first: First step.
-            steps: Number of steps; fewer come at the end of the episode.
-        """
-        begin = int(self.starts[episode]) + first
-        rows = slice(begin, min(begin + steps, int(self.starts[episode] + self.lengths[episode])))
-        views = {
-            "actions": self._actions[rows, :ACTION_DIM],
-            "target_actions": self._actions[rows, ACTION_DIM:],
-            "rewards": self._scalars[rows, 0],
-            "returns_to_go": self._scalars[rows, 1],
-        }
-        return views if self.drop_previous_frame else {"states": self._states[rows], **views}
-
-    def gather(self, episodes: Ints, first: Ints, lengths: Ints, context: int, target: str = "executed") -> Batch:
-        """Windows as one batch, float32, left-aligned: padding, all zeros, comes after the real steps.
-
-        Args:
-            episodes: ``(B,)`` episode of each window.
-            first: ``(B,)`` first step of each window within its episode.
-            lengths: ``(B,)`` real steps of each window.
-            context: Steps of a window, K.
-            target: ``"expert"`` adds the expert's clean actions.
-
-        Returns:
-            ``states`` ``(B, K, 39)``, ``actions`` ``(B, K, 4)``, ``rewards``, ``returns_to_go`` ``(B, K)`` float32,
-            ``timesteps`` ``(B, K)`` int64, ``mask`` ``(B, K)`` bool and, for ``"expert"``, ``target_actions``.
-        """
-        steps = np.arange(context)  # (K,)
-        mask = steps < lengths[:, None]  # (B, K)
-        rows = (self.starts[episodes] + first)[:, None] + steps  # (B, K)
-        states = self._read_states(rows)  # (B, K, 39)
-        actions = self._actions.take(rows, axis=0, mode="clip")  # (B, K, 4 executed + 4 of the expert)
-        scalars = self._scalars.take(rows, axis=0, mode="clip")  # (B, K, reward and return-to-go)
-        timesteps = first[:, None] + steps  # (B, K)
-        if not mask.all():
-            for array in (states, actions, scalars, timesteps):
-                array[~mask] = 0
-        batch = {
-            "states": states,
-            "actions": actions[..., :ACTION_DIM],
-            "rewards": scalars[..., 0],
-            "returns_to_go": scalars[..., 1],
-            "timesteps": timesteps,
-            "mask": mask,
-        }
-        if target == "expert":
-            batch["target_actions"] = actions[..., ACTION_DIM:]
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-    def _read_states(self, rows: Ints) -> npt.NDArray[np.floating]:
+    def _read_states(self, rows: Ints) -> Floats:
         if not self.drop_previous_frame:
-            states: npt.NDArray[np.floating] = self._states.take(rows, axis=0, mode="clip")
-            return states
+            return super()._read_states(rows)
         stored = self._states.take(rows, axis=0, mode="clip")
         before = self._states[..., :_FRAME].take(rows - 1, axis=0, mode="clip")
         return np.concatenate((stored[..., :_FRAME], before, stored[..., _FRAME:]), axis=-1)

@@ -131,14 +131,15 @@ def roll_one(film: Film, checkpoint: str) -> tuple[Frames, bool]:
     solved = False
     policy = DecisionTransformerPolicy(DecisionTransformerModule.from_pretrained(checkpoint), 1, film.target_return)
     with MetaWorldEnvironment(
-        film.task, seed=film.seed, split="eval", horizon=film.horizon, render_size=film.size
+        film.task, seed=film.seed, split="eval", horizon=film.horizon, render_mode="rgb_array", render_size=film.size
     ) as environment:
-        observation, reward = environment.reset(film.goal), None
+        observation, _ = environment.reset(options={"goal": film.goal})
+        reward = None
         frames = [environment.render()]
         for step in range(1, film.horizon + 1):
             action = policy.act(observation[None], reward)[0]
-            observation, gained, success, _ = environment.step(action)
-            reward, solved = np.array([gained]), solved or success
+            observation, gained, _, _, info = environment.step(action)
+            reward, solved = np.array([gained]), solved or info["success"]
             if step % FILM_STRIDE == 0 or step == film.horizon:
                 frames.append(environment.render())
     return np.stack(frames), solved

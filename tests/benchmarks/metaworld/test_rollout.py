@@ -20,7 +20,7 @@ def test_the_bare_loop_does_the_simulators_work_of_a_rollout() -> None:
     rollout.bare_loop(simulators, goals, actions)
     for index, simulator in enumerate(simulators):
         with MetaWorldEnvironment("push-v3", split="eval") as env:
-            env.reset(index)
+            env.reset(options={"goal": index})
             for action in actions[index]:
                 observation, *_ = env.step(action)
         np.testing.assert_allclose(simulator._get_obs()[:18], observation[:18])

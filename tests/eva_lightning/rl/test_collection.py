@@ -55,10 +55,10 @@ def test_a_replay_of_the_stored_actions_gives_the_stored_episode(tmp_path: Path)
     quick(tmp_path, episodes=3)
     demonstrations = load_task(tmp_path, "reach")
     with MetaWorldEnvironment("reach", horizon=8) as environment:
-        observations = [environment.reset(int(demonstrations.goals[2]))]
+        observations = [environment.reset(options={"goal": demonstrations.goals[2]})[0]]
         rewards = []
         for action in demonstrations.actions[2]:
-            observation, reward, _, _ = environment.step(action)
+            observation, reward, *_ = environment.step(action)
             observations.append(observation)
             rewards.append(reward)
     assert np.array_equal(np.array(observations, dtype=np.float32), demonstrations.observations[2])

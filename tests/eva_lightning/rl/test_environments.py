@@ -11,12 +11,18 @@ from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.tasks import ACTION_DIM, MAX_HORIZON, STATE_DIM, TASKS
 
 
+def first_observation(environment: MetaWorldEnvironment, goal: int) -> npt.NDArray[np.float64]:
+    observation, info = environment.reset(options={"goal": goal})
+    assert info == {"goal": goal % 50}
+    return observation
+
+
 def _roll(environment: MetaWorldEnvironment, goal: int, seed: int, steps: int) -> npt.NDArray[np.float64]:
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, ACTION_DIM))
-    rows = [np.append(environment.reset(goal), [0.0, 0.0])]
+    rows = [np.append(first_observation(environment, goal), [0.0, 0.0])]
     for action in actions:
-        observation, reward, success, _ = environment.step(action)
-        rows.append(np.append(observation, [reward, success]))
+        observation, reward, _, _, info = environment.step(action)
+        rows.append(np.append(observation, [reward, info["success"]]))
     return np.array(rows)
 
 
@@ -27,7 +33,7 @@ def _random_vectors(tasks: Any) -> npt.NDArray[np.float64]:
 def test_observations_and_the_end_of_an_episode() -> None:
     with MetaWorldEnvironment("faucet-close", horizon=3) as environment:
         assert (environment.task, environment.n_goals, environment.horizon) == ("faucet-close-v3", 50, 3)
-        first = environment.reset(0)
+        first = first_observation(environment, 0)
         assert first.shape == (STATE_DIM,)
         assert first.dtype == np.float64
         assert np.array_equal(first[:18], first[18:36])
@@ -35,17 +41,17 @@ def test_observations_and_the_end_of_an_episode() -> None:
         ends = []
         before = first
         for _ in range(3):
-            observation, reward, success, truncated = environment.step(np.full(ACTION_DIM, 0.5))
+            observation, reward, terminated, truncated, info = environment.step(np.full(ACTION_DIM, 0.5))
             assert np.array_equal(observation[18:36], before[:18])
             assert isinstance(reward, float)
             assert 0 <= reward <= 10
-            assert success is False
+            assert info["success"] is terminated is False
             ends.append(truncated)
             before = observation
         assert ends == [False, False, True]
         with pytest.raises(ValueError, match="episode of faucet-close-v3 is over after 3 steps: call reset"):
             environment.step(np.zeros(ACTION_DIM))
-        environment.reset(1)
+        environment.reset(options={"goal": 1})
         with pytest.raises(ValueError, match=r"an action has shape \(4,\), got \(3,\)"):
             environment.step(np.zeros(3))
 
@@ -55,14 +61,14 @@ def test_earlier_episodes_leave_no_trace() -> None:
         _roll(used, 7, seed=1, steps=60)
         again = _roll(used, 53, seed=0, steps=40)
         assert np.array_equal(again, _roll(fresh, 3, seed=0, steps=40))
-        assert not np.array_equal(again[0], fresh.reset(4))
+        assert not np.array_equal(again[0], first_observation(fresh, 4))
 
 
 def test_actions_are_clipped() -> None:
     with MetaWorldEnvironment("push") as environment:
-        environment.reset(0)
+        environment.reset(options={"goal": 0})
         beyond = environment.step(np.array([3.0, -2.0, 0.5, 1.5]))
-        environment.reset(0)
+        environment.reset(options={"goal": 0})
         at_the_border = environment.step(np.array([1.0, -1.0, 0.5, 1.0], dtype=np.float32))
     assert np.array_equal(beyond[0], at_the_border[0])
     assert beyond[1] == at_the_border[1]
@@ -109,6 +115,7 @@ def _compare_with_mt1(task: str) -> None:
         ({"split": "test"}, "unknown split 'test': choose from train, eval"),
         ({"seed": -1}, "seed must be a whole number of at least 0 and below"),
         ({"render_size": 0}, "render_size must be a whole number of at least 1, got 0"),
+        ({"render_mode": "human"}, "unknown render mode 'human': choose from rgb_array"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -118,8 +125,8 @@ def test_refuses(arguments: dict[str, Any], message: str) -> None:
 
 def test_frames_must_be_asked_for_and_closing_twice_is_fine() -> None:
     environment = MetaWorldEnvironment("push")
-    environment.reset(0)
-    with pytest.raises(ValueError, match="frames need render_size"):
+    environment.reset(options={"goal": 0})
+    with pytest.raises(ValueError, match="frames need a render_mode"):
         environment.render()
     environment.close()
     environment.close()

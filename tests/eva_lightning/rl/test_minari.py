@@ -45,6 +45,32 @@ def test_minari_opens_what_was_exported(
     assert [int(option["goal"]) for option in options] == [0, 1, 2]
 
 
+def test_the_environment_of_a_data_set_is_recovered_and_replays_it(
+    index: DemonstrationIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_minari(index, ["reach"], tmp_path, progress=False)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    dataset = minari.load_dataset("metaworld/reach/expert-v0")
+    (about,) = dataset.storage.get_episode_metadata([2])
+    episode = next(dataset.iterate_episodes([2]))
+    with dataset.recover_environment() as environment:
+        assert environment.spec.id == "eva_lightning/MetaWorld-reach-v3"
+        assert (environment.observation_space, environment.action_space) == (
+            dataset.observation_space,
+            dataset.action_space,
+        )
+        observations, rewards = [environment.reset(options=about["options"])[0]], []
+        for action in episode.actions:
+            observation, reward, _, truncated, _ = environment.step(action)
+            observations.append(observation)
+            rewards.append(reward)
+        assert truncated
+    assert np.array_equal(np.array(observations, np.float32), episode.observations)
+    assert np.array_equal(np.array(rewards, np.float32), episode.rewards)
+    with dataset.recover_environment(eval_env=True) as other:
+        assert not np.array_equal(other.reset(options=about["options"])[0], observations[0])
+
+
 def test_without_a_path_minaris_own_is_used(
     index: DemonstrationIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

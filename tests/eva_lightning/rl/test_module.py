@@ -232,6 +232,10 @@ def test_what_is_no_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> N
         ({"gradient_clip": 0.0}, "gradient_clip must be a number above 0, got 0.0"),
         ({"state_mean": [0.0]}, "must have 39 values, got 1 and 39"),
         ({"reward_scale": 0.0}, "reward_scale must be a number above 0, got 0.0"),
+        ({"action_low": [-1.0] * 4}, "action_low and action_high must be given together"),
+        ({"action_low": [-1.0] * 3, "action_high": [1.0] * 3}, "must have 4 values, got 3"),
+        ({"action_low": [2.0] * 4, "action_high": [1.0] * 4}, "action_low must be finite and at most action_high"),
+        ({"target_return": float("nan")}, "target_return must be a number, got nan"),
     ],
 )
 def test_bad_hyper_parameters_are_named(changes: dict[str, Any], message: str) -> None:

@@ -110,6 +110,23 @@ def test_reset_starts_anew_and_modes_stay(mode: Mode) -> None:
     assert not made.model.blocks[0].fc1.training
 
 
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+@pytest.mark.parametrize("after", [3, 11])
+def test_the_environments_that_are_kept_go_on_as_they_would_have(mode: Mode, after: int) -> None:
+    made, targets = module(), np.array([100.0, 1000.0, 2000.0])
+    observations, rewards, expected = play(DecisionTransformerPolicy(made, N, targets, mode))
+    policy, rows = DecisionTransformerPolicy(made, N, targets, mode), [2, 0]
+    for t in range(STEPS):
+        if t == after:
+            policy.keep(rows)
+        kept = rows if t >= after else [0, 1, 2]
+        actions = policy.act(observations[t, kept], rewards[t - 1, kept] if t else None)
+        np.testing.assert_allclose(actions, expected[t, kept], rtol=0, atol=2e-6)
+    policy.reset()
+    again = policy.act(observations[0, rows])
+    np.testing.assert_allclose(again, expected[0, rows], rtol=0, atol=2e-6)
+
+
 def test_target_return_matters() -> None:
     made = module()
     low, high = (play(DecisionTransformerPolicy(made, N, target), 1)[2] for target in (0.0, 3000.0))

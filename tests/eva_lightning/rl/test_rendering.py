@@ -62,16 +62,16 @@ def test_a_crash_of_the_driver_or_a_hang_counts_as_no(monkeypatch: pytest.Monkey
 def test_without_opengl_frames_are_refused_and_the_rest_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "_draws", lambda backend: False)
     with pytest.raises(ValueError, match=r"^no video: .* install the system packages libegl1 .* or libosmesa6"):
-        MetaWorldEnvironment("push", render_size=64)
+        MetaWorldEnvironment("push", render_mode="rgb_array", render_size=64)
     with MetaWorldEnvironment("push") as environment:
-        environment.reset(0)
+        environment.reset(options={"goal": 0})
 
 
 def test_frames_are_the_right_way_up() -> None:
     if rendering.rendering_backend() is None:
         pytest.skip(rendering.no_video_reason())
-    with MetaWorldEnvironment("reach", render_size=64) as environment:
-        environment.reset(0)
+    with MetaWorldEnvironment("reach", render_mode="rgb_array", render_size=64) as environment:
+        environment.reset(options={"goal": 0})
         frame = environment.render()
         for _ in range(40):
             environment.step(np.array([0.0, 0.0, 1.0, 0.0]))

@@ -6,6 +6,7 @@ import random
 from functools import cache
 from typing import Any
 
+import gymnasium
 import metaworld
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from eva_lightning.adapters import has_adapters
 from eva_lightning.methods.apply import AdapterOptions, apply_method
-from eva_lightning.rl import rollouts
+from eva_lightning.rl import rollout_environments, rollouts
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.module import DecisionTransformerModule
 from eva_lightning.rl.policy import DecisionTransformerPolicy
@@ -73,22 +74,19 @@ def test_batches_are_of_one_size(
 ) -> None:
     found: list[list[int]] = []
 
-    class NoEnvironment:
+    class NoEnvironment(gymnasium.Env[Any, Any]):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,))
+        action_space = gymnasium.spaces.Box(-1, 1, (4,))
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-        def __enter__(self) -> NoEnvironment:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    def lock_step(policy: Any, envs: Any, numbers: list[int], *rest: Any) -> RolloutResult:
+    def lock_step(policy: Any, envs: Any, interface: Any, numbers: list[int], *rest: Any) -> RolloutResult:
         assert policy.n_environments == len(envs) == len(numbers)
         found.append(numbers)
         return RolloutResult("push-v3", *(np.zeros(len(numbers), bool),) * 2, np.array(numbers, float), 1, 0.0)
 
-    monkeypatch.setattr(rollouts, "MetaWorldEnvironment", NoEnvironment)
+    monkeypatch.setattr(rollout_environments, "MetaWorldEnvironment", NoEnvironment)
     monkeypatch.setattr(rollouts, "_lock_step", lock_step)
     result = evaluate(build(), "push", episodes=episodes, environments=environments, **QUICK)
     assert [len(numbers) for numbers in found] == sizes
@@ -130,12 +128,12 @@ def test_equals_one_environment_at_a_time_by_hand() -> None:
     for episode in range(3):
         policy = DecisionTransformerPolicy(module, 1, 1000.0, "streaming")
         with MetaWorldEnvironment("faucet-close-v3", seed=7, split="eval", horizon=12) as env:
-            observation, reward, total, solved = env.reset(episode), None, 0.0, []
+            (observation, _), reward, total, solved = env.reset(options={"goal": episode}), None, 0.0, []
             for _ in range(12):
-                observation, value, success, _ = env.step(policy.act(observation[None], reward)[0])
+                observation, value, _, _, info = env.step(policy.act(observation[None], reward)[0])
                 reward = np.array([value])
                 total += value
-                solved.append(success)
+                solved.append(info["success"])
         assert result.returns[episode] == pytest.approx(total, rel=1e-4)
         assert result.successes[episode] == any(solved)
         assert result.final_successes[episode] == solved[-1]
@@ -199,7 +197,7 @@ def test_everything_is_closed_when_interrupted(error: type[BaseException], monke
             closed.append(self)
             super().close()
 
-    monkeypatch.setattr(rollouts, "MetaWorldEnvironment", Counting)
+    monkeypatch.setattr(rollout_environments, "MetaWorldEnvironment", Counting)
     module = build().train()
     with pytest.raises(error):
         evaluate(module, "push-v3", episodes=2, **QUICK)
@@ -224,12 +222,13 @@ def test_rates_and_returns() -> None:
         ({"horizon": 501}, "horizon must be a whole number of at least 1 and of at most 500, got 501"),
         ({"context": 5}, "context must be a whole number of at least 1 and of at most 4, got 5"),
         ({"mode": "exakt"}, "unknown mode 'exakt': did you mean exact"),
-        ({"task": "push-v2"}, "did you mean push-v3"),
+        ({"make_env": "push-v2"}, "did you mean push-v3"),
         ({"video_episodes": 1}, "no video: MuJoCo can draw with neither"),
+        ({"target_return": None}, "target_return is needed, the return to ask for"),
     ],
 )
 def test_bad_input_is_one_sentence(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "rendering_backend", lambda: None)
-    options = {"task": "push-v3", **QUICK, **change}
+    monkeypatch.setattr(rollout_environments, "rendering_backend", lambda: None)
+    options = {"make_env": "push-v3", **QUICK, **change}
     with pytest.raises(ValueError, match=message):
         evaluate(build(), **options)
