@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters.lora_options import injection_arguments
-from eva_lightning.adapters.registry import materialise
+from eva_lightning.adapters.origin import eva_origin, note_origin
+from eva_lightning.adapters.registry import find_adapters, materialise
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.callback_base import Callback
 from eva_lightning.done import done
@@ -227,7 +228,9 @@ class EVAInitCallback(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of adapters that cannot train, or that no optimizer has."""
+        """Warn of adapters that cannot train, or that no optimizer has; note on them where they come from."""
+        if self.state is not None:
+            note_origin(find_adapters(pl_module).values(), eva_origin(self.state))
         if self._checks is not None:
             self._checks.start(trainer, pl_module, self.initialiser.not_run, self.initialiser.found_heads)
 
