@@ -56,7 +56,7 @@ def model_card(
     """
     is_eva = origin_of(layers).get("method") == "EVA"
     metadata = {
-        "base_model": base_model,
+        **({"base_model": base_model} if "/" in base_model else {}),
         "library_name": "peft",
         "tags": [*(["eva"] if is_eva else []), "lora", "peft", *(["timm"] if _is_timm(base_model) else [])],
     }
@@ -138,13 +138,19 @@ def _code(model: nn.Module, base_model: str) -> list[str]:
     return ["import timm", "from peft import PeftModel", "", timm_line(model, base_model), load]
 
 
-def timm_line(model: nn.Module, base_model: str) -> str:
-    """The line that builds the base of `model`, a timm model, as it was for training."""
+def timm_line(model: nn.Module, base_model: str, file: Path | None = None) -> str:
+    """The line that builds the base of `model`, a timm model, as it was for training.
+
+    Args:
+        model: With the number of classes and the size of the images that it was trained with.
+        base_model: timm's name, with or without the hub's ``timm/`` before it.
+        file: Its weights, where they are not the hub's.
+    """
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     options = f", img_size={size[0]}" if isinstance(size, tuple) and len(set(size)) == 1 else ""
     name = base_model.removeprefix(_HUB_PREFIX)
-    classes: Any = model.num_classes
-    return f'base = timm.create_model("{name}", pretrained=True, num_classes={classes}{options})'
+    overlay = "" if file is None else f", pretrained_cfg_overlay={{'file': {str(file)!r}}}"
+    return f'base = timm.create_model("{name}", pretrained=True{overlay}, num_classes={model.num_classes}{options})'
 
 
 def _words(value: Any) -> str:

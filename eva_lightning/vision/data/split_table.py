@@ -27,6 +27,8 @@ _COLUMNS = {
 _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 _EXPECTED = "a first line with the columns path and label, and perhaps split"
 
+Row = tuple[str, str, str, str]
+"""Where a line stands (for messages), path, label, part."""
 Listed = dict[str, dict[str, list[str]]]
 """Part (``"train"``, ``"val"``, ``"test"``; ``""`` where a table does not say) -> class -> paths of its images."""
 
@@ -59,7 +61,7 @@ def read_split_file(file: Path) -> Listed:
                 f"split file {file} must be a table (.csv, .tsv), or the list train.txt beside val.txt or test.txt"
             )
         names = [(part, file.parent / f"{name}.txt") for part, names in PARTS.items() for name in names]
-        rows = (row for part, each in names if each.is_file() for row in _list_rows(each, part))
+        rows: Iterator[Row] = (row for part, each in names if each.is_file() for row in _list_rows(each, part))
     else:
         rows = _table_rows(file)
     found: Listed = {}
@@ -91,7 +93,7 @@ def _lines(file: Path) -> list[str]:
         raise InputError(f"split file {file} is not a text in UTF-8 ({error.reason}): save it as UTF-8") from None
 
 
-def _list_rows(file: Path, part: str) -> Iterator[tuple[str, str, str, str]]:
+def _list_rows(file: Path, part: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
@@ -101,7 +103,7 @@ def _list_rows(file: Path, part: str) -> Iterator[tuple[str, str, str, str]]:
         yield f"{file} line {number}", words[0], words[1], part
 
 
-def _table_rows(file: Path) -> Iterator[tuple[str, str, str, str]]:
+def _table_rows(file: Path) -> Iterator[Row]:
     lines = _lines(file)
     first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)
