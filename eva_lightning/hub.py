@@ -13,7 +13,7 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MERGED = ("config.json", "model.safetensors")
 _CARD = "README.md"
 
-#: Packages whose exceptions mean that a connection failed; which of them the hub's client uses depends on its version.
+#: How packages are called whose exceptions mean that a connection failed: the hub's client has another by its version.
 _OF_A_CONNECTION = ("httpx", "httpcore", "requests", "urllib3")
 
 
@@ -62,7 +62,7 @@ def push_to_hub(
             "login, or token=)"
         ) from error
     except Exception as error:
-        if not (isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in _OF_A_CONNECTION):
+        if not (isinstance(error, ConnectionError) or type(error).__module__.startswith(_OF_A_CONNECTION)):
             raise
         raise UnreachableError(
             f"the Hugging Face hub does not answer ({_in_short(error)}): {directory} stays as it is, upload it later"
