@@ -225,12 +225,12 @@ class EVAInitCallback(Callback):
             self._start(trainer, pl_module, initialise=True)
         if not _is_opaque(trainer):  # whose parameters are not the module's
             self._checks = TrainingChecks()
+            if self.state is not None:  # that of a resumed run too
+                note_origin(find_adapters(pl_module).values(), eva_origin(self.state))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of adapters that cannot train, or that no optimizer has; note on them where they come from."""
-        if self.state is not None:
-            note_origin(find_adapters(pl_module).values(), eva_origin(self.state))
+        """Warn of adapters that cannot train, or that no optimizer has."""
         if self._checks is not None:
             self._checks.start(trainer, pl_module, self.initialiser.not_run, self.initialiser.found_heads)
 

@@ -53,7 +53,8 @@ def push_to_hub(
     try:
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=Path(directory), allow_patterns=files, commit_message=message)
+        name = repo.repo_id
+        api.upload_folder(repo_id=name, folder_path=Path(directory), allow_patterns=files, commit_message=message)
     except HFValidationError as error:
         raise InputError(f"repo_id must be owner/name: {_in_short(error)}", setting="repo_id") from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import yaml
 
@@ -106,6 +107,8 @@ def hub(root: Path, monkeypatch: pytest.MonkeyPatch, token: str = "hf_test") -> 
     }
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
+    # what the package's own functions, such as file_exists, ask
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     monkeypatch.setenv("HF_TOKEN", token)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

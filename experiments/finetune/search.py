@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.finetune.run import build_job
 from experiments.finetune.settings import LADDER, Settings
 from experiments.runner.cells import Cell
@@ -31,7 +33,9 @@ class RateSearch(Comparison):
         self.settings = settings
         self.images = images
         output = Path(settings.output) / settings.run_name / "tuning"
-        self.options = RunnerOptions(output=str(output), workers=0, progress=settings.progress, retry_failed=True)
+        # one after another in this process, on the threads that it has
+        here = {"workers": 0, "threads": torch.get_num_threads()}
+        self.options = RunnerOptions(output=str(output), progress=settings.progress, retry_failed=True, **here)
 
     def cells(self) -> list[Cell]:
         points = [Point.of(lr=lr) for lr in sorted(set(self.settings.lrs))]

@@ -65,8 +65,8 @@ def test_what_cannot_be_uploaded_is_one_sentence(
     folder = save_pretrained(module.model, tmp_path / "adapter", base_model="timm/test_vit")
     with pytest.raises(InputError, match="repo_id must be owner/name"):
         push_to_hub(folder, "me/birds/and more")
-    with pytest.raises(InputError, match="refuses me/birds: .*401.*token that may write"):
+    with pytest.raises(InputError, match=r"refuses me/birds: .*401.*token that may write"):
         push_to_hub(folder, "me/birds", token="hf_another")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UnreachableError, match="hub does not answer .*adapter stays as it is"):
+    with pytest.raises(UnreachableError, match=r"hub does not answer .*adapter stays as it is"):
         push_to_hub(folder, "me/birds")
