@@ -35,10 +35,10 @@ def loading(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[str]]:
     if metrics.get("base_code"):
         found[f"Adapter: {folder / ADAPTER}"] = [
             str(metrics["base_code"]),
-            f'model = peft.PeftModel.from_pretrained(base, "{folder / ADAPTER}")',
+            f"model = peft.PeftModel.from_pretrained(base, {str(folder / ADAPTER)!r})",
         ]
     found[f"Merged timm model: {merged / 'model.safetensors'}"] = [
-        f'model = timm.create_model("local-dir:{merged}", pretrained=True).eval()',
+        f"model = timm.create_model({f'local-dir:{merged}'!r}, pretrained=True).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     ]
     return found

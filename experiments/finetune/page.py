@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,10 @@ def _rates(metrics: Mapping[str, Any]) -> page.Table | None:
 def _command(run: OneRun) -> str:
     """The command that does the same training."""
     shown = ("data", "model", "weights", "method", "rank", "rho", "lr", "epochs", "batch_size", "image_size", "seed")
-    return " ".join(["eva-lightning finetune", *(f"{flag(name)} {_word(getattr(run, name))}" for name in shown)])
+    words = ["eva-lightning", "finetune"]
+    for name in shown:
+        words += [flag(name), _word(getattr(run, name))]
+    return shlex.join(words)
 
 
 def _word(value: Any) -> str:

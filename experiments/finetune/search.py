@@ -34,8 +34,13 @@ class RateSearch(Comparison):
         self.images = images
         output = Path(settings.output) / settings.run_name / "tuning"
         # one after another in this process, on the threads that it has
-        here = {"workers": 0, "threads": torch.get_num_threads()}
-        self.options = RunnerOptions(output=str(output), progress=settings.progress, retry_failed=True, **here)
+        self.options = RunnerOptions(
+            output=str(output),
+            workers=0,
+            threads=torch.get_num_threads(),
+            progress=settings.progress,
+            retry_failed=True,
+        )
 
     def cells(self) -> list[Cell]:
         points = [Point.of(lr=lr) for lr in sorted(set(self.settings.lrs))]

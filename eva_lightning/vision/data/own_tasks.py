@@ -103,7 +103,7 @@ def folder_task(folder: Path, drawing: Drawing | None = None) -> VTABTask:
     Raises:
         MissingInputError, InputError: As :func:`find_task`.
     """
-    if has_split_files(folder) and not (drawing and drawing.split_file):
+    if uses_split_files(folder, drawing):
         return _with_split_files(folder)
     own = read_own_task(folder, drawing)
     test = len(own.splits["test"])
@@ -115,6 +115,11 @@ def has_split_files(folder: Path) -> bool:
     """Whether a task's folder has any of VTAB-1K's split files; ``test.txt`` may be one of other lists."""
     there = [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
     return bool(there) and (there != ["test"] or find_split_file(folder) is None)
+
+
+def uses_split_files(folder: Path, drawing: Drawing | None = None) -> bool:
+    """Whether a folder is divided by VTAB-1K's split files: it has some, and no other split file is asked for."""
+    return has_split_files(folder) and (drawing is None or drawing.split_file is None)
 
 
 def read_own_task(folder: Path, drawing: Drawing | None = None) -> OwnTask:
@@ -144,7 +149,7 @@ def class_names(folder: Path, drawing: Drawing | None = None) -> tuple[str, ...]
 
     With VTAB-1K's split files they are the last words of the lines of ``classes.txt``.
     """
-    if not has_split_files(folder):
+    if not uses_split_files(folder, drawing):
         return read_own_task(folder, drawing).classes
     listed = folder / "classes.txt"
     lines = [line.split() for line in read_text(listed).splitlines() if line.strip()] if listed.is_file() else []

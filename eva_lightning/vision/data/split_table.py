@@ -68,6 +68,8 @@ def read_split_file(file: Path) -> Listed:
     seen: dict[str, str] = {}
     for where, path, label, part in rows:
         path = check_path(f"{where}: the path", path).as_posix()
+        if not label.isprintable():
+            raise InputError(f"{where}: the label must be a word that can be printed, got {shown(label)}")
         if path in seen:
             raise InputError(f"{where}: {shown(path)} is listed in {seen[path]} already: list every image once")
         seen[path] = where
@@ -82,7 +84,7 @@ def read_split_file(file: Path) -> Listed:
 
 
 def _in_order(classes: dict[str, list[str]]) -> dict[str, list[str]]:
-    numbers = all(name.isdecimal() and name.isascii() for name in classes)
+    numbers = all(name.isdecimal() and name.isascii() and len(name) < 10 for name in classes)
     return dict(sorted(classes.items(), key=lambda item: (int(item[0]) if numbers else 0, item[0])))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-from eva_lightning.vision.data.own_tasks import Drawing, find_task, folder_task, has_split_files, read_own_task
+from eva_lightning.vision.data.own_tasks import Drawing, find_task, folder_task, read_own_task, uses_split_files
 from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split, whence
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 
@@ -45,7 +45,7 @@ class TaskData:
 
 def split_reader(task: VTABTask, folder: Path, drawing: Drawing | None = None) -> Callable[[str], Split]:
     """What gives the splits of a task by name: of its files, or drawn where another folder has no such files."""
-    if task.is_official or (has_split_files(folder) and not (drawing and drawing.split_file)):
+    if task.is_official or uses_split_files(folder, drawing):
         return lambda split: read_split(folder, split, task.classes)
     own = read_own_task(folder, drawing)
 

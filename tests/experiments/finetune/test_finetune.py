@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from experiments.finetune import command_line, main, parse, run
 from experiments.finetune.page import confusion
 from experiments.runner.run_folder import RunFolder
 from tests.experiments.finetune.fakes import CLASSES, photographs, weights
+from tests.paths import ROOT
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -229,6 +232,16 @@ def test_what_cannot_work_is_one_sentence(case: str, tmp_path: Path, capsys: pyt
     assert re.search(sentence, error), error
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("runs/run/adapter")) + list(tmp_path.glob("runs/run/report.html"))
+
+
+def test_a_mistyped_folder_is_answered_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from experiments.finetune import command_line; "
+        "sys.exit(command_line(['--data', 'nowhere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "there is no folder of images nowhere" in done.stderr
 
 
 def test_defaults_are_those_of_the_document(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.vision.data.own_tasks import Drawing, find_task, read_own_task
+from eva_lightning.vision.data.own_tasks import Drawing, class_names, find_task, read_own_task
 from eva_lightning.vision.data.split_table import read_split_file
 from eva_lightning.vision.data.splits import open_folder, open_task
 from tests.eva_lightning.vision.data.test_own_tasks import images
+from tests.eva_lightning.vision.fakes import make_task
 
 ROWS = [
     ("x/000.png", "owl", "train"), ("x/001.png", "owl", "train"), ("x/002.png", "owl", "test"),
@@ -62,6 +63,18 @@ def test_lists_of_train_and_test_are_read_and_numbers_sorted_as_numbers(folder: 
     assert find_task(folder.parent, "mine").classes == 2
 
 
+def test_a_table_that_is_asked_for_comes_before_the_files_of_vtab(tmp_path: Path) -> None:
+    folder = make_task(tmp_path, "mine", classes=3)
+    table = tmp_path / "mine.csv"
+    rows = [
+        (f"images/train800_{index:03d}.jpg", "ab"[index % 2], "train" if index < 8 else "test") for index in range(12)
+    ]
+    pd.DataFrame(rows, columns=["path", "label", "split"]).to_csv(table, index=False)
+    assert open_folder(folder).task.classes == 3
+    drawing = Drawing(split_file=table)
+    assert (open_folder(folder, drawing).task.classes, class_names(folder, drawing)) == (2, ("a", "b"))
+
+
 BROKEN = {
     "no column": ("name,label\na.png,x\n", "has no column path, got 'name, label'"),
     "no label": ("path,label\nx/000.png,\n", "line 2: path and label are needed"),
@@ -69,6 +82,7 @@ BROKEN = {
     "twice": ("path,label\nx/000.png,a\n./x/000.png,b\n", "line 3: 'x/000.png' is listed in .* line 2 already"),
     "outside": ("path,label\n../x.png,a\n", "line 2: the path must be a relative path inside its folder"),
     "some without split": ("path,label,split\nx/000.png,a,train\nx/001.png,a,\n", "some images have no split"),
+    "a label that is no word": ("path,label\nx/000.png,a\x1bb\n", "the label must be a word that can be printed"),
     "nothing": ("path,label\n", "lists no image"),
     "empty": ("", "has no column path"),
     "a quote that does not end": ('path,label\n"x/000.png,a\n', "is damaged"),
