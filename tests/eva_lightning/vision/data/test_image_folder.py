@@ -107,7 +107,7 @@ def test_split_files_of_vtab_name_their_classes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_is_one_sentence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="there is no folder of images .*none"):
+    with pytest.raises(MissingInputError, match=r"there is no folder of images .*none"):
         quiet(tmp_path / "none")
     for name, value in (("test_share", 0), ("test_share", 1.0), ("val_share", -1), ("split_seed", -1)):
         with pytest.raises(InputError, match=f"{name} must be"):
