@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters.lora_options import injection_arguments
-from eva_lightning.adapters.registry import materialise
+from eva_lightning.adapters.origin import eva_origin, note_origin
+from eva_lightning.adapters.registry import find_adapters, materialise
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.callback_base import Callback
 from eva_lightning.done import done
@@ -224,6 +225,8 @@ class EVAInitCallback(Callback):
             self._start(trainer, pl_module, initialise=True)
         if not _is_opaque(trainer):  # whose parameters are not the module's
             self._checks = TrainingChecks()
+            if self.state is not None:  # that of a resumed run too
+                note_origin(find_adapters(pl_module).values(), eva_origin(self.state))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -32,6 +32,7 @@ LEFT_OUT = {
     "experiments/runner/jobs.py:note": APPENDED,
     "experiments/runner/local_pool.py:_serve": APPENDED,
     "experiments/report/page.py:drawn": "into memory",
+    "experiments/report/page.py:thumbnail": "into memory",
     "tools/vtab/archive.py:unpack": "a folder that takes its name when it is complete",
     "tools/vtab/archive.py:_write": "200,000 images: each renamed when complete, without waiting for the disk",
     "tools/vtab/archive.py:_fetch": "a download that goes on where it broke off; renamed when its digest is right",

@@ -33,6 +33,8 @@ class ImageClassifier(L.LightningModule):
         module = ImageClassifier("vit_tiny_patch16_224", num_classes=102)
         L.Trainer(max_epochs=30, callbacks=[EVAInitCallback(rho=2)]).fit(module, VTAB1K(root, "caltech101"))
 
+    Any folder of images: :class:`~eva_lightning.vision.ImageFolderDataModule`. ``Trainer.predict`` gives logits.
+
     Args:
         model: timm name, or ``dinov2_s14``, ``dinov2_b14``, ``dinov2_l14``, ``dinov2_g14``.
         num_classes: Number of labels.
@@ -115,17 +117,23 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch."""
-        return self._step(batch, "train")
+        return self._step(batch, "train")[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the epoch's loss and accuracy."""
         self._step(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the epoch's loss and accuracy."""
-        self._step(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add to the epoch's loss and accuracy; logits ``(B, num_classes)`` fp32, for callbacks."""
+        return self._step(batch, "test")[1]
 
-    def _step(self, batch: Batch, stage: str) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits ``(B, num_classes)`` of the images of a batch."""
+        logits: Tensor = self(batch[0])
+        return logits
+
+    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+        """Loss and logits, in fp32."""
         images, labels = batch
         # the loss in fp32 also under bf16-true: 8 bits of mantissa are too few for a log-sum-exp over 397 classes
         logits = self(images).float()
@@ -133,7 +141,7 @@ class ImageClassifier(L.LightningModule):
         # once per example, as batches differ in size
         self._mean(stage, "loss").update(loss.detach().expand(len(labels)))
         self._mean(stage, "accuracy").update(logits.detach(), labels)
-        return loss
+        return loss, logits
 
     def on_train_epoch_start(self) -> None:
         """Reset the means, which an interrupted epoch may have left half-way."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from eva_lightning.reading import read_text
-from eva_lightning.vision.data.own_tasks import has_split_files, read_own_task
+from eva_lightning.vision.data.own_tasks import class_names
 from eva_lightning.vision.data.split_files import Split
 from experiments.report.page import Figure, photograph
 
@@ -56,15 +54,6 @@ def samples(split: Split, before: Sequence[int], after: Sequence[int], names: tu
         f"set, the first {min(SHOWN, len(changed))} on which the two differ and the first {min(SHOWN, len(same))} "
         "others.",
     )
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """Names of the classes of a folder of images, in the order of their labels."""
-    if not has_split_files(folder):
-        return read_own_task(folder).classes
-    listed = folder / "classes.txt"
-    lines = [line.split() for line in read_text(listed).splitlines() if line.strip()] if listed.is_file() else []
-    return tuple(words[-1] for words in lines)
 
 
 def _figure(split: Split, place: int, said: Sequence[str], names: tuple[str, str]) -> Figure:

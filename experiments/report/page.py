@@ -14,9 +14,11 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from eva_lightning.files import write_text
 
@@ -100,6 +102,13 @@ def photograph(file: Path, alt: str, caption: str = "") -> Figure:
     """A JPEG or PNG file as it is."""
     kind = "image/png" if file.suffix.lower() == ".png" else "image/jpeg"
     return Figure(_data_uri(kind, file.read_bytes()), alt, caption)
+
+
+def thumbnail(pixels: np.ndarray, alt: str, caption: str = "") -> Figure:
+    """Pixels ``(3, H, W)`` uint8 as a small JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, format="JPEG", quality=85)
+    return Figure(_data_uri("image/jpeg", buffer.getvalue()), alt, caption)
 
 
 def render(template: str, **content: Any) -> Markup:

@@ -35,7 +35,7 @@ from experiments.runner.yaml_files import read_yaml
 _CONTENTS = (
     "config.yaml", "metrics.json", "error.txt", "metrics.csv", "gradient_norms.csv", "log.txt",
     "weights.ckpt", "weights.safetensors", "backbone.safetensors", "eva_state.safetensors", "eva_state.json",
-    "checkpoints/last*",
+    "checkpoints/last*", "report.html", "merged/model.safetensors", "merged/config.json", "merged/README.md",
     "adapter/adapter_*", "adapter/README.md", "adapter/fused/adapter_*", "adapter/fused/README.md",
     *(f"plots/{name}.png" for name in ("accuracy", "loss", "ranks", "spectra", "convergence")),
     "csv/version_*/metrics.csv", "csv/version_*/hparams.yaml",

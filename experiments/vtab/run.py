@@ -26,7 +26,7 @@ from eva_lightning.methods.registry import METHODS
 from eva_lightning.state import EVAState
 from eva_lightning.vision.backbone.fused_adapter import save_fused_adapter
 from eva_lightning.vision.backbone.split_fused import swiglu_layers
-from eva_lightning.vision.data.datamodule import VTAB1K
+from eva_lightning.vision.data.datamodule import VTAB1K, LabelledImages
 from eva_lightning.vision.data.folder import folder_loader
 from eva_lightning.vision.decomposition import decompose
 from eva_lightning.vision.epoch_csv import EpochHistory
@@ -58,7 +58,7 @@ _LOGGER = logging.getLogger(__name__)
 class Parts(NamedTuple):
     """What a run is made of."""
 
-    data: VTAB1K
+    data: LabelledImages
     module: ImageClassifier
     callbacks: list[L.Callback]
 
@@ -80,8 +80,12 @@ def build(settings: Settings) -> Work:
     return lambda folder: train_and_test(settings, parts, folder)
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings, data: LabelledImages | None = None) -> Parts:
     """Data, module and the method's callbacks, in this order of checks: nothing is built for a wrong name.
+
+    Args:
+        settings: What is asked for.
+        data: Images instead of those of the settings' task.
 
     Raises:
         MissingInputError, InputError, UnreachableError: As :func:`build`.
@@ -89,7 +93,7 @@ def assemble(settings: Settings) -> Parts:
     check_devices(settings.devices, settings.accelerator)
     options = settings.adapter_options()
     weights = obtain_weights(settings.model, settings.weights)
-    data = _data(settings, settings.split)
+    data = data or _data(settings, settings.split)
     rules = settings.rules
     rules.batches_per_epoch(len(data.data.train), settings.batch)
     L.seed_everything(settings.seed, workers=True, verbose=False)
@@ -158,8 +162,10 @@ def _decompose(settings: Settings, module: ImageClassifier, options: OnePassPCA)
     return decompose(module, images, options, target_modules=settings.target_modules, device=device, progress=progress)
 
 
-def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[str, Any]:
-    """Train and test, from the last checkpoint in `folder` where there is one.
+def train_and_test(
+    settings: Settings, parts: Parts, folder: RunFolder, history: EpochHistory | None = None
+) -> dict[str, Any]:
+    """Train and test, from the last checkpoint in `folder` where there is one; `history` notes the epochs.
 
     Returns:
         The metrics, for ``metrics.json``.
@@ -179,7 +185,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     tags = (settings.task, settings.model, settings.method, settings.split)
     names = () if is_follower() else parse_loggers(settings.logger)
     with open_loggers(names, folder.path, settings.run_name, plain(settings), group=group, tags=tags) as loggers:
-        history = EpochHistory(folder.path / "metrics.csv")
+        history = history or EpochHistory(folder.path / "metrics.csv")
         checkpoints = EpochCheckpoints(folder.checkpoints, settings.checkpoint_minutes)
         divergence = Divergence()
         norms = gradient_norms(settings.gradient_norms, folder)
@@ -214,7 +220,7 @@ def train_and_test(settings: Settings, parts: Parts, folder: RunFolder) -> dict[
     return metrics
 
 
-def _trainer(settings: Settings, data: VTAB1K, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
+def _trainer(settings: Settings, data: LabelledImages, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
     rules, batches = settings.rules, 1.0
     if rules.drop_last:
         batches = rules.batches_per_epoch(len(data.data.train), settings.batch) * settings.accumulate

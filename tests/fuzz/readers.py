@@ -29,6 +29,7 @@ from eva_lightning.vision.backbone.weight_files import read_weights
 from eva_lightning.vision.data.image_cache import cached_images
 from eva_lightning.vision.data.images import image_damage, load_image
 from eva_lightning.vision.data.split_files import Split, read_split
+from eva_lightning.vision.data.split_table import read_split_file
 from experiments.metaworld.history import StepHistory
 from experiments.report.learning_rates import write_choice
 from experiments.runner.holder import Holder, read_holder
@@ -413,6 +414,12 @@ READERS: tuple[Reader, ...] = (
         "splits",
         _text("train800.txt", "images/a.jpg 0\nimages/b c.jpg 1\n"),
         lambda f: _discard(read_split(f, "train800", 2)),
+        checked=False,
+    ),
+    Reader(
+        "split table",
+        _text("splits.csv", "path,label,split\na/0.jpg,cat,train\nb/0.jpg,dog,train\na/1.jpg,cat,test\n"),
+        lambda f: _discard(read_split_file(f)),
         checked=False,
     ),
     Reader("data check", _check, _checked, files=".vtab1k-check.json"),

@@ -1,4 +1,4 @@
-"""VTAB-1K as a LightningDataModule: checked folder, decoded once, batches ``(images, labels)``."""
+"""Labelled images, and VTAB-1K, as a LightningDataModule: checked folder, decoded once, batches ``(images, labels)``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_lightning.errors import check_choice, check_number
-
 from eva_lightning.vision.data.image_cache import cached_images, decode_all
 from eva_lightning.vision.data.images import load_image
 from eva_lightning.vision.data.split_files import Split
-from eva_lightning.vision.data.splits import open_task
+from eva_lightning.vision.data.splits import TaskData, open_task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -106,19 +105,15 @@ class EpochShuffle(Sampler[int]):
         yield from torch.randperm(self.n, generator=generator).tolist()
 
 
-class VTAB1K(L.LightningDataModule):
-    """One VTAB-1K task from the folder layout ``<root>/<task>/{train800,val200,train800val200,test}.txt``.
+class LabelledImages(L.LightningDataModule):
+    """Splits of labelled images as loaders: decoded once, batches ``(images, labels)``.
 
-    The folder is checked when the object is made; images are decoded once, in ``setup``. Training batches are shuffled
-    by a generator of their own, evaluation batches come in file order, no augmentation (EVA paper, section D.2). With
-    ``split="train800"`` the validation loader gives val200 after every epoch; the test loader gives val200 too, so test
-    images never take part in tuning. Decoded images are kept as uint8 in a checksummed file that is mapped into memory
-    (:mod:`~eva_lightning.vision.data.image_cache`): later epochs and the other runs of a search decode nothing.
+    Training batches are shuffled by a generator of their own, evaluation batches come in the order of their split, no
+    augmentation (EVA paper, section D.2). Decoded images are kept as uint8 in a checksummed file that is mapped into
+    memory (:mod:`~eva_lightning.vision.data.image_cache`): later epochs and the other runs of a search decode nothing.
 
     Args:
-        root: Folder that holds the task folders.
-        task: Task name.
-        split: ``"train800val200"`` (evaluated on test) or ``"train800"`` (evaluated on val200).
+        data: What to train and to evaluate on.
         image_size: Images are squeezed to ``image_size x image_size`` pixels, bicubic.
         batch_size: Images per training batch; the last batch of an epoch may be smaller.
         eval_batch_size: Images per evaluation batch; ``batch_size`` for None.
@@ -126,11 +121,120 @@ class VTAB1K(L.LightningDataModule):
         workers: Decoding threads; loader processes where images are decoded at each access.
         cache_dir: Folder for decoded images. None keeps the training images in memory and decodes evaluation images
             at each access.
+        seed: Seed of the training order.
+        progress: Show a progress bar while decoding.
+    """
+
+    def __init__(
+        self,
+        data: TaskData,
+        *,
+        image_size: int,
+        batch_size: int,
+        eval_batch_size: int | None,
+        normalization: str,
+        workers: int,
+        cache_dir: str | Path | None,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("image_size", image_size),
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            if value is not None:
+                check_number(name, value, at_least=1, whole=True)
+        check_number("workers", workers, at_least=0, whole=True)
+        check_choice("normalization", normalization, NORMALIZATIONS)
+        self.data = data
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.normalization = normalization
+        self.workers = workers
+        self.cache_dir = cache_dir
+        self.seed = seed
+        self.progress = progress
+        self._datasets: dict[str, SplitDataset] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels of the task."""
+        return self.data.task.classes
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images to evaluate on after every epoch that are not test images."""
+        return self.data.validation is not None
+
+    def setup(self, stage: str) -> None:
+        """Decode what `stage` needs, once."""
+        data = self.data
+        validation = [] if data.validation is None else [data.validation]
+        wanted = {"fit": [data.train, *validation], "validate": validation}.get(stage, [data.evaluation])
+        for split in wanted:
+            if split.name not in self._datasets:
+                pixels = self._decoded(split)
+                self._datasets[split.name] = SplitDataset(split, self.image_size, pixels, self.normalization)
+
+    def _decoded(self, split: Split) -> npt.NDArray[np.uint8] | None:
+        if self.cache_dir is not None:
+            images = cached_images(split, self.image_size, self.cache_dir, self.workers, self.progress)
+            if images is not None:
+                return images
+        if split.name == self.data.train.name:
+            images = np.empty((len(split), 3, self.image_size, self.image_size), dtype=np.uint8)
+            decode_all(split, self.image_size, images, self.workers, self.progress)
+            return images
+        return None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training batches: images ``(B, 3, H, W)`` fp32, labels ``(B,)`` int64."""
+        return self._loader(self.data.train, self.batch_size, EpochShuffle(len(self.data.train), self.seed))
+
+    def val_dataloader(self) -> Any:
+        """The images that validate, in the order of their split; no loader where there are none."""
+        return [] if self.data.validation is None else self._loader(self.data.validation, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The evaluation split (the test images, or in tuning those that validate) in its order."""
+        return self._loader(self.data.evaluation, self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The evaluation split in its order."""
+        return self.test_dataloader()
+
+    def _loader(self, split: Split, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
+        dataset = self._datasets[split.name]
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=as_fetched,
+            num_workers=self.workers if dataset.pixels is None else 0,
+            # an own generator: otherwise every pass over the loader would advance the global random state
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class VTAB1K(LabelledImages):
+    """One VTAB-1K task from the folder layout ``<root>/<task>/{train800,val200,train800val200,test}.txt``.
+
+    The folder is checked when the object is made; images are decoded once, in ``setup``. With ``split="train800"`` the
+    validation loader gives val200 after every epoch; the test loader gives val200 too, so test images never take part
+    in tuning. What is not described here: :class:`LabelledImages`.
+
+    Args:
+        root: Folder that holds the task folders.
+        task: Task name.
+        split: ``"train800val200"`` (evaluated on test) or ``"train800"`` (evaluated on val200).
         limit_train: Use only the first so many training images (quick trials).
         limit_test: Use only the first so many evaluation images (quick trials).
         evaluation: ``"val200"`` or ``"test"`` instead of what `split` is evaluated on; train800 can be tested too.
-        seed: Seed of the training order.
-        progress: Show a progress bar while decoding.
+        image_size, batch_size, eval_batch_size, normalization, workers, cache_dir, seed, progress: See
+            :class:`LabelledImages`.
 
     Attributes:
         data: The checked :class:`~eva_lightning.vision.data.splits.TaskData`, with its warnings.
@@ -158,84 +262,16 @@ class VTAB1K(L.LightningDataModule):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("image_size", image_size),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-        ):
-            if value is not None:
-                check_number(name, value, at_least=1, whole=True)
-        check_number("workers", workers, at_least=0, whole=True)
-        check_choice("normalization", normalization, NORMALIZATIONS)
-        self.data = open_task(root, task, split, limit_train, limit_test, evaluation)
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.normalization = normalization
-        self.workers = workers
-        self.cache_dir = cache_dir
-        self.seed = seed
-        self.progress = progress
-        self._datasets: dict[str, SplitDataset] = {}
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels of the task."""
-        return self.data.task.classes
-
-    @property
-    def validates(self) -> bool:
-        """Whether there are images to evaluate on after every epoch that are not test images."""
-        return self.data.evaluation.name != "test"
-
-    def setup(self, stage: str) -> None:
-        """Decode what `stage` needs, once."""
-        wanted = [self.data.train] if stage == "fit" else []
-        if stage != "fit" or self.validates:
-            wanted.append(self.data.evaluation)
-        for split in wanted:
-            if split.name not in self._datasets:
-                pixels = self._decoded(split)
-                self._datasets[split.name] = SplitDataset(split, self.image_size, pixels, self.normalization)
-
-    def _decoded(self, split: Split) -> npt.NDArray[np.uint8] | None:
-        if self.cache_dir is not None:
-            images = cached_images(split, self.image_size, self.cache_dir, self.workers, self.progress)
-            if images is not None:
-                return images
-        if split.name == self.data.train.name:
-            images = np.empty((len(split), 3, self.image_size, self.image_size), dtype=np.uint8)
-            decode_all(split, self.image_size, images, self.workers, self.progress)
-            return images
-        return None
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training batches: images ``(B, 3, H, W)`` fp32, labels ``(B,)`` int64."""
-        return self._loader(self.data.train, self.batch_size, EpochShuffle(len(self.data.train), self.seed))
-
-    def val_dataloader(self) -> Any:
-        """val200 in file order, or no loader where the evaluation split is the test set."""
-        return self._loader(self.data.evaluation, self.eval_batch_size) if self.validates else []
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """The evaluation split (test, or val200 for the tuning protocol) in file order."""
-        return self._loader(self.data.evaluation, self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The evaluation split in file order."""
-        return self.test_dataloader()
-
-    def _loader(self, split: Split, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
-        dataset = self._datasets[split.name]
-        return DataLoader(
-            dataset,
+        super().__init__(
+            open_task(root, task, split, limit_train, limit_test, evaluation),
+            image_size=image_size,
             batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=as_fetched,
-            num_workers=self.workers if dataset.pixels is None else 0,
-            # an own generator: otherwise every pass over the loader would advance the global random state
-            generator=torch.Generator().manual_seed(self.seed),
+            eval_batch_size=eval_batch_size,
+            normalization=normalization,
+            workers=workers,
+            cache_dir=cache_dir,
+            seed=seed,
+            progress=progress,
         )
 
 

@@ -4,11 +4,13 @@ Layouts, the first that fits:
 
 - ``train800.txt``, ``val200.txt``, ``train800val200.txt`` and ``test.txt``, as VTAB-1K's tasks have them; the number of
   classes is that of the lines of ``classes.txt``, else the largest label and one;
+- a split file with classes by name: ``splits.csv``, or ``train.txt``, ``val.txt`` and ``test.txt``
+  (:mod:`eva_lightning.vision.data.split_table`);
 - ``train/CLASS/``, ``test/CLASS/`` and perhaps ``val/CLASS/`` with images;
 - ``CLASS/`` with images, here or below ``images/``: a quarter of every class is test.
 
-Without ``val/``, a fifth of every class's training images validates. Images are drawn by the digest of their paths, so
-that the same folder gives the same splits everywhere.
+Without ``val/``, a fifth of every class's training images validates. Images are drawn by the digest of their paths and a
+seed, so that the same folder gives the same splits everywhere; :class:`Drawing` has other shares.
 """
 
 from __future__ import annotations
@@ -16,40 +18,67 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eva_lightning.errors import InputError, MissingInputError, unknown
+from eva_lightning.errors import InputError, MissingInputError, check_number, unknown
 from eva_lightning.names import check_name, check_path, shown
 from eva_lightning.reading import read_text
 from eva_lightning.vision.data.decoding import image_files
 from eva_lightning.vision.data.split_files import read_split
+from eva_lightning.vision.data.split_table import PARTS, Listed, find_split_file, read_split_file
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask
-
-#: The names of the folders of other layouts, by what they are for.
-_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 #: Bound of the labels in split files, before the number of classes is known.
 _MOST_CLASSES = 100_000
-
-#: One image in so many of a class is test, and of the rest one in so many validates.
-_TEST_SHARE, _VAL_SHARE = 4, 5
 
 Labelled = tuple[str, int]
 """Path of an image relative to the task's folder, and its label."""
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How a folder without VTAB-1K's split files is divided, class by class.
+
+    Attributes:
+        test_share: Share of a class's images that are held out for the test, where the folder does not say which.
+        val_share: Share of the other images of a class that validate, likewise. Of both at least one image.
+        seed: Another seed draws other images.
+        split_file: A split file instead of the one in the folder (:mod:`eva_lightning.vision.data.split_table`).
+
+    Raises:
+        InputError: A share is not between 0 and 1.
+    """
+
+    test_share: float = 0.25
+    val_share: float = 0.2
+    seed: int = 0
+    split_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("test_share", "val_share"):
+            check_number(name, getattr(self, name), above=0, below=1)
+        check_number("split_seed", self.seed, at_least=0, whole=True)
+
+    def order(self, path: str) -> str:
+        """What the images of a class are sorted by before they are divided: the first are held out."""
+        salt = f"{self.seed}:" if self.seed else ""
+        return hashlib.sha256((salt + path).encode(errors="surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
 class OwnTask:
-    """A folder without split files, read.
+    """A folder without VTAB-1K's split files, read.
 
     Attributes:
         classes: Names of the classes, in the order of their labels.
         splits: Split -> its images.
+        source: The split file that lists them; empty where class folders do.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, tuple[Labelled, ...]]
+    source: str = ""
 
 
 def find_task(root: str | Path, name: str) -> VTABTask:
@@ -65,32 +94,80 @@ def find_task(root: str | Path, name: str) -> VTABTask:
     folder = Path(root) / name
     if not folder.is_dir():
         raise InputError(f"{unknown('VTAB-1K task', name, TASKS)} (nor is it a folder of images in {root})")
-    if has_split_files(folder):
+    return folder_task(folder)
+
+
+def folder_task(folder: Path, drawing: Drawing | None = None) -> VTABTask:
+    """The task that a folder of images is, whatever its name.
+
+    Raises:
+        MissingInputError, InputError: As :func:`find_task`.
+    """
+    if uses_split_files(folder, drawing):
         return _with_split_files(folder)
-    own = read_own_task(folder)
+    own = read_own_task(folder, drawing)
     test = len(own.splits["test"])
     sizes = {split: len(images) for split, images in own.splits.items() if split != "test"}
-    return VTABTask(name, "other", len(own.classes), test, sizes)
+    return VTABTask(_name_of(folder), "other", len(own.classes), test, sizes)
 
 
 def has_split_files(folder: Path) -> bool:
-    """Whether a task's folder has any of VTAB-1K's split files."""
-    return any((folder / f"{split}.txt").is_file() for split in SPLITS)
+    """Whether a task's folder has any of VTAB-1K's split files; ``test.txt`` may be one of other lists."""
+    there = [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
+    return bool(there) and (there != ["test"] or find_split_file(folder) is None)
 
 
-def read_own_task(folder: Path) -> OwnTask:
-    """The classes of a folder without split files, and splits drawn from it.
+def uses_split_files(folder: Path, drawing: Drawing | None = None) -> bool:
+    """Whether a folder is divided by VTAB-1K's split files: it has some, and no other split file is asked for."""
+    return has_split_files(folder) and (drawing is None or drawing.split_file is None)
+
+
+def read_own_task(folder: Path, drawing: Drawing | None = None) -> OwnTask:
+    """The classes of a folder without VTAB-1K's split files, and splits that are listed in it or drawn from it.
 
     Raises:
-        MissingInputError: It holds no images in a layout that is known.
+        MissingInputError: It holds no images in a layout that is known, or there is no such split file.
         InputError: Less than two classes, or a class with too few images.
     """
-    places = {part: [folder / name for name in names if (folder / name).is_dir()] for part, names in _PARTS.items()}
+    drawing = drawing or Drawing()
+    file = drawing.split_file or find_split_file(folder)
+    if file is not None:
+        listed = read_split_file(file)
+        for part in listed.values():
+            _refuse_alike(folder, part)
+        return replace(_divided(folder, listed, drawing), source=str(file))
+    places = {part: [folder / name for name in names if (folder / name).is_dir()] for part, names in PARTS.items()}
     parts = {part: found[0] for part, found in places.items() if found}
     if "train" in parts and not parts.keys().isdisjoint({"test", "val"}):
-        return _of_parts(folder, parts)
+        return _divided(folder, {part: _images(folder, place) for part, place in parts.items()}, drawing)
     base = folder / "images" if (folder / "images").is_dir() else folder
-    images = _images(folder, base)
+    return _divided(folder, {"": _images(folder, base)}, drawing)
+
+
+def class_names(folder: Path, drawing: Drawing | None = None) -> tuple[str, ...]:
+    """Names of the classes of a folder of images, in the order of their labels; empty where nothing names them.
+
+    With VTAB-1K's split files they are the last words of the lines of ``classes.txt``.
+    """
+    if not uses_split_files(folder, drawing):
+        return read_own_task(folder, drawing).classes
+    listed = folder / "classes.txt"
+    lines = [line.split() for line in read_text(listed).splitlines() if line.strip()] if listed.is_file() else []
+    return tuple(words[-1] for words in lines)
+
+
+def _divided(folder: Path, listed: Listed, drawing: Drawing) -> OwnTask:
+    """Splits of the images of each part and class; those of part ``""`` are divided too."""
+    if set(listed) == {""}:
+        return _drawn(folder, listed[""], drawing)
+    if "train" not in listed or len(listed) < 2:
+        raise InputError(
+            f"{folder} has images of the split {next(iter(listed))} alone: list some to train and some to test"
+        )
+    return _of_parts(folder, listed, drawing)
+
+
+def _drawn(folder: Path, images: Mapping[str, list[str]], drawing: Drawing) -> OwnTask:
     _check_classes(folder, images)
     train: list[Labelled] = []
     val: list[Labelled] = []
@@ -101,22 +178,22 @@ def read_own_task(folder: Path) -> OwnTask:
                 f"class {name} of {folder} has {len(paths)} image{'s' * (len(paths) != 1)}, and 3 are needed: one each "
                 "to train, to validate and to test"
             )
-        tested, others = _share(paths, _TEST_SHARE)
-        validated, trained = _share(others, _VAL_SHARE)
+        tested, others = _share(paths, drawing.test_share, drawing, keep=2)
+        validated, trained = _share(others, drawing.val_share, drawing, keep=1)
         for part, chosen in ((train, trained), (val, validated), (test, tested)):
             part += [(path, label) for path in chosen]
-    return _task(images, train, val, test)
+    return _task(images, train, val, test, drawing)
 
 
-def _of_parts(folder: Path, parts: Mapping[str, Path]) -> OwnTask:
-    """Of the layout train/CLASS, test/CLASS; val/CLASS stands in for test where there is none."""
-    named = {part: _images(folder, place) for part, place in parts.items()}
-    tests = named.pop("test") if "test" in named else named.pop("val")
-    training = named["train"]
+def _of_parts(folder: Path, named: Listed, drawing: Drawing) -> OwnTask:
+    """Of images to train and to test; those to validate stand in for test where there are none."""
+    others = dict(named)
+    tests = others.pop("test") if "test" in others else others.pop("val")
+    training = others["train"]
     _check_classes(folder, training)
-    _refuse_alike(folder, dict.fromkeys([*training, *tests, *named.get("val", {})]))
+    _refuse_alike(folder, dict.fromkeys([*training, *tests, *others.get("val", {})]))
     labels = {name: label for label, name in enumerate(training)}
-    for part in (tests, named.get("val", {})):
+    for part in (tests, others.get("val", {})):
         strange = next((name for name in part if name not in labels), None)
         if strange is not None:
             raise InputError(f"class {strange} of {folder} has images to test or validate, but none to train")
@@ -126,22 +203,24 @@ def _of_parts(folder: Path, parts: Mapping[str, Path]) -> OwnTask:
             f"class {lacking[0]} of {folder} has no test image ({len(lacking)} of its {len(labels)} classes have none)"
         )
     train: list[Labelled] = []
-    val = [(path, labels[name]) for name, paths in named.get("val", {}).items() for path in paths]
+    val = [(path, labels[name]) for name, paths in others.get("val", {}).items() for path in paths]
     for name, paths in training.items():
-        validated, trained = ([], list(paths)) if "val" in named else _share(paths, _VAL_SHARE)
+        validated, trained = ([], list(paths)) if "val" in others else _share(paths, drawing.val_share, drawing)
         if not trained:
             raise InputError(f"class {name} of {folder} has {len(paths)} image to train and validate, and 2 are needed")
         train += [(path, labels[name]) for path in trained]
         val += [(path, labels[name]) for path in validated]
-    return _task(training, train, val, [(path, labels[name]) for name, paths in tests.items() for path in paths])
+    tested = [(path, labels[name]) for name, paths in tests.items() for path in paths]
+    return _task(training, train, val, tested, drawing)
 
 
 def _task(
-    classes: Iterable[str], train: list[Labelled], val: list[Labelled], test: list[Labelled]
+    classes: Iterable[str], train: list[Labelled], val: list[Labelled], test: list[Labelled], drawing: Drawing
 ) -> OwnTask:
     splits = {"train800": train, "val200": val, "train800val200": train + val, "test": test}
     # by digest: the first images of a split are a fair part of it
-    return OwnTask(tuple(classes), {name: tuple(sorted(part, key=lambda x: _digest(x[0]))) for name, part in splits.items()})
+    ordered = {name: tuple(sorted(part, key=lambda image: drawing.order(image[0]))) for name, part in splits.items()}
+    return OwnTask(tuple(classes), ordered)
 
 
 def _with_split_files(folder: Path) -> VTABTask:
@@ -156,7 +235,11 @@ def _with_split_files(folder: Path) -> VTABTask:
     if classes < 2:
         raise InputError(f"{folder} has one class: there is nothing to tell apart")
     sizes = {name: len(split) for name, split in parts.items() if name != "test"}
-    return VTABTask(folder.name, "other", classes, len(parts["test"]) if "test" in parts else 0, sizes)
+    return VTABTask(_name_of(folder), "other", classes, len(parts["test"]) if "test" in parts else 0, sizes)
+
+
+def _name_of(folder: Path) -> str:
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
 
 
 def _images(folder: Path, base: Path) -> dict[str, list[str]]:
@@ -164,14 +247,15 @@ def _images(folder: Path, base: Path) -> dict[str, list[str]]:
     found = {}
     for place in _class_folders(folder, base):
         if paths := [path.relative_to(folder).as_posix() for path in image_files(place)]:
-            found[place.name] = sorted(paths, key=_digest)
+            found[place.name] = sorted(paths)
         for path in paths:
             check_path(f"image in {folder}: its path", path)
     _refuse_alike(folder, found)
     if not found:
         raise MissingInputError(
-            f"{folder} holds no images that are sorted by class: a folder for each class, train/CLASS and test/CLASS, or "
-            "train800.txt, val200.txt, train800val200.txt and test.txt with lines 'relative_path int_label' are read"
+            f"{folder} holds no images that are sorted by class: a folder for each class, train/CLASS and test/CLASS, "
+            "train800.txt, val200.txt, train800val200.txt and test.txt with lines 'relative_path int_label', or splits.csv "
+            "with the columns path and label are read"
         )
     return found
 
@@ -216,7 +300,7 @@ def _refuse_alike(folder: Path, classes: Iterable[str]) -> None:
 def _check_classes(folder: Path, images: Mapping[str, list[str]]) -> None:
     if len(images) < 2:
         only = next(iter(images))
-        part = next((part for part, names in _PARTS.items() if only in names), None)
+        part = next((part for part, names in PARTS.items() if only in names), None)
         if part is not None:
             raise InputError(
                 f"{folder} has the folder {only} alone: beside train/CLASS there must be test/CLASS or val/CLASS, or "
@@ -225,11 +309,8 @@ def _check_classes(folder: Path, images: Mapping[str, list[str]]) -> None:
         raise InputError(f"{folder} has one class, {shown(only)}: there is nothing to tell apart")
 
 
-def _share(paths: list[str], part: int) -> tuple[list[str], list[str]]:
-    """One in `part` of `paths`, at least one, and the others."""
-    count = max(1, round(len(paths) / part))
-    return paths[:count], paths[count:]
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()
+def _share(paths: Iterable[str], share: float, drawing: Drawing, keep: int = 0) -> tuple[list[str], list[str]]:
+    """A share of `paths`, at least one, and the others, at least `keep`."""
+    ordered = sorted(paths, key=drawing.order)
+    count = max(1, min(round(len(ordered) * share), len(ordered) - keep))
+    return ordered[:count], ordered[count:]

@@ -17,7 +17,6 @@ ARCHIVE = (
 )
 
 
-
 def whence(folder: Path) -> str:
     """How to get the data of a task's folder, as the end of a message."""
     if folder.name in TASKS:
@@ -31,15 +30,24 @@ _LABEL = re.compile(r"[-+]?[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split: `paths` relative to `folder`, `labels` in ``[0, classes)``, in the order of the file."""
+    """The images of one split: `paths` relative to `folder`, `labels` in ``[0, classes)``, in the order of the file.
+
+    `source` is the file that lists them, where it is not ``NAME.txt`` in the folder.
+    """
 
     name: str
     folder: Path
     paths: tuple[str, ...]
     labels: tuple[int, ...]
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def listed_in(self) -> str:
+        """The file that lists the images, for messages."""
+        return self.source or f"{self.name}.txt"
 
     def first(self, n: int | None) -> Split:
         """The first `n` images (all for None)."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-from eva_lightning.vision.data.own_tasks import find_task, has_split_files, read_own_task
+from eva_lightning.vision.data.own_tasks import Drawing, find_task, folder_task, read_own_task, uses_split_files
 from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split, whence
 from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
 
 #: Training split -> the split it is judged on: the final protocol and the tuning protocol of the paper (section D.3).
 PROTOCOLS: dict[str, str] = {"train800val200": "test", "train800": "val200"}
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -30,6 +31,7 @@ class TaskData:
         limited: Only the first images of a split are used (quick trials).
         comparable: The files have the official sizes and nothing is limited. Whether they hold the official
             images is not checked.
+        validation: What is evaluated after every epoch; None for nothing. Never test images.
     """
 
     task: VTABTask
@@ -38,17 +40,18 @@ class TaskData:
     warnings: tuple[str, ...]
     limited: bool
     comparable: bool
+    validation: Split | None = None
 
 
-def split_reader(task: VTABTask, folder: Path) -> Callable[[str], Split]:
+def split_reader(task: VTABTask, folder: Path, drawing: Drawing | None = None) -> Callable[[str], Split]:
     """What gives the splits of a task by name: of its files, or drawn where another folder has no such files."""
-    if task.is_official or has_split_files(folder):
+    if task.is_official or uses_split_files(folder, drawing):
         return lambda split: read_split(folder, split, task.classes)
-    own = read_own_task(folder)
+    own = read_own_task(folder, drawing)
 
     def drawn(split: str) -> Split:
         paths, labels = zip(*own.splits[split], strict=True)
-        return Split(split, folder, paths, labels)
+        return Split(split, folder, paths, labels, own.source)
 
     return drawn
 
@@ -108,7 +111,51 @@ def open_task(
     evaluated = complete[evaluated_on].first(limit_test)
     _require_apart(train, evaluated)
     limited = len(train) < len(complete[split]) or len(evaluated) < len(complete[evaluated_on])
-    return TaskData(spec, train, evaluated, tuple(warnings), limited, comparable and not limited)
+    validation = None if evaluated_on == "test" else evaluated
+    return TaskData(spec, train, evaluated, tuple(warnings), limited, comparable and not limited, validation)
+
+
+def open_folder(
+    folder: str | Path, drawing: Drawing | None = None, *, hold_out: bool = True, evaluation: str = "test"
+) -> TaskData:
+    """Read and check a folder of images in any layout (:mod:`eva_lightning.vision.data.own_tasks`).
+
+    Args:
+        folder: The folder.
+        drawing: How images are divided where the folder does not say.
+        hold_out: Keep the images that validate out of the training; else they are trained on, and nothing validates.
+        evaluation: ``"test"``, or ``"val"``: what a test evaluates is the images that validate.
+
+    Raises:
+        MissingInputError: Folder, split file or image missing.
+        InputError: No layout that is known, less than two classes, a class with too few images, or images that are in two
+            parts.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise MissingInputError(
+            f"there is no folder of images {folder}: name one with a folder for each class, or a split file"
+        )
+    check_choice("evaluation", evaluation, ("test", "val"))
+    if evaluation == "val" and not hold_out:
+        raise InputError("evaluation on val needs hold_out: otherwise the images that validate are trained on")
+    spec = folder_task(place, drawing)
+    read = split_reader(spec, place, drawing)
+    train, test = read("train800" if hold_out else "train800val200"), read("test")
+    validation = read("val200") if hold_out else None
+    warnings = _class_warnings(spec, place, read, train, test)
+    _require_apart(train, test)
+    if validation is not None:
+        _require_apart(train, validation)
+        _require_apart(validation, test, "validated")
+    train = _called("train" if hold_out else "train+val", train)
+    validation = None if validation is None else _called("val", validation)
+    evaluated = _called("test", test) if validation is None or evaluation == "test" else validation
+    return TaskData(spec, train, evaluated, tuple(warnings), False, False, validation)
+
+
+def _called(name: str, split: Split) -> Split:
+    return replace(split, name=name, source=split.listed_in)
 
 
 def _task_folder(root: Path, task: str) -> Path:
@@ -134,7 +181,9 @@ def _task_folder(root: Path, task: str) -> Path:
 
 def _size_warnings(spec: VTABTask, splits: Iterable[Split]) -> list[str]:
     if not spec.is_official:
-        return [f"{spec.name} is none of VTAB-1K's tasks: {spec.classes} classes and the splits are those of its folder"]
+        return [
+            f"{spec.name} is none of VTAB-1K's tasks: {spec.classes} classes and the splits are those of its folder"
+        ]
     return [
         f"{split.folder.name}/{split.name}.txt lists {len(split)} images where VTAB-1K has "
         f"{expected_size(spec, split.name)}: results are not comparable with published VTAB-1K numbers"
@@ -168,13 +217,13 @@ def _class_warnings(
     return sentences
 
 
-def _require_apart(train: Split, evaluation: Split) -> None:
+def _require_apart(train: Split, evaluation: Split, used: str = "trained") -> None:
     """Every image is there, and none of those to evaluate on is trained on, not even through a link."""
     trained = set(_found(train).values())
     both = [path for path, file in _found(evaluation).items() if file in trained]
     if both:
         raise InputError(
-            f"image {evaluation.folder / both[0]}, listed in {evaluation.name}, is also trained on: {len(both)} of its "
+            f"image {evaluation.folder / both[0]}, listed in {evaluation.name}, is also {used} on: {len(both)} of its "
             f"{len(evaluation)} images are in {train.name} too; an accuracy on them would say nothing, so list them once"
         )
 
@@ -194,7 +243,7 @@ def _found(split: Split) -> dict[str, tuple[int, int]]:
             missing.append(path)
     if missing:
         raise MissingInputError(
-            f"image {split.folder / missing[0]}, listed in {split.name}.txt, is missing "
+            f"image {split.folder / missing[0]}, listed in {split.listed_in}, is missing "
             f"({len(missing)} of its {len(split)} images are): {whence(split.folder)}"
         )
     return found
