@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison
 from experiments.report import learning_rates as rates
 from experiments.report import page
-from experiments.report.epochs import EARLY, EpochComparison
+from experiments.report.epochs import CRITERION, EARLY, EpochComparison
 from experiments.report.terminal import say, show
 
 
@@ -22,7 +22,7 @@ class EpochsCompared(TunedComparison):
     """
 
     evaluated: tuple[int, ...]
-    rule = "lowest mean loss after the last epoch on the validation images, ties to the higher accuracy"
+    rule = f"lowest mean {CRITERION} on the validation images, ties to the higher accuracy"
 
     @property
     def early_epoch(self) -> int:

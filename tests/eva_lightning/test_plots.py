@@ -54,7 +54,7 @@ def test_convergence_shows_points_and_threshold() -> None:
     axes = plots.convergence({"blocks.0.fc1": [(2, 0.9), (4, 0.99)], "blocks.1.fc1": []}, tau=0.99).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 0.9], [4, 0.99]])
     assert axes.lines[-1].get_ydata()[0] == 0.99
-    assert axes.get_xlabel() == "minibatches seen"
+    assert axes.get_xlabel() == "minibatches"
 
 
 def test_learning_curves_draw_mean_and_confidence_band() -> None:
