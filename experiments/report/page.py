@@ -20,7 +20,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eva_lightning.files import write_text
+from eva_lightning.files import as_json, write_text
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -181,7 +181,7 @@ def runs_as_data(name: str, what: str, rows: Sequence[Mapping[str, Any]]) -> tup
     """Rows of runs, as plain JSON values: a CSV file of values and short lists, a JSON file of everything."""
     flat = [{key: _in_a_cell(value) for key, value in row.items() if not _is_nested(value)} for row in rows]
     table = pd.DataFrame(flat).to_csv(index=False)
-    whole = json.dumps(list(rows), indent=1, ensure_ascii=False)
+    whole = as_json(list(rows), indent=1)
     uri = _data_uri("application/json", whole.encode())
     return (
         Data(f"{name}.csv", f"{what}, a row each", _data_uri("text/csv", table.encode())),

@@ -27,7 +27,7 @@ def described(state: EVAState) -> dict[str, Any]:
     }
 
 
-def rank_figure(runs: Sequence[Mapping[str, int]], uniform: int, title: str) -> Figure:
+def rank_figure(runs: Sequence[Mapping[str, int]], uniform: float, title: str) -> Figure:
     """Mean ranks over runs as a heat map.
 
     Args:
@@ -40,9 +40,9 @@ def rank_figure(runs: Sequence[Mapping[str, int]], uniform: int, title: str) -> 
     highest, lowest = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
     return drawn(
         plots.rank_heatmap(mean, uniform, title),
-        f"{title}: EVA gives most to {highest} ({mean[highest]:.3g}) and least to {lowest} ({mean[lowest]:.3g}), "
-        f"where {uniform} would be uniform",
-        f"Without redistribution every layer has rank {uniform}. Red: more, blue: fewer.",
+        f"{title}: most in {highest} ({mean[highest]:.3g}) and least in {lowest} ({mean[lowest]:.3g}), "
+        f"where {uniform:g} would be uniform",
+        f"Without redistribution every layer has rank {uniform:g}. Red: more, blue: fewer.",
     )
 
 

@@ -58,6 +58,7 @@ def option(
     identity: Callable[[Any], Any] | None = None,
     omit_default: bool = False,
     non_finite: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -71,6 +72,7 @@ def option(
         omit_default: No part of a run's identity while it has its default: for settings that came later, so that runs
             from before keep theirs.
         non_finite: Infinity and NaN mean something here; everywhere else they are refused.
+        positional: Words of the command line that belong to no option are its items; of one list of texts alone.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -81,6 +83,7 @@ def option(
         "identity": identity,
         "omit_default": omit_default,
         "non_finite": non_finite,
+        "positional": positional,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -210,7 +213,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     """
     hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
+    words = _as_yaml(_gathered(list(sys.argv[1:] if args is None else args), items, hints), hints)
     _refuse_unknown(words, items)
     config_files(words)
     try:
@@ -285,6 +288,21 @@ def _refuse_unknown(words: Sequence[str], items: Mapping[str, Any]) -> None:
         name = word.partition("=")[0]
         if word.startswith("--") and name not in known:
             raise InputError(unknown("option", name, known, list_all=False))
+
+
+def _gathered(words: list[str], items: Mapping[str, Field[Any]], hints: Mapping[str, Any]) -> list[str]:
+    """Words that belong to no option, as a list, behind the option that takes them; else the words as they are."""
+    name = next((name for name, item in items.items() if item.metadata["positional"]), None)
+    if name is None:
+        return words
+    switches = [flag(each) for each, hint in hints.items() if hint is bool]
+    loose, rest = [], []
+    before = ""  # the option that the next word may be the value of
+    for word in words:
+        is_value = before and (before not in switches or word in ("true", "false"))
+        (rest if word.startswith("--") or is_value else loose).append(word)
+        before = word if word.startswith("--") and "=" not in word else ""
+    return [*rest, f"{flag(name)}={json.dumps(loose)}"] if loose else rest
 
 
 def _as_yaml(words: list[str], hints: Mapping[str, Any]) -> list[str]:

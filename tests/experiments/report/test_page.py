@@ -49,7 +49,8 @@ def _section(context: str = "first") -> Markup:
     figure = page.drawn(Drawing(), "What is seen", "Below")
     tuning = Tuning("LoRA 0.1", "the best", "2 seeds", "command", table, ["A sentence."], [figure])
     template = page.TEMPLATES.from_string(
-        '{% import "pieces.html" as pieces %}{{ pieces.facts({"k": "<v>"}) }}<h3>A</h3>{{ pieces.tuning(tuning, context) }}'
+        '{% import "pieces.html" as pieces %}{{ pieces.facts({"k": "<v>"}) }}<h3>A</h3>'
+        "{{ pieces.tuning(tuning, context) }}"
     )
     return Markup(template.render(tuning=tuning, context=context))
 
