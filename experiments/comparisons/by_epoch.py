@@ -68,8 +68,11 @@ class EpochsCompared(TunedComparison):
         if scores.empty:
             return self.tuning()
         epochs = {"early_loss": known["early_epoch"], "loss": known["epochs"]}
+        sentences = rates.equal_rate_sentences(scores, {name: f"after epoch {n}" for name, n in epochs.items()})
+        if known["epochs"] != self.evaluated[-1]:
+            sentences.append(f"They were chosen for {known['epochs']} epochs, and here are {self.evaluated[-1]}.")
         return self.tuning(
-            sentences=rates.equal_rate_sentences(scores, {name: f"after epoch {n}" for name, n in epochs.items()}),
+            sentences=sentences,
             figures=[
                 rates.sensitivity_figure(scores, name, f"Loss on the validation images after epoch {epoch}")
                 for name, epoch in epochs.items()

@@ -93,7 +93,9 @@ def _against(task: str, runs: pd.DataFrame, left: Mapping[str, list[float]], met
 
 
 def _solved(runs: pd.DataFrame) -> str:
-    episodes = [bool(solved) for run in runs[HEADLINE.episodes] for solved in run]
+    # a run that diverged was not rolled out
+    rolled_out = [run for run in runs.get(HEADLINE.episodes, ()) if isinstance(run, list)]
+    episodes = [bool(solved) for run in rolled_out for solved in run]
     return f"{sum(episodes)} of {len(episodes)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -129,11 +130,11 @@ def read_run(folder: Path) -> FoundRun:
     with reading(folder / "metrics.json", "run it again"):
         values = dict(_values(metrics))
         method, seed, ranks = _method(settings, metrics), _seed(settings, metrics), _ranks(metrics)
-        task, curves = _task(settings, metrics), dict(_noted_curves(metrics))
+        task, curves, told_apart = _task(settings, metrics), dict(_noted_curves(metrics)), _told_apart(settings, method)
     if not values.keys() & {"accuracy", "val_loss", "success_rate"}:
         raise InputError(f"{folder} is a run of another kind: it has no accuracy, validation loss or success")
     curves = curves or dict(_curves_of(folder / "metrics.csv"))
-    return FoundRun(folder, task, method, seed, _told_apart(settings, method), values, curves, ranks,
+    return FoundRun(folder, task, method, seed, told_apart, values, curves, ranks,
                     tuple(_notes(metrics)), metrics)  # fmt: skip
 
 
@@ -224,7 +225,10 @@ def _told_apart(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     except InputError:
         adapts = True
     ignored = {*_PLACES, *_APART, *(() if adapts else ("rank", "alpha"))}
-    return {name: value for name, value in settings.items() if name not in ignored}
+    found = {str(name): value for name, value in settings.items() if name not in ignored}
+    # as JSON has it, whatever somebody has written into the file
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str, skipkeys=True))
+    return plain
 
 
 def _notes(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -234,3 +238,5 @@ def _notes(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "has values that are not finite"
     if metrics.get("limited"):
         yield "limited to a part of the data"
+    warnings = metrics.get("warnings")
+    yield from map(str, warnings if isinstance(warnings, list) else ())

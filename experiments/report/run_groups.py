@@ -118,8 +118,8 @@ class OfTask:
     @property
     def weights(self) -> str:
         """What the weights are, in words; empty where no setting says so."""
-        given = dict.fromkeys(run.settings["weights"] for run in self.runs if run.settings.get("weights"))
-        return "; ".join(dict.fromkeys(weights_in_words(str(each)).removeprefix("weights of ") for each in given))
+        given = dict.fromkeys(str(run.settings["weights"]) for run in self.runs if run.settings.get("weights"))
+        return "; ".join(dict.fromkeys(weights_in_words(each).removeprefix("weights of ") for each in given))
 
 
 def by_task(runs: Sequence[FoundRun]) -> list[OfTask]:
