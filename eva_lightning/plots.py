@@ -4,6 +4,10 @@ Every function returns a :class:`matplotlib.figure.Figure` of its own. pyplot is
 of the caller changes, and the functions work without a display. Save with ``figure.savefig(path)``, or :func:`save`.
 ``title`` is the text above a figure. All functions raise :class:`~eva_lightning.errors.InputError` where there is
 nothing to draw.
+
+Axes are labelled in one notation: what is shown, in small letters and the singular where it counts, with its unit in
+parentheses (``epoch``, ``accuracy (%)``, ``cross-entropy (nats)``); the numbers at the axes have no units. Lines, bars
+and colours are explained in a legend, or by a labelled colour bar.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
 from eva_lightning.errors import InputError
@@ -36,7 +40,7 @@ def save(figure: Figure, file: str | os.PathLike[str], dpi: int = 120) -> None:
         figure.savefig(temporary, dpi=dpi, format="png")
 
 
-def _axes(width: float = 6.0, height: float = 3.8, grid: bool = True) -> tuple[Figure, Axes]:
+def _axes(width: float = 5.0, height: float = 3.4, grid: bool = True) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     if grid:
@@ -162,14 +166,14 @@ def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, tit
     _require(ranks, "ranks")
     figure, axes = _axes(height=1.0 + 0.2 * len(ranks), grid=False)
     names = list(ranks)
-    axes.barh(range(len(names)), [ranks[name] for name in names], color=PALETTE[2])
+    axes.barh(range(len(names)), [ranks[name] for name in names], color=PALETTE[2], label="rank of the layer")
     axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if uniform_rank is not None:
-        axes.axvline(uniform_rank, **_DASHED)
-    note = "" if uniform_rank is None else f"  (dashed: {uniform_rank:g}, the rank without redistribution)"
-    _label(axes, f"rank{note}", "", title)
+        axes.axvline(uniform_rank, label=f"without redistribution: {uniform_rank:g}", **_DASHED)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    _label(axes, "rank", "", title)
     return figure
 
 
@@ -191,10 +195,10 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.2g}" if share < 1e-4 else f"{100 * share:.3g} %")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_outside(axes, "inputs of")
-    _label(axes, "component", "share of the inputs' variance", title)
+    _label(axes, "component", "share of the inputs' variance (%)", title)
     return figure
 
 
@@ -219,7 +223,7 @@ def convergence(
     axes.ticklabel_format(axis="y", useOffset=False)
     if seen or tau is not None:
         _legend_outside(axes, "inputs of")
-    _label(axes, "minibatches seen", "captured variance ÷ optimum", title)
+    _label(axes, "minibatches", "captured variance (share of the optimum)", title)
     return figure
 
 
@@ -237,7 +241,7 @@ def learning_curves(
     Args:
         curves: method to values of shape ``(runs, epochs)``; the first column is epoch 1.
         ylabel, xlabel: what the axes show, with units.
-        percent: values are shares, shown as percentages.
+        percent: values are shares, shown as percentages; the unit is added to ``ylabel``.
         order: methods in the order that gives them their colours, so that figures with other methods agree.
         x: where the columns stand on the horizontal axis, if not at 1, 2, 3, ...
 
@@ -260,10 +264,10 @@ def learning_curves(
             half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
             axes.fill_between(places, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
     if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
-    _label(axes, xlabel, ylabel, title)
+    _label(axes, xlabel, f"{ylabel} (%)" if percent else ylabel, title)
     return figure
 
 
@@ -454,7 +458,7 @@ def early_steps(
         order: methods in the order that gives them their looks.
     """
     _require(panels, "panels")
-    figure = Figure(figsize=(4.6 * len(panels) + 1.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.9 * len(panels) + 1.3, 3.4), layout="constrained")
     looks = list(dict.fromkeys([*order, *(label for panel in panels.values() for label in panel)]))
     for i, (ylabel, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
@@ -478,7 +482,7 @@ def early_steps(
         if ylabel in logarithmic:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label(axes, "optimizer step", ylabel, title if i == 0 else None)
+        _label(axes, "step", ylabel, title if i == 0 else None)
     _legend_outside(figure.axes[-1], "")
     return figure
 

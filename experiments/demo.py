@@ -14,7 +14,8 @@ chooses parts.
 The learning rates come from ``configs/demo.yaml`` and ``configs/demo_rl.yaml``. They were chosen, one per method and by
 the same rule, with
 
-    python -m experiments.demo --tune
+    python -m experiments.demo --parts vision --seeds 1 --tune
+    python -m experiments.demo --parts rl --tune
 
 on data and seeds that the tables do not use. The same comparison in full, as the project's evidence:
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,8 @@ from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
-
     from experiments.comparisons.tuned import TunedComparison
+    from experiments.report.page import Section
 
 PROG = "python -m experiments.demo"
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,19 @@ class Settings:
             value = getattr(self, item.name)
             if item.name in ("parts", "vision_config", *_OPTIONS_OF["digits"]) and value != item.default:
                 words.append(f"{flag(item.name)} {_word(value)}")
-        return " ".join(words)
+        return " ".join([*words, *([flag("tune")] if self.tune else [])])
+
+    def tuned_by(self, name: str, known: Mapping[str, Any] | None, usual_seeds: int | None) -> str:
+        """The command that chose the learning rates of a part, or would.
+
+        Args:
+            name: The part.
+            known: How they were chosen, as ``--tune`` has noted it.
+            usual_seeds: How many seeds ``--tune`` takes by itself; None where that is no option.
+        """
+        number = self.seeds if self.tune else len((known or {}).get("seeds") or ())
+        seeds = number if usual_seeds is not None and number and number != usual_seeds else None
+        return Settings(parts=(name,), vision_config=self.vision_config, seeds=seeds, tune=True).command
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -116,11 +128,11 @@ def demo(settings: Settings) -> int:
     from experiments.runner.comparison import clear_output, run_comparison
 
     parts = [_part(settings, name) for name in settings.parts]
-    sections: list[Markup] = []
+    sections: list[Section] = []
     report, failed = Path(settings.out) / "report.html", 0
     ours.claim(report.parent, (report.name,), "choose another --out")
 
-    def first_look(section: Markup) -> None:
+    def first_look(section: Section) -> None:
         write_page(report, "EVA demo", [*sections, section])
         print(f"First picture, of one seed: {report}", flush=True)
 
@@ -182,6 +194,8 @@ def _part(settings: Settings, name: str) -> TunedComparison:
     if settings.tune and "seeds" in _OPTIONS_OF[name]:
         changes.setdefault("seeds", module.TUNING_SEEDS)
     comparison: TunedComparison = getattr(module, class_name)(replace(given, **changes), settings.command)
+    usual_seeds = module.TUNING_SEEDS if "seeds" in _OPTIONS_OF[name] else None
+    comparison.tune_command = settings.tuned_by(name, given.tuning, usual_seeds)
     return comparison
 
 

@@ -71,7 +71,7 @@ def _named_options() -> dict[tuple[str, ...], set[str]]:
 def test_commands_and_options_exist(
     call: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [*call, "--help"])
+    monkeypatch.setattr(sys, "argv", [*call, "--help-all"])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(call[0], run_name="__main__", alter_sys=False)

@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison
 from experiments.report import learning_rates as rates
 from experiments.report import page
-from experiments.report.epochs import EARLY, EpochComparison
+from experiments.report.epochs import CRITERION, EARLY, EpochComparison
 from experiments.report.terminal import say, show
 
 
@@ -22,7 +22,7 @@ class EpochsCompared(TunedComparison):
     """
 
     evaluated: tuple[int, ...]
-    rule = "lowest mean loss after the last epoch on the validation images, ties to the higher accuracy"
+    rule = f"lowest mean {CRITERION} on the validation images, ties to the higher accuracy"
 
     @property
     def early_epoch(self) -> int:
@@ -68,8 +68,11 @@ class EpochsCompared(TunedComparison):
         if scores.empty:
             return self.tuning()
         epochs = {"early_loss": known["early_epoch"], "loss": known["epochs"]}
+        sentences = rates.equal_rate_sentences(scores, {name: f"after epoch {n}" for name, n in epochs.items()})
+        if known["epochs"] != self.evaluated[-1]:
+            sentences.append(f"They were chosen for {known['epochs']} epochs, and here are {self.evaluated[-1]}.")
         return self.tuning(
-            sentences=rates.equal_rate_sentences(scores, {name: f"after epoch {n}" for name, n in epochs.items()}),
+            sentences=sentences,
             figures=[
                 rates.sensitivity_figure(scores, name, f"Loss on the validation images after epoch {epoch}")
                 for name, epoch in epochs.items()

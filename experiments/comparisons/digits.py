@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from eva_lightning import plots
 from eva_lightning.methods import MethodKey
@@ -103,7 +102,7 @@ class Digits(EpochsCompared):
             jobs.append(Job(digits_run.build, settings, options.output, phase, tags, text, order=seed))
         return jobs
 
-    def report_runs(self, runs: pd.DataFrame) -> Markup:
+    def report_runs(self, runs: pd.DataFrame) -> page.Section:
         """Print the tables, and return the section."""
         tuned = compare(runs[[row.lr == self.rates[row.method] for row in runs.itertuples()]])
         lower = compare(runs[(runs["lr"] == self.lower_rate) & runs["method"].isin(ADAPTERS)])
@@ -113,7 +112,7 @@ class Digits(EpochsCompared):
         show_comparison(lower, not_converged)
         say("", *tuning.sentences)
         eva = runs[(runs["method"] == "eva") & (runs["lr"] == self.rates["eva"])].sort_values("seed")
-        return page.render(
+        body = page.render(
             "digits.html",
             options=self.options,
             facts=self._facts(runs),
@@ -123,9 +122,9 @@ class Digits(EpochsCompared):
             found=decomposition_figures(list(eva["eva"]), self.options.rank, "model.blocks."),
             samples=[_samples(PRETRAINING_CLASSES, "Pre-training"), _samples(CLASSES, "Fine-tuning")],
             tuning=tuning,
-            tune_command=self.tune_command,
             command=self.command,
         )
+        return page.Section("EVA on handwritten digits", body, (*tuned.verdicts, tuned.headline))
 
     def tuning_record(self) -> dict[str, Any]:
         """On what."""

@@ -9,10 +9,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.comparisons.evidence import REFERENCE, Evidence, Quantity
 from experiments.runner.statistics import Interval
 
+#: Colours of differences, and what they mean.
+_DIFFERENCES = {"better": "#1f5f9c", "worse": "#c0392b", "no significant difference": "#9aa5ab"}
 COLOURS = ("#9aa5ab", "#1c1c1c", "#c9a227", "#7db4e0", "#1f5f9c", "#2a9d6f", "#8e63b0")
 REFERENCE_COLOUR = "#d1603d"
 LOG_TICKS = [step * 10**decade for decade in range(-4, 2) for step in (1, 1.5, 2, 3, 5, 7)]
@@ -80,10 +83,10 @@ def differences_figure(evidence: Evidence, quantities: Sequence[Quantity], metho
             if interval is None:
                 continue
             better = interval.mean > 0 if quantity.higher_is_better else interval.mean < 0
-            colour = ("#1f5f9c" if better else "#c0392b") if interval.excludes_zero else "#9aa5ab"
+            meaning = ("better" if better else "worse") if interval.excludes_zero else "no significant difference"
             panel.errorbar(
-                interval.mean, -place, xerr=interval.half or 0.0, color=colour, marker="o", markersize=3.5,
-                elinewidth=1.3, capsize=2,
+                interval.mean, -place, xerr=interval.half or 0.0, color=_DIFFERENCES[meaning], marker="o",
+                markersize=3.5, elinewidth=1.3, capsize=2,
             )  # fmt: skip
         panel.axvline(0.0, color=REFERENCE_COLOUR, linewidth=1.0, zorder=0)
         panel.set_title(textwrap.fill(quantity.heading, 18), fontsize="small")
@@ -92,9 +95,16 @@ def differences_figure(evidence: Evidence, quantities: Sequence[Quantity], metho
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.set_ylim(0.5 - len(methods), 0.5)
     labels = [evidence.labels[key] for key in methods]
+    marks = [Line2D([], [], color=colour, marker="o", markersize=3.5) for colour in _DIFFERENCES.values()]
+    explained(figure, marks, list(_DIFFERENCES))
     panels[0].set_yticks([-place for place in range(len(methods))], labels, fontsize="small")
-    figure.supxlabel(f"minus {evidence.labels[REFERENCE]}, mean and 95% interval over seeds", fontsize="small")
+    figure.supxlabel(f"difference to {evidence.labels[REFERENCE]} (mean, 95% interval)", fontsize="small")
     return figure
+
+
+def explained(figure: Figure, marks: Sequence[Any], meanings: Sequence[str]) -> None:
+    """A legend below all panels, for what marks mean in all of them."""
+    figure.legend(marks, meanings, loc="outside lower center", ncols=len(marks), frameon=False, fontsize="small")
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.comparisons.evidence import REFERENCE
-from experiments.comparisons.figures import colours_of
+from experiments.comparisons.figures import colours_of, explained
 from experiments.comparisons.metaworld import BEFORE
 from experiments.metaworld.success import Definition
 from experiments.runner.statistics import Range
@@ -44,8 +45,8 @@ def looks_figure(looks: Sequence[Any], tasks: Sequence[str], definition: Definit
             panel.set_title(f"{task.removesuffix('-v3')}, {number} demonstrations", fontsize="x-small", loc="left")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    figure.supxlabel("steps", fontsize="small")
-    figure.supylabel(f"success {definition.phrase}, mean over seeds", fontsize="small")
+    figure.supxlabel("step", fontsize="small")
+    figure.supylabel(f"success {definition.phrase} (share of episodes)", fontsize="small")
     return figure
 
 
@@ -93,7 +94,10 @@ def iqm_figure(panels: Mapping[str, Mapping[Any, Range]], labels: Mapping[str, s
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(labelsize="x-small")
     axes[0].set_yticks([-place for place in range(len(labels))], list(labels.values()), fontsize="small")
-    figure.supxlabel(
-        f"success {definition.phrase}: interquartile mean and its 95% interval (stratified bootstrap)", fontsize="small"
-    )
+    marks = [
+        Line2D([], [], color=_BEFORE_COLOUR, marker="|", markersize=11, markeredgewidth=2.2, linestyle="none"),
+        Line2D([], [], color=_BEFORE_COLOUR, linewidth=5, alpha=0.45),
+    ]
+    explained(figure, marks, ("interquartile mean", "its 95% interval (stratified bootstrap)"))
+    figure.supxlabel(f"success {definition.phrase} (share of episodes)", fontsize="small")
     return figure

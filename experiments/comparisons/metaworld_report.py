@@ -57,7 +57,7 @@ def write(settings: Settings, results: Results) -> Path:
     ]
     quantities = [*changes, *success]
     others = evidence.against_reference
-    figures = {"losses": curves_figure(by_task, losses, "steps", "validation loss", log_y=True)}
+    figures = {"losses": curves_figure(by_task, losses, "step", "squared error of the actions", log_y=True)}
     if success:
         figures["success"] = success_figure(evidence, by_task, success[0])
     if evidence.adapters:
@@ -105,7 +105,7 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence], success:
     axes = figure.add_subplot()
     colours = list(colours_of(list(evidence.labels)).values())
     heights.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
-    axes.set_ylabel(f"{success.title} (share of episodes)")
+    axes.set_ylabel(f"success {success.phrase} (share of episodes)")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")

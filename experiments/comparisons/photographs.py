@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from eva_lightning.files import digest, file_digest
 from eva_lightning.methods import MethodKey
@@ -91,7 +90,7 @@ class Photographs(EpochsCompared):
             self.first_look(self._section(runs, is_first=True))
             self.first_look = None
 
-    def report_runs(self, runs: pd.DataFrame) -> Markup:
+    def report_runs(self, runs: pd.DataFrame) -> page.Section:
         """Print the tables, and return the section."""
         say(f"Weights: {self.options.origin or self.options.weights}.")
         show_comparison(self._compared(self._tuned(runs)), "At the learning rate tuned for each method")
@@ -106,28 +105,31 @@ class Photographs(EpochsCompared):
         """On what, and with which weights."""
         return {**super().tuning_record(), "split": "val200", "weights": self.options.origin}
 
-    def _section(self, runs: pd.DataFrame, is_first: bool = False) -> Markup:
+    def _section(self, runs: pd.DataFrame, is_first: bool = False) -> page.Section:
         options, tuned = self.options, self._tuned(runs)
+        compared, origin = self._compared(tuned), options.origin or options.weights
         best = next((m for m in ("eva", "eva:1") if m in set(tuned["method"])), "")
         redistributed = tuned[tuned["method"] == best].sort_values("seed")
         adapted = tuned[tuned["method"].map(lambda key: MethodKey.parse(key).adapts)]
-        return page.render(
+        verdict = (*compared.verdicts, compared.headline, f"Weights: {origin}.")
+        body = page.render(
             "photographs.html",
             options=options,
             classes=self._data.task.classes,
             methods=page.enumerated([label(method) for method in options.methods]),
-            origin=options.origin or options.weights,
+            origin=origin,
             is_first=is_first,
             facts=self._facts(runs),
-            tuned=self._compared(tuned),
+            tuned=compared,
             equal=self._at_equal_rates(runs),
             found=decomposition_figures(list(redistributed["eva"]), options.rank, "model.blocks.") if best else [],
             gradients=gradient_figures(adapted),
             samples=self._samples(runs),
             tuning=self.how_tuned(),
-            tune_command=self.tune_command,
             command=self.command,
         )
+        first = ("A first look: one seed of every method, and more are under way.",) if is_first else ()
+        return page.Section("EVA on photographs", body, (*first, *verdict))
 
     @cached_property
     def _data(self) -> TaskData:

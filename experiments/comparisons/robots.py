@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import digest
@@ -22,7 +21,7 @@ from experiments.comparisons import robots_run
 from experiments.comparisons.robots_film import RULE, Film, goal_to_film, learnt_goals, make_film
 from experiments.comparisons.robots_run import FinetuningSettings
 from experiments.comparisons.robots_settings import Settings
-from experiments.comparisons.robots_tables import curve_figure, loss_left, results_table, short
+from experiments.comparisons.robots_tables import CRITERION, curve_figure, headlines, loss_left, results_table, short
 from experiments.comparisons.tuned import FIRST_TUNING_SEED, TunedComparison, no_jobs
 from experiments.metaworld.before import RolloutSettings
 from experiments.metaworld.before_run import target_return
@@ -47,7 +46,7 @@ class Robots(TunedComparison):
     methods = METHODS
     packages = robots_run.PACKAGES
     header = "Settings of the demo's robots part."
-    rule = "lowest validation loss after the last step divided by that before training, mean over tasks and seeds"
+    rule = f"lowest {CRITERION}, mean over tasks and seeds"
     tune_command = "python -m experiments.demo --parts rl --tune"
     options: Settings
 
@@ -88,7 +87,7 @@ class Robots(TunedComparison):
             return f"solved {sum(metrics['successes'])} of {len(metrics['successes'])}"
         return f"{loss_left(metrics['val_loss']):.0%} of the loss left"
 
-    def report_runs(self, runs: pd.DataFrame) -> Markup:
+    def report_runs(self, runs: pd.DataFrame) -> page.Section:
         """Print the tables, draw the video, and return the section."""
         options = self.options
         before, after = runs[runs["method"] == NONE], runs[runs["method"] != NONE]
@@ -99,7 +98,7 @@ class Robots(TunedComparison):
         say(self._caution())
         film, sentence = self._film(before, after)
         say(sentence)
-        return page.render(
+        body = page.render(
             "robots.html",
             options=options,
             tasks=page.enumerated([short(task) for task in options.tasks]),
@@ -111,9 +110,10 @@ class Robots(TunedComparison):
             sentence=sentence,
             found=self._rank_figures(after),
             tuning=self.tuning(),
-            tune_command=self.tune_command,
             command=self.command,
         )
+        verdict = [sentence for task in options.tasks for sentence in headlines(options, task, before, after)]
+        return page.Section("EVA on robot tasks", body, (*verdict, self._caution()))
 
     def _data(self) -> Path:
         purpose = "tuning" if self.options.tune else "final"
@@ -130,7 +130,7 @@ class Robots(TunedComparison):
 
     def scores_table(self, scores: pd.DataFrame, chosen: Mapping[str, float]) -> page.Table:
         """The same."""
-        caption = "Loss after the last step divided by that before, mean over tasks"
+        caption = f"{CRITERION[0].upper()}{CRITERION[1:]}, mean over tasks"
         return rates.scores_table(scores, chosen, {"loss_left": ".3f"}, caption)
 
     def tuning_record(self) -> dict[str, Any]:

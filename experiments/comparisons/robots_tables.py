@@ -10,11 +10,14 @@ import pandas as pd
 from eva_lightning import plots
 from experiments.comparisons.robots_settings import Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range
-from experiments.metaworld.success import PAPER_NOTE, definitions
+from experiments.metaworld.success import HEADLINE, PAPER_NOTE, definitions
 from experiments.report import page
-from experiments.report.epochs import label, methods_of
+from experiments.report.epochs import in_order, label, methods_of, verdict
 from experiments.runner.statistics import PLUS_MINUS, Interval
 from experiments.runner.tables import NOTHING
+
+#: What methods are compared by first of all, and their learning rates are chosen by: one measure for both.
+CRITERION = "validation loss after the last step divided by that before training"
 
 
 def short(task: str) -> str:
@@ -60,6 +63,42 @@ def results_table(options: Settings, task: str, before: pd.DataFrame, after: pd.
     return page.Table(f"{short(task)}: validation loss and success", cells.fillna("").rename_axis("Method"), notes)
 
 
+def headlines(options: Settings, task: str, before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+    """The criterion of every method, the best first, and how many episodes were solved before and after."""
+    start, runs = before[before["task"] == task], after[after["task"] == task]
+    left = {m: [loss_left(losses) for losses in runs.loc[runs["method"] == m, "val_loss"]] for m in methods_of(runs)}
+    ordered = sorted(left, key=lambda method: float(np.mean(left[method])))
+    losses = ", ".join(f"{label(method)} {Interval.of(left[method]).text(3)}" for method in ordered)
+    groups = {"pre-trained": start} | {label(method): runs[runs["method"] == method] for method in left}
+    solved = ", ".join(f"{name} {_solved(group)}" for name, group in groups.items())
+    pairs = [(method, "lora") for method in ordered if method.startswith("eva") and "lora" in left]
+    return [
+        *(_against(short(task), runs, left, *pair) for pair in pairs),
+        f"{short(task)}, {CRITERION} ({options.updates} steps): {losses}.",
+        f"Episodes solved {HEADLINE.phrase}: {solved}.",
+    ]
+
+
+def _against(task: str, runs: pd.DataFrame, left: Mapping[str, list[float]], method: str, baseline: str) -> str:
+    """What the criterion says about two methods, seed by seed."""
+    ours, theirs = (dict(zip(runs.loc[runs["method"] == m, "seed"], left[m], strict=True)) for m in (method, baseline))
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return f"{task}: no seed has both {label(method)} and {label(baseline)}."
+    found = Interval.of(differences)
+    return (
+        f"{task}, {label(method)} against {label(baseline)}, {CRITERION}, over {len(differences)} paired seeds: "
+        f"{found.text(3, sign=True)}, {verdict(found)}."
+    )
+
+
+def _solved(runs: pd.DataFrame) -> str:
+    # a run that diverged was not rolled out
+    rolled_out = [run for run in runs.get(HEADLINE.episodes, ()) if isinstance(run, list)]
+    episodes = [bool(solved) for run in rolled_out for solved in run]
+    return f"{sum(episodes)} of {len(episodes)}"
+
+
 def success(runs: pd.DataFrame) -> str:
     """How many of all episodes are solved, with Wilson's interval of their share, by both definitions."""
     lines = []
@@ -86,9 +125,9 @@ def losses_of(runs: pd.DataFrame, method: str) -> np.ndarray:
 def curve_figure(options: Settings, task: str, runs: pd.DataFrame) -> page.Figure:
     here = runs[runs["task"] == task]
     lines = {label(method): losses_of(here, method) for method in methods_of(here)}
-    last = ", ".join(f"{name} {values[:, -1].mean():.4f}" for name, values in lines.items())
+    last = in_order({name: float(values[:, -1].mean()) for name, values in lines.items()}, ".4f")
     figure = plots.learning_curves(
-        lines, "squared error of actions", xlabel="steps", title=short(task), x=options.noted_updates
+        lines, "squared error of the actions", xlabel="step", title=short(task), x=options.noted_updates
     )
-    alt = f"Validation loss on {short(task)}; after {options.updates} steps: {last}"
+    alt = f"Validation loss on {short(task)}; after {options.updates} steps, the lowest first: {last}"
     return page.drawn(figure, alt, "Line: mean over seeds; band: 95% interval.")

@@ -86,7 +86,7 @@ def write(settings: Settings, parts: Halves, pretraining: Mapping[str, Any], res
     )
     quantities = [*losses.values(), accuracy, class_accuracy]
     others = [key for key in evidence.against_reference if key not in NOT_PRETRAINED]
-    figures = {"curves": curves_figure(_panels(evidence), losses, "epoch", "test loss (nats)")}
+    figures = {"curves": curves_figure(_panels(evidence), losses, "epoch", "test cross-entropy (nats)")}
     if evidence.adapters:
         figures["differences"] = differences_figure(evidence, quantities, evidence.adapters)
     context = {

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from eva_lightning.files import write_json
 from experiments.report import learning_rates as rates
@@ -50,7 +49,7 @@ class TunedComparison(Comparison):
         packages: Libraries whose behaviour the figures depend on.
         header: First line of the configuration file.
         rule: How the learning rates are chosen, in words.
-        tune_command: The command that chooses them.
+        tune_command: The command that chooses them; of an instance the one that has chosen its rates.
     """
 
     methods: tuple[str, ...]
@@ -63,8 +62,8 @@ class TunedComparison(Comparison):
 
     def __init__(self, options: TunedSettings, command: str = "") -> None:
         self.options: TunedSettings = options
-        self.section: Markup | None = None
-        self.first_look: Callable[[Markup], None] | None = None
+        self.section: page.Section | None = None
+        self.first_look: Callable[[page.Section], None] | None = None
         self.command = command
         self.started = time.time()
         self.rates = {} if options.tune else rates.check_rates(options.learning_rates, self.methods)
@@ -103,7 +102,7 @@ class TunedComparison(Comparison):
         """What else to note about the tuning, but for its rule and scores."""
 
     @abstractmethod
-    def report_runs(self, runs: pd.DataFrame) -> Markup:
+    def report_runs(self, runs: pd.DataFrame) -> page.Section:
         """Print the tables, and return the section."""
 
     def report(self, results: Results) -> None:
@@ -111,9 +110,11 @@ class TunedComparison(Comparison):
         if self.options.tune:
             self._write_choice(results)
             return
-        self.section = self.report_runs(results.runs)
         # NaN is what a row lacks that others have
         records = results.runs.astype(object).where(results.runs.notna(), None).to_dict("records")
+        section = self.report_runs(results.runs)
+        data = page.runs_as_data(self.name, f"{len(records)} runs of the comparison on {self.name}", records)
+        self.section = replace(section, data=data)
         write_json(Path(self.options.output) / "results.json", records)
 
     def facts(self, between: Mapping[str, str], folders: Sequence[str]) -> dict[str, str]:
@@ -138,8 +139,8 @@ class TunedComparison(Comparison):
         scores = rates.scores_of(known)
         if known is None or scores.empty:
             return rates.Tuning(chosen)
-        table = self.scores_table(scores, self.rates)
-        return rates.Tuning(chosen, known["rule"], rates.seeds_in_words(known["seeds"]), table, **more)
+        table, seeds = self.scores_table(scores, self.rates), rates.seeds_in_words(known["seeds"])
+        return rates.Tuning(chosen, known["rule"], seeds, self.tune_command, table, **more)
 
     def _tuning_jobs(self, method: str, point: Point) -> list[Job]:
         return self.jobs(method, point.get("lr"), "tune")

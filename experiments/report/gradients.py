@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from eva_lightning import plots
-from experiments.report.epochs import COLOURED, label, methods_of
+from experiments.report.epochs import COLOURED, in_order, label, methods_of
 from experiments.report.page import Figure, drawn
 
 _PANELS = {"b": "gradient norm of B", "a": "gradient norm of A"}
@@ -32,7 +32,7 @@ def gradient_figures(runs: pd.DataFrame) -> list[Figure]:
             figures.append(
                 drawn(
                     plots.early_steps({title: lines}, (title,), COLOURED),
-                    f"The {title} over the first {steps} steps, mean over steps and seeds: {_in_words(lines)}",
+                    f"The {title} over the first {steps} steps; its mean, the largest first: {_means(lines)}",
                     _CAPTIONS[column],
                 )
             )
@@ -49,6 +49,6 @@ def _by_step(runs: pd.DataFrame, column: str) -> dict[float, list[float]]:
     return found
 
 
-def _in_words(lines: dict[str, dict[float, list[float]]]) -> str:
-    means = {name: np.mean([value for values in line.values() for value in values]) for name, line in lines.items()}
-    return ", ".join(f"{name} {mean:.2g}" for name, mean in means.items())
+def _means(lines: dict[str, dict[float, list[float]]]) -> str:
+    means = {n: float(np.mean([value for values in line.values() for value in values])) for n, line in lines.items()}
+    return in_order(means, ".2g", largest=True)

@@ -28,6 +28,7 @@ class Tuning:
         chosen: Methods and their rates, in words.
         rule: How the choice was made; empty where the configuration does not say.
         seeds: The seeds of the tuning runs, in words.
+        command: What chose them.
         table: Scores by method and learning rate.
         sentences: What else they say.
         figures: The scores as lines.
@@ -36,6 +37,7 @@ class Tuning:
     chosen: str
     rule: str = ""
     seeds: str = ""
+    command: str = ""
     table: Table | None = None
     sentences: Sequence[str] = ()
     figures: Sequence[Figure] = ()
@@ -148,9 +150,13 @@ def sensitivity_figure(scores: pd.DataFrame, column: str, what: str) -> Figure:
         label(method): dict(scores.loc[scores["method"] == method, ["lr", column]].itertuples(index=False))
         for method in methods_of(scores)
     }
-    best = ", ".join(f"{name} at {min(row, key=row.__getitem__):g}" for name, row in lines.items())
+    best = ", ".join(
+        f"{name} {min(row.values()):.3g} at {min(row, key=row.__getitem__):g}" for name, row in lines.items()
+    )
     figure = plots.rate_sensitivity(lines, "cross-entropy (nats)", title=what, order=COLOURED)
-    return drawn(figure, f"{what} against the learning rate; lowest: {best}", "Mean over seeds; rings mark the lowest.")
+    return drawn(
+        figure, f"{what} against the learning rate; lowest mean: {best}", "Mean over seeds; rings mark the lowest."
+    )
 
 
 def equal_rate_sentences(scores: pd.DataFrame, columns: Mapping[str, str], baseline: str = "lora") -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import io
+import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from eva_lightning.files import write_text
+from eva_lightning.files import as_json, write_text
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -53,13 +55,31 @@ class Figure:
 
     Attributes:
         source: Its ``data:`` URI.
-        alt: What it shows, for who does not see it.
+        alt: What it shows and what follows from it, for who does not see it.
         caption: What stands below it.
+        width, height: Its natural size in CSS pixels; 0 where that does not matter.
     """
 
     source: str
     alt: str
     caption: str = ""
+    width: int = 0
+    height: int = 0
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it takes a row of its own, and is scrolled where that is too narrow to read it."""
+        return self.width > _WIDE
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether two others stand one above the other beside it."""
+        return self.height > _WIDE
+
+    @property
+    def short(self) -> str:
+        """The beginning of its text, as the name of the area in which it is scrolled."""
+        return re.split(r"[:;,.]", self.alt)[0]
 
 
 @dataclass(frozen=True)
@@ -77,12 +97,62 @@ class Film:
     poster: str = ""
 
 
+@dataclass(frozen=True)
+class Data:
+    """A file that a page carries, to be saved by a click.
+
+    Attributes:
+        name: What it is saved as.
+        what: What is in it.
+        source: Its ``data:`` URI.
+    """
+
+    name: str
+    what: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: Its heading.
+        body: What stands below: headings in it are ``<h3>`` and ``<h4>``, without attributes.
+        verdict: What came out, in sentences: they stand at the top of the page.
+        data: The numbers behind it.
+    """
+
+    title: str
+    body: Markup
+    verdict: tuple[str, ...] = ()
+    data: tuple[Data, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the contents, with those below it."""
+
+    anchor: str
+    text: Markup
+    below: tuple[_Entry, ...] = ()
+
+
+#: More pixels than this, and a figure takes a row of its own, or the height of two.
+_WIDE = 640
+#: Numbers of the longest list in a cell of a CSV file.
+_LONGEST_CELL = 100
+_HEADING = re.compile(r"<h3>(.*?)</h3>", re.DOTALL)
+
+
 def drawn(figure: matplotlib.figure.Figure, alt: str, caption: str = "") -> Figure:
     """A matplotlib figure as SVG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "eva_lightning"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return Figure(_data_uri("image/svg+xml", buffer.getvalue()), alt, caption)
+        # the page's style sheet gives it a background
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return Figure(_data_uri("image/svg+xml", buffer.getvalue()), alt, caption, width, height)
 
 
 def embedded(file: Path, alt: str, caption: str = "") -> Figure:
@@ -112,13 +182,54 @@ def thumbnail(pixels: np.ndarray, alt: str, caption: str = "") -> Figure:
 
 
 def render(template: str, **content: Any) -> Markup:
-    """A section of a page, by the template called `template`."""
+    """The body of a section, by the template called `template`."""
     return Markup(TEMPLATES.get_template(template).render(content))
 
 
-def write_page(path: Path, title: str, sections: Sequence[Markup]) -> None:
-    """Write the page that holds `sections` to `path`, all or nothing."""
-    write_text(path, TEMPLATES.get_template("page.html").render(title=title, sections=sections))
+def runs_as_data(name: str, what: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Data, Data]:
+    """Rows of runs, as plain JSON values: a CSV file of values and short lists, a JSON file of everything."""
+    flat = [{key: _in_a_cell(value) for key, value in row.items() if not _is_nested(value)} for row in rows]
+    table = pd.DataFrame(flat).to_csv(index=False)
+    whole = as_json(list(rows), indent=1)
+    uri = _data_uri("application/json", whole.encode())
+    return (
+        Data(f"{name}.csv", f"{what}, a row each", _data_uri("text/csv", table.encode())),
+        Data(f"{name}.json", f"{what}, with everything that was measured", uri),
+    )
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page to `path`, all or nothing: verdicts first, then contents, the sections and their data."""
+    bodies, contents = [], []
+    for place, section in enumerate(sections, 1):
+        body, below = _with_anchors(section.body, f"part-{place}")
+        bodies.append(body)
+        contents.append(_Entry(f"part-{place}", Markup.escape(section.title), tuple(below)))
+    template = TEMPLATES.get_template("page.html")
+    write_text(path, template.render(title=title, sections=sections, bodies=bodies, contents=contents))
+
+
+def _with_anchors(body: Markup, prefix: str) -> tuple[Markup, list[_Entry]]:
+    """The body with a name on every heading, and the entries of the contents that lead there."""
+    found: list[_Entry] = []
+
+    def named(match: re.Match[str]) -> str:
+        entry = _Entry(f"{prefix}-{len(found) + 1}", Markup(match[1]))
+        found.append(entry)
+        return f'<h3 id="{entry.anchor}">{match[1]}</h3>'
+
+    return Markup(_HEADING.sub(named, body)), found
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a value is for no cell of a table: a mapping, or a list that is long or has other than numbers in it."""
+    if isinstance(value, list):
+        return len(value) > _LONGEST_CELL or not all(isinstance(item, int | float) for item in value)
+    return isinstance(value, Mapping)
+
+
+def _in_a_cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def machine() -> str:

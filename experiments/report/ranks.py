@@ -27,7 +27,7 @@ def described(state: EVAState) -> dict[str, Any]:
     }
 
 
-def rank_figure(runs: Sequence[Mapping[str, int]], uniform: int, title: str) -> Figure:
+def rank_figure(runs: Sequence[Mapping[str, int]], uniform: float, title: str) -> Figure:
     """Mean ranks over runs as a heat map.
 
     Args:
@@ -40,8 +40,9 @@ def rank_figure(runs: Sequence[Mapping[str, int]], uniform: int, title: str) -> 
     highest, lowest = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
     return drawn(
         plots.rank_heatmap(mean, uniform, title),
-        f"{title}: from {mean[lowest]:.3g} in {lowest} to {mean[highest]:.3g} in {highest}",
-        f"Without redistribution every layer has rank {uniform}. Red: more, blue: fewer.",
+        f"{title}: most in {highest} ({mean[highest]:.3g}) and least in {lowest} ({mean[lowest]:.3g}), "
+        f"where {uniform:g} would be uniform",
+        f"Without redistribution every layer has rank {uniform:g}. Red: more, blue: fewer.",
     )
 
 
@@ -60,12 +61,13 @@ def decomposition_figures(runs: Sequence[Mapping[str, Any]], uniform: int, prefi
         rank_figure([run["ranks"] for run in runs], uniform, "Ranks of EVA, mean over seeds"),
         drawn(
             plots.rank_bars(short, uniform, "Ranks of EVA, first seed"),
-            f"Rank of every layer, from {min(short.values())} to {max(short.values())}",
+            f"Rank of every layer of the first seed: from {min(short.values())} to {max(short.values())}, "
+            f"{sum(rank > uniform for rank in short.values())} of {len(short)} above {uniform}",
             "Names: block, then layer. The sum is the same budget that LoRA has.",
         ),
         drawn(
             plots.spectra(first["explained_variance_ratio"], "Spectra of the layer inputs, first seed"),
-            f"Explained-variance ratios; the components of a layer hold {min(variances.values()):.0%} to "
+            f"Explained-variance ratios: the components of a layer hold {min(variances.values()):.0%} to "
             f"{max(variances.values()):.0%} of the variance of its inputs",
             "One line per layer. The ranks keep the largest shares over all layers.",
         ),

@@ -259,21 +259,28 @@ def metrics_below(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             raise InputError(f"{error}: {_again(file)}") from error
 
 
+def runs_below(folder: str | Path) -> Iterator[Path]:
+    """The folders of runs at or below `folder`, at any depth, whatever became of them, in order of their paths."""
+    for config in sorted(Path(folder).rglob("config.yaml")):
+        if config.is_file():
+            with config.open(encoding="utf-8", errors="replace") as file:
+                is_of_a_run = _ID.fullmatch(file.readline())
+            if is_of_a_run:
+                yield config.parent
+
+
 def clear_runs(folder: str | Path) -> None:
     """Delete all runs below `folder`, at any depth, and nothing else.
 
     Raises:
         InputError: Something that a run has not written is where a run writes.
     """
-    for config in sorted(Path(folder).rglob("config.yaml")):
-        with config.open(encoding="utf-8", errors="replace") as file:
-            is_of_a_run = _ID.fullmatch(file.readline())
-        if is_of_a_run:
-            run = RunFolder(config.parent, None)
-            run.clear()
-            ours.delete(run.path, (ours.MARK, ".lock"))
-            if next(run.path.iterdir(), None) is None:
-                run.path.rmdir()
+    for place in runs_below(folder):
+        run = RunFolder(place, None)
+        run.clear()
+        ours.delete(run.path, (ours.MARK, ".lock"))
+        if next(run.path.iterdir(), None) is None:
+            run.path.rmdir()
 
 
 def perform(

@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
 from eva_lightning.names import check_length, shown
 from eva_lightning.reading import in_short
+from experiments.runner.help import help_text
 from experiments.runner.yaml_files import is_unusual_number, read_yaml
 
 S = TypeVar("S")
@@ -58,6 +59,8 @@ def option(
     identity: Callable[[Any], Any] | None = None,
     omit_default: bool = False,
     non_finite: bool = False,
+    positional: bool = False,
+    topic: str | None = None,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -71,6 +74,8 @@ def option(
         omit_default: No part of a run's identity while it has its default: for settings that came later, so that runs
             from before keep theirs.
         non_finite: Infinity and NaN mean something here; everywhere else they are refused.
+        positional: Words of the command line that belong to no option are its items; of one list of texts alone.
+        topic: Where ``--help`` shows it, if not where :mod:`experiments.runner.topics` has its name.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -81,6 +86,8 @@ def option(
         "identity": identity,
         "omit_default": omit_default,
         "non_finite": non_finite,
+        "positional": positional,
+        "topic": topic,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -207,14 +214,17 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
 
     Raises:
         InputError: An unknown option or key (suggests the nearest), or a value of the wrong type.
+        SystemExit: ``--help`` or ``--help-all`` has been answered.
     """
     hints = _hints(kind)
     items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    words = _as_yaml(list(sys.argv[1:] if args is None else args), hints)
+    given = list(sys.argv[1:] if args is None else args)
+    _answer_help(prog, description, items, hints, given)
+    words = _as_yaml(_gathered(given, items, hints), hints)
     _refuse_unknown(words, items)
     config_files(words)
     try:
-        values = _parser(cast(Any, kind), prog, description).parse_args(words).as_dict()
+        values = _parser(cast(Any, kind), prog).parse_args(words).as_dict()
     except InputError as error:
         raise _in_one_line(_reworded(error, hints)) from error.__cause__
     except (ArithmeticError, ValueError, TypeError, RecursionError) as error:  # of jsonargparse, on impossible values
@@ -228,11 +238,23 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
     return kind(**{name: _typed(value, hints[name]) for name, value in values.items()})
 
 
+def _answer_help(
+    prog: str, description: str, items: Mapping[str, Field[Any]], hints: Mapping[str, Any], words: Sequence[str]
+) -> None:
+    """Print the options and end, where the command line asks for them."""
+    asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
+    if asked is not None:
+        by_flag = {flag(name): item for name, item in items.items()}
+        types_of = {flag(name): hints[name] for name in items}
+        print(help_text(prog, description, by_flag, types_of, "--help-all" if asked == "--help-all" else "--help"))
+        sys.exit(0)
+
+
 @functools.lru_cache(maxsize=16)
-def _parser(kind: Any, prog: str, description: str) -> _Parser:
+def _parser(kind: Any, prog: str) -> _Parser:
     """The parser of a command, made once: that takes longer than parsing."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser = _Parser(prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
     for item in fields(kind):
         _add(parser, item.name, item, _hints(kind)[item.name])
     return parser
@@ -267,24 +289,35 @@ def _key(name: str) -> str:
 
 
 def _add(parser: ArgumentParser, name: str, item: Field[Any], hint: Any) -> None:
-    text = item.metadata["help"]
-    choices = item.metadata["choices"]
-    if choices is not None and not any(choice in text for choice in choices):
-        text = f"{text}: {', '.join(choices)}"
     if hint is bool:
-        parser.add_argument(flag(name), nargs="?", const=True, type=bool, default=item.default, help=text)
+        parser.add_argument(flag(name), nargs="?", const=True, type=bool, default=item.default)
     elif item.default is MISSING:
-        parser.add_argument(flag(name), type=hint, required=True, help=text)
+        parser.add_argument(flag(name), type=hint, required=True)
     else:
-        parser.add_argument(flag(name), type=hint, default=item.default, help=text)
+        parser.add_argument(flag(name), type=hint, default=item.default)
 
 
 def _refuse_unknown(words: Sequence[str], items: Mapping[str, Any]) -> None:
-    known = ["--config", "--help", "--print_config", *map(flag, items)]
+    known = ["--config", "--help", "--help-all", "--print_config", *map(flag, items)]
     for word in words:
         name = word.partition("=")[0]
         if word.startswith("--") and name not in known:
             raise InputError(unknown("option", name, known, list_all=False))
+
+
+def _gathered(words: list[str], items: Mapping[str, Field[Any]], hints: Mapping[str, Any]) -> list[str]:
+    """Words that belong to no option, as a list, behind the option that takes them; else the words as they are."""
+    name = next((name for name, item in items.items() if item.metadata["positional"]), None)
+    if name is None:
+        return words
+    switches = [flag(each) for each, hint in hints.items() if hint is bool]
+    loose, rest = [], []
+    before = ""  # the option that the next word may be the value of
+    for word in words:
+        is_value = before and (before not in switches or word in ("true", "false"))
+        (rest if word.startswith("--") or is_value else loose).append(word)
+        before = word if word.startswith("--") and "=" not in word else ""
+    return [*rest, f"{flag(name)}={json.dumps(loose)}"] if loose else rest
 
 
 def _as_yaml(words: list[str], hints: Mapping[str, Any]) -> list[str]:

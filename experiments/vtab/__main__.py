@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
         "experiments.comparisons.transfer",
         "all methods on real images without downloaded weights: half of Caltech101 to the other half",
     ),
+    "report": Command(
+        "experiments.report.of_runs", "a page on any finished runs: report RUN...; curves, rank maps, data"
+    ),
     "benchmark": Command("benchmarks.vtab", "speed of data and training beside a bare PyTorch loop"),
 }
 

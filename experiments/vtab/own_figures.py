@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from eva_lightning.plots import PALETTE
@@ -57,7 +59,11 @@ def differences_figure(results: OwnResults) -> Figure | None:
     grid.flat[0].set_yticks(range(len(labels)), labels, fontsize="small")
     grid.flat[0].set_ylim(len(labels) - 0.5, -0.5)
     baseline = full_label(results.baseline)
-    text = f"accuracy minus that of {baseline}, percent points, 95% intervals over seeds; filled: corrected p < 0.05\n"
+    text = f"accuracy minus that of {baseline} (percent points)\n"
+    marks = [Line2D([], [], color=_INK, marker="o", markerfacecolor=face) for face in (_INK, "white")]
+    meanings = ("corrected p < 0.05", "no significant difference")
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": 2, "frameon": False, "fontsize": "small"}
+    figure.legend(marks, [f"{meaning}; bars: 95% interval" for meaning in meanings], **place)
     figure.supxlabel(text + f"{MARK} not VTAB-1K's official draw", fontsize="small")
     return figure
 
@@ -80,7 +86,7 @@ def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
     lines = [grid[0][0].plot([], [], color=_colour(m, methods), label=full_label(m))[0] for m in methods]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize="small")
     figure.supxlabel(
-        "epoch; training loss (nats, log scale), mean over seeds, band: 95% interval\n"
+        "epoch (lines: training cross-entropy in nats, mean over seeds; bands: 95% interval)\n"
         f"{MARK} not VTAB-1K's official draw",
         fontsize="small",
     )

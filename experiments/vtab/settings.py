@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 PLACE, RESULT, INITIALISATION, PER_RUN = Role.PLACE, Role.RESULT, Role.INITIALISATION, Role.PER_RUN
 
 
+#: Those of :mod:`eva_lightning.initialization` and :mod:`eva_lightning.ranks`, which import torch.
+INITS = ("eva", "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute")
+METRICS = ("ratio", "eq6", "sum", "max", "raw")
+
 #: What ``--weights`` calls those that a package of the Python package index carries.
 PACKAGE = "package"
 WEIGHTS_HELP = (
@@ -99,8 +103,8 @@ class SharedOptions:
         None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear but the head",
         INITIALISATION, omit_default=True,
     )  # fmt: skip
-    init: str = option("eva", "EVA: eva, whiten, rotate, permute, minor or redistribute", RESULT)
-    metric: str = option("ratio", "EVA: ratio, eq6, sum, max or raw explained variance", RESULT)
+    init: str = option("eva", "EVA: what A is made of", RESULT, choices=INITS, topic="method")
+    metric: str = option("ratio", "EVA: the explained variance that ranks are given by", RESULT, choices=METRICS)
     tau: float = option(0.99, "EVA: convergence threshold, in (0, 1]", INITIALISATION, above=0, at_most=1)
     delta: float = option(
         1.0, "EVA: share of the layers (algorithm paper: components) that must have converged, in (0, 1]",

@@ -85,9 +85,9 @@ def rho_figures(runs: pd.DataFrame) -> dict[str, Figure]:
         colour = PALETTE[index % len(PALETTE)]
         axes.errorbar(list(curve.values), means, yerr=halves, label=curve.label, color=colour, linestyle=style,
                       marker="o", markersize=4, capsize=2)  # fmt: skip
-    axes.set_xlabel("ρ: largest rank over mean rank (1: uniform)")
-    axes.set_ylabel("accuracy (%), 95% intervals over seeds")
+    axes.set_xlabel("ρ (largest rank over mean rank)")
+    axes.set_ylabel("accuracy (%)")
     axes.set_title("each ρ at its best learning rate and rank on val200", fontsize="medium", loc="left")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", title="bars: 95% interval over seeds", title_fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     return {"rho.png": figure}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def test_convergence_shows_points_and_threshold() -> None:
     axes = plots.convergence({"blocks.0.fc1": [(2, 0.9), (4, 0.99)], "blocks.1.fc1": []}, tau=0.99).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 0.9], [4, 0.99]])
     assert axes.lines[-1].get_ydata()[0] == 0.99
-    assert axes.get_xlabel() == "minibatches seen"
+    assert axes.get_xlabel() == "minibatches"
 
 
 def test_learning_curves_draw_mean_and_confidence_band() -> None:
@@ -107,3 +109,46 @@ def test_pyplot_and_its_backend_are_left_alone() -> None:
     plots.spectra({name: [0.5, 0.25] for name in RANKS}).canvas.draw()
     assert dict(matplotlib.rcParams) == settings
     assert plt.get_fignums() == open_figures
+
+
+CURVES = {"LoRA": np.array([[1.0, 0.5], [3.0, 1.5]]), "EVA": np.array([[0.9, 0.4]])}
+FIGURES = {
+    "rank_heatmap": lambda: plots.rank_heatmap(RANKS, 2),
+    "rank_bars": lambda: plots.rank_bars(RANKS, 2),
+    "spectra": lambda: plots.spectra({name: [0.5, 0.25] for name in RANKS}),
+    "convergence": lambda: plots.convergence({"blocks.0.fc1": [(2, 0.9), (4, 0.99)]}, tau=0.99),
+    "learning_curves": lambda: plots.learning_curves(CURVES, "cross-entropy (nats)"),
+    "accuracies": lambda: plots.learning_curves(CURVES, "accuracy", percent=True),
+    "rate_sensitivity": lambda: plots.rate_sensitivity({"LoRA": {1e-2: 0.2, 1e-3: 0.9}}, "cross-entropy (nats)"),
+    "convergence_counts": lambda: plots.convergence_counts({8: [(1.0, 2), (2.0, 3)]}, 4),
+    "component_similarity": lambda: plots.component_similarity({"overlap": [1.0, 0.5]}),
+    "similarity_matrix": lambda: plots.similarity_matrix(np.eye(2), [4, 8]),
+    "rank_maps": lambda: plots.rank_maps({1.0: RANKS, 2.0: RANKS}, 2),
+    "ranks_by_kind": lambda: plots.ranks_by_kind({1.0: RANKS}, 2),
+    "early_steps": lambda: plots.early_steps({"gradient norm of B": {"EVA": {1.0: [0.5], 2.0: [0.4]}}}),
+    "grouped_bars": lambda: plots.grouped_bars({"LoRA": {"qkv": 1.0}, "EVA": {"qkv": 2.0}}, "distance"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_axes_are_labelled_in_one_notation_and_colours_are_explained(name: str) -> None:
+    figure = FIGURES[name]()
+    figure.canvas.draw()
+    explained = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend() is not None)]
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    assert explained or all(axes.get_ylabel() for axes in bars)
+    assert explained or bars
+    for axes in figure.axes:
+        for label in (axes.get_xlabel(), axes.get_ylabel()):
+            # words in small letters, or a symbol, then perhaps a unit in parentheses
+            assert re.fullmatch(r"([a-zρ][^()%÷]*|mean \|cos\|)?( \([^()]+\))?", label), label
+        numbers = [tick.get_text() for tick in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        assert not any(number.endswith("%") for number in numbers)
+
+
+def test_percentages_are_hundred_times_the_shares() -> None:
+    axes = FIGURES["accuracies"]().axes[0]
+    assert axes.get_ylabel() == "accuracy (%)"
+    axes.figure.canvas.draw()
+    shown = {tick.get_position()[1]: tick.get_text() for tick in axes.get_yticklabels()}
+    assert all(float(text) == pytest.approx(100 * place) for place, text in shown.items())

@@ -31,6 +31,7 @@ from eva_lightning.vision.data.images import image_damage, load_image
 from eva_lightning.vision.data.split_files import Split, read_split
 from eva_lightning.vision.data.split_table import read_split_file
 from experiments.metaworld.history import StepHistory
+from experiments.report.found_runs import read_run
 from experiments.report.learning_rates import write_choice
 from experiments.runner.holder import Holder, read_holder
 from experiments.runner.jobs import Point
@@ -449,6 +450,7 @@ READERS: tuple[Reader, ...] = (
         files="**/*.json",
     ),
     Reader("history", _history, _rows, checked=False),
+    Reader("reported run", _finished_run, lambda f: _discard(read_run(f)), checked=False),
     Reader(
         "epochs",
         _text("metrics.csv", "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds\n1,0.5,0.1,,,0.01,2\n"),

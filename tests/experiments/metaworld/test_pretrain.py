@@ -191,7 +191,7 @@ def test_bad_input_is_one_sentence(
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--help-all"])
     out = capsys.readouterr().out
     assert "Pre-train a Decision Transformer" in out
     assert "--rollout-every" in out

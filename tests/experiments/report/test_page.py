@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -39,19 +43,22 @@ class _Tags(HTMLParser):
         return [attributes for name, attributes in self.seen if name == tag]
 
 
-def _section() -> Markup:
+def _section(context: str = "first") -> Markup:
     cells = pd.DataFrame({"a": ["1 *\n<b>"], "b": ["2"]}, index=pd.Index(["row"], name="head"))
     table = page.Table("What <it> shows", cells, ("± means this.",))
     figure = page.drawn(Drawing(), "What is seen", "Below")
-    tuning = Tuning("LoRA 0.1", "the best", "2 seeds", table, ["A sentence."], [figure])
+    tuning = Tuning("LoRA 0.1", "the best", "2 seeds", "command", table, ["A sentence."], [figure])
     template = page.TEMPLATES.from_string(
-        '{% import "pieces.html" as pieces %}{{ pieces.facts({"k": "<v>"}) }}{{ pieces.tuning(tuning, "command") }}'
+        '{% import "pieces.html" as pieces %}{{ pieces.facts({"k": "<v>"}) }}<h3>A</h3>'
+        "{{ pieces.tuning(tuning, context) }}"
     )
-    return Markup(template.render(tuning=tuning))
+    return Markup(template.render(tuning=tuning, context=context))
 
 
 def test_page_is_whole_and_accessible(tmp_path: Path) -> None:
-    page.write_page(tmp_path / "deep" / "report.html", "A & B", [_section(), _section()])
+    data = page.runs_as_data("runs", "two runs", [{"loss": [1.5, 0.5], "ranks": {"fc1": 4}, "seed": 0}, {"seed": 1}])
+    sections = [page.Section("One & only", _section(), ("It works.",), data), page.Section("Two", _section("second"))]
+    page.write_page(tmp_path / "deep" / "report.html", "A & B", sections)
     text = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
     tags = _Tags(text)
     assert tags.open == []
@@ -61,6 +68,26 @@ def test_page_is_whole_and_accessible(tmp_path: Path) -> None:
     assert {attributes["scope"] for attributes in tags.all("th")} == {"col", "row"}
     assert all(attributes["alt"] for attributes in tags.all("img"))
     assert "<title>A &amp; B</title>" in text
+    assert text.index("It works.") < text.index('<nav aria-label="Contents">') < text.index("What &lt;it&gt; shows")
+    areas = [attributes for name, attributes in tags.seen if attributes.get("role") == "region"]
+    assert all(area["tabindex"] == "0" for area in areas)
+    assert len({area["aria-label"] for area in areas}) == len(areas) == 2
+    names = [attributes["id"] for _, attributes in tags.seen if "id" in attributes]
+    links = [(link["href"] or "") for link in tags.all("a")]
+    inside = {link[1:] for link in links if link.startswith("#")}
+    assert len(set(names)) == len(names)
+    assert inside == {"top", "data", "part-1", "part-1-1", "part-2", "part-2-1"} <= set(names)
+
+
+def test_a_page_carries_the_numbers_behind_it() -> None:
+    rows = [{"method": "eva", "loss": [1.5, 0.5], "ranks": {"fc1": 4}, "seed": 0}, {"method": "a,b", "seed": 1}]
+    table, whole = page.runs_as_data("runs", "two runs", rows)
+    assert (table.name, whole.name) == ("runs.csv", "runs.json")
+    read = list(csv.DictReader(io.StringIO(base64.b64decode(table.source.partition(",")[2]).decode())))
+    assert [row["method"] for row in read] == ["eva", "a,b"]
+    assert json.loads(read[0]["loss"]) == [1.5, 0.5]
+    assert "ranks" not in read[0]
+    assert json.loads(base64.b64decode(whole.source.partition(",")[2])) == rows
 
 
 def test_texts_are_escaped_and_the_best_cell_is_marked(tmp_path: Path) -> None:
@@ -80,7 +107,7 @@ def _film(folder: Path) -> page.Film:
 
 
 def _film_section(film: page.Film) -> Markup:
-    text = '{% import "pieces.html" as pieces %}<h1>Film</h1><div class="film">{{ pieces.film(film) }}</div>'
+    text = '{% import "pieces.html" as pieces %}<div class="film">{{ pieces.film(film) }}</div>'
     return Markup(page.TEMPLATES.from_string(text).render(film=film))
 
 
@@ -92,8 +119,9 @@ def test_a_film_has_controls_a_poster_and_a_gif_to_fall_back_to(tmp_path: Path) 
     assert {"controls", "loop", "muted", "playsinline"} <= set(video)
     assert (video["poster"] or "").startswith("data:image/png;base64,")
     assert [source["type"] for source in tags.all("source")] == ["video/mp4"]
-    (image,) = tags.all("img")
-    assert (image["src"] or "").startswith("data:image/gif;base64,")
+    fallback, printed = tags.all("img")
+    assert (fallback["src"] or "").startswith("data:image/gif;base64,")
+    assert (printed["src"], printed["class"]) == (video["poster"], "printed")
     without = _Tags(_film_section(page.filmed(tmp_path / "film.gif", None, None, "What is filmed")))
     assert not without.all("video")
     assert len(without.all("img")) == 1
@@ -105,11 +133,11 @@ def test_a_browser_shows_the_film_and_can_play_it(tmp_path: Path) -> None:
     const note = () => body.dataset.film = `${film.readyState >= 2} ${film.videoWidth}x${film.videoHeight}`
     film.readyState >= 2 ? note() : film.addEventListener("loadeddata", note) })</script>"""
     file, picture = tmp_path / "report.html", tmp_path / "shot.png"
-    page.write_page(file, "Film", [_film_section(_film(tmp_path)), Markup(ask)])
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,700",
+    page.write_page(file, "Film", [page.Section("Film", _film_section(_film(tmp_path)) + Markup(ask))])
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,700",
                f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]  # fmt: skip
     for what in ("--dump-dom", f"--screenshot={picture}"):
-        done = subprocess.run([*browser, what, file.as_uri()], capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run([*chromium, what, file.as_uri()], capture_output=True, text=True, timeout=300, check=True)
         if what == "--dump-dom":
             assert 'data-film="true 648x360"' in done.stdout
     shown = iio.imread(picture)[..., :3].astype(int)

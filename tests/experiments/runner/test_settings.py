@@ -122,17 +122,6 @@ def test_what_is_required() -> None:
         parse("--batch-size x")
 
 
-def test_help_has_every_option_with_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for item in fields(Settings):
-        assert f"--{item.name.replace('_', '-')}" in text
-        assert item.metadata["help"] in text
-    assert "method: eva, lora, dora" in text
-
-
 def test_identity_follows_roles() -> None:
     settings = Settings(task="kitti", weights="here/w.pth", lr=0.5)
     everything = {
