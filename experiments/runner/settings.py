@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
 from eva_lightning.names import check_length, shown
 from eva_lightning.reading import in_short
+from experiments.runner.calling import as_called
 from experiments.runner.yaml_files import is_unusual_number, read_yaml
 
 S = TypeVar("S")
@@ -231,7 +232,7 @@ def parse_settings(kind: type[S], prog: str, description: str, args: Sequence[st
 @functools.lru_cache(maxsize=16)
 def _parser(kind: Any, prog: str, description: str) -> _Parser:
     """The parser of a command, made once: that takes longer than parsing."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=as_called(prog), description=as_called(description), allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     for item in fields(kind):
         _add(parser, item.name, item, _hints(kind)[item.name])
