@@ -43,7 +43,7 @@ if [ -e "$venv" ] && ! "$venv/bin/python" -c "$usable" 2>/dev/null; then
 fi
 if [ ! -e "$venv" ]; then
     size="3 GB to download and 7 GB on disk"
-    [ "$torch" = cuda ] || size="CPUSIZE"
+    [ "$torch" = cuda ] || size="2.5 GB on disk"
     echo "Creating $venv with Python $version; the packages take about $size."
     "$python" -m venv "$venv"
 fi
