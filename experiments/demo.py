@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from eva_lightning import ours
 from eva_lightning.errors import InputError, MissingInputError
+from experiments.runner.calling import as_called
 from experiments.runner.cli import in_terminal
 from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from experiments.comparisons.tuned import TunedComparison
     from experiments.report.page import Section
 
-PROG = "python -m experiments.demo"
+PROG = as_called("python -m experiments.demo")
 ROOT = Path(__file__).resolve().parents[1]
 #: Part -> module and class of its comparison.
 PARTS = {

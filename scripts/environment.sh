@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Creates or completes an environment from a lock file; called by make.
 # usage: scripts/environment.sh [PYTHON] [FOLDER, .venv if not given] [LOCK, requirements.lock if not given]
+# TORCH=cpu leaves all of CUDA out: torch and torchvision in the lock's versions from PyTorch's own index of CPU builds, or from
+# TORCH_WHEELS, a folder or page of wheels. Of these two the lock has no hashes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,12 +10,17 @@ python="${1:-python3}"
 venv="${2:-.venv}"
 lock="${3:-requirements.lock}"
 unfinished="$venv/.unfinished"
+torch="${TORCH:-cuda}"
 
 die() {
     echo "error: $*" >&2
     exit 1
 }
 
+case "$torch" in
+    cpu | cuda) ;;
+    *) die "TORCH is cpu or cuda, got $torch." ;;
+esac
 command -v "$python" >/dev/null || die "$python was not found: install Python 3.10 to 3.13, or name one: make PYTHON=python3.12 ..."
 version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || die "$python does not run."
 case "$version" in
@@ -35,17 +42,23 @@ if [ -e "$venv" ] && ! "$venv/bin/python" -c "$usable" 2>/dev/null; then
     rm -rf "$venv"
 fi
 if [ ! -e "$venv" ]; then
-    echo "Creating $venv with Python $version; the packages take about 3 GB to download and 7 GB on disk."
+    size="3 GB to download and 7 GB on disk"
+    [ "$torch" = cuda ] || size="2.5 GB on disk"
+    echo "Creating $venv with Python $version; the packages take about $size."
     "$python" -m venv "$venv"
 fi
 touch "$unfinished"
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
 
+parts="$(mktemp -d)"
+trap 'rm -rf "$parts"' EXIT
+entries() { # only|rest PATTERN: entries of the lock by name
+    awk -v part="$1" -v pattern="$2" -f scripts/lock_entries.awk "$lock"
+}
+
 # uv is itself one of the locked packages, so its hash is checked too.
-locked_uv="$(mktemp)"
-trap 'rm -f "$locked_uv"' EXIT
-awk '/^uv==/ { found = 1 } found { print } found && !/\\$/ { exit }' "$lock" >"$locked_uv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$locked_uv"
+entries only '^uv$' >"$parts/uv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$parts/uv"
 
 # uv does not read pip's configuration: hand it the package index that pip would use.
 if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
@@ -54,7 +67,16 @@ if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
 fi
 
 uv=("$venv/bin/uv" pip install --python "$venv/bin/python")
-"${uv[@]}" "${repair[@]}" --require-hashes -r "$lock"
+if [ "$torch" = cuda ]; then
+    "${uv[@]}" "${repair[@]}" --require-hashes -r "$lock"
+else
+    entries rest '^(torch|torchvision|triton|nvidia-.*|cuda-.*)$' >"$parts/without_cuda"
+    entries only '^(torch|torchvision)$' | sed -n 's/^\([a-z].*\) \\$/\1/p' >"$parts/torch"
+    where=(--torch-backend cpu)
+    [ -z "${TORCH_WHEELS:-}" ] || where=(--no-index --find-links "$TORCH_WHEELS")
+    "${uv[@]}" "${repair[@]}" --no-deps --require-hashes -r "$parts/without_cuda"
+    "${uv[@]}" "${repair[@]}" --no-deps "${where[@]}" -r "$parts/torch"
+fi
 # Byte code is compiled here, on all cores: otherwise the first import of torch and transformers pays for it, and
 # where PYTHONDONTWRITEBYTECODE is set every import does (ten seconds for each test process). A third of it all is of tests and of
 # what hardly anything imports. A file that does not compile is a template of its package.

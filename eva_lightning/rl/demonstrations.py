@@ -30,7 +30,7 @@ _FORMAT = 1
 #: Bytes of the largest file that is read: 100,000 episodes, packed.
 _LARGEST = 8 * 2**30
 _ARRAYS = ("observations", "actions", "expert_actions", "rewards", "successes", "goals")
-_COLLECT = "python -m experiments.metaworld collect --tasks {task} --out {folder}"
+_COLLECT = "eva-lightning metaworld collect --tasks {task} --out {folder}"
 
 
 @dataclass(frozen=True, eq=False)

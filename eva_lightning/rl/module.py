@@ -316,9 +316,7 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         InputError: It is damaged, or no such checkpoint.
     """
     if not Path(file).is_file():
-        raise MissingInputError(
-            f"there is no checkpoint {file}: make one with python -m experiments.metaworld pretrain"
-        )
+        raise MissingInputError(f"there is no checkpoint {file}: make one with eva-lightning metaworld pretrain")
     with reading(file):
         reason = damage(Path(file))
         if reason is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from eva_lightning.errors import InputError, unknown
 from eva_lightning.files import is_disk_full
 from eva_lightning.names import shown
+from experiments.runner.calling import as_called
 from experiments.runner.ending import Ending, asked_to_end
 from experiments.runner.settings import flag
 
@@ -24,12 +25,14 @@ class Command:
     """A command of ``python -m PACKAGE``.
 
     Attributes:
-        module: Where it is; imported when it is called. Its function ``command_line(args)`` returns the exit status.
+        module: Where it is; imported when it is called.
         text: Its line in ``--help``.
+        function: Of the module: takes the words and returns the exit status. ``main`` where there are commands below.
     """
 
     module: str
     text: str
+    function: str = "command_line"
 
 
 def in_terminal(run: Callable[[Sequence[str] | None], Any], args: Sequence[str] | None = None) -> int:
@@ -64,7 +67,7 @@ def _refused(error: InputError) -> int:
 
 def sentence(error: InputError) -> str:
     """The message of an error with the setting at fault written as on the command line."""
-    text = str(error)
+    text = as_called(str(error))
     if error.setting is None:
         return text
     if text.startswith(error.setting):
@@ -94,8 +97,9 @@ def dispatch(
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         lines = [f"usage: {prog} COMMAND [options]", *usage, ""]
-        lines += [f"  {name:<10}{command.text}" for name, command in commands.items()]
-        print("\n".join([*lines, "", f"{prog} COMMAND --help says more"]))
+        width = max(10, *(len(name) + 2 for name in commands))
+        lines += [f"  {name:<{width}}{command.text}" for name, command in commands.items()]
+        print(as_called("\n".join([*lines, "", f"{prog} COMMAND --help says more"])))
         return 0 if words else 2
     try:
         name = implied(words) if implied is not None and words[0].startswith("-") else words.pop(0)
@@ -107,6 +111,7 @@ def dispatch(
     statuses: list[int] = []
 
     def call(words: Sequence[str] | None) -> None:
-        statuses.append(importlib.import_module(commands[name].module).command_line(words))
+        command = commands[name]
+        statuses.append(getattr(importlib.import_module(command.module), command.function)(words))
 
     return in_terminal(call, words) or statuses[0]

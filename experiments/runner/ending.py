@@ -70,13 +70,13 @@ def was_interrupted(status: int) -> bool:
     return status > 128
 
 
-def quiet_while_starting() -> None:
+def quiet_while_starting(*, always: bool = False) -> None:
     """End without a traceback on a signal that comes before :func:`asked_to_end`: imports take a second.
 
     For packages that hold commands, which call it as they are imported. Whoever else imports them keeps the handlers:
-    only ``python -m`` has no name of a program yet.
+    only ``python -m`` has no name of a program yet. A console script asks for it `always`.
     """
-    if sys.argv[:1] == ["-m"]:
+    if always or sys.argv[:1] == ["-m"]:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: os._exit(128 + number))

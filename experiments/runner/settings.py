@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number, unknown
 from eva_lightning.names import check_length, shown
 from eva_lightning.reading import in_short
+from experiments.runner.calling import as_called
 from experiments.runner.help import help_text
 from experiments.runner.yaml_files import is_unusual_number, read_yaml
 
@@ -246,14 +247,22 @@ def _answer_help(
     if asked is not None:
         by_flag = {flag(name): item for name, item in items.items()}
         types_of = {flag(name): hints[name] for name in items}
-        print(help_text(prog, description, by_flag, types_of, "--help-all" if asked == "--help-all" else "--help"))
+        print(
+            help_text(
+                as_called(prog),
+                as_called(description),
+                by_flag,
+                types_of,
+                "--help-all" if asked == "--help-all" else "--help",
+            )
+        )
         sys.exit(0)
 
 
 @functools.lru_cache(maxsize=16)
 def _parser(kind: Any, prog: str) -> _Parser:
     """The parser of a command, made once: that takes longer than parsing."""
-    parser = _Parser(prog=prog, allow_abbrev=False)
+    parser = _Parser(prog=as_called(prog), allow_abbrev=False)
     parser.add_argument("--config", action="config")
     for item in fields(kind):
         _add(parser, item.name, item, _hints(kind)[item.name])

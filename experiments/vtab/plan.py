@@ -12,6 +12,7 @@ import pandas as pd
 from eva_lightning.errors import InputError
 from eva_lightning.files import format_bytes
 from eva_lightning.vision.data.tasks import expected_size
+from experiments.runner.calling import as_called
 from experiments.runner.comparison import Comparison
 from experiments.runner.jobs import Job
 from experiments.runner.schedule import Schedule
@@ -162,7 +163,7 @@ class Plan:
         if lacking:
             here = Path(settings.root).is_dir()
             why = next(iter(lacking.values())) if here else f"there is no folder {settings.root}"
-            yield (
+            yield as_called(
                 f"data: MISSING for {len(lacking)} of {tasks} tasks ({why}); get it by "
                 f"python -m experiments.vtab prepare --root {settings.root}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from eva_lightning.methods.registry import MethodKey
 from eva_lightning.vision.backbone.backbone_cache import reuse_backbones
+from experiments.runner.calling import as_called
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results, run_comparison
 from experiments.runner.jobs import Job, Phase, Point
@@ -100,7 +101,7 @@ class Sweep(Comparison):
         precisions = sorted(set(results.runs["precision"].astype(str))) if "precision" in results.runs else []
         if len(precisions) > 1:
             print(f"note: runs differ in precision ({', '.join(precisions)}), as their devices do; see --precision")
-        print(f"the table: python -m experiments.vtab table --runs {self.settings.output}", flush=True)
+        print(as_called(f"the table: python -m experiments.vtab table --runs {self.settings.output}"), flush=True)
 
 
 def make_job(settings: Settings, task: str, key: MethodKey, phase: Phase, point: Point, seed: int) -> Job:

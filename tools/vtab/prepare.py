@@ -30,6 +30,7 @@ from rich.table import Table
 from eva_lightning.errors import InputError, MissingInputError
 from eva_lightning.files import only_process, write_json
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, expected_size, get_task
+from experiments.runner.calling import as_called
 from experiments.runner.cli import in_terminal
 from experiments.runner.ending import leave, was_interrupted
 from experiments.runner.settings import Role, check_settings, flag, option, parse_settings
@@ -277,7 +278,7 @@ def _summary(settings: Settings, root: Path, statuses: Sequence[TaskStatus]) -> 
     if not bad:
         return
     names = "" if settings.task is None else f" --task {','.join(bad)}"
-    yield (
+    yield as_called(
         "what is missing or damaged comes from the Hugging Face hub, or from --archive FILE, by: "
         f"python -m experiments.vtab prepare --root {root}{names}"
     )

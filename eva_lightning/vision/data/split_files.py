@@ -13,7 +13,7 @@ from eva_lightning.vision.data.tasks import TASKS
 
 ARCHIVE = (
     "the archive vtab-1k.zip (4.7 GB, data set XiN0919/VTAB-1k on the Hugging Face hub; "
-    "python -m experiments.vtab prepare gets and unpacks it)"
+    "eva-lightning vtab prepare gets and unpacks it)"
 )
 
 
@@ -66,7 +66,7 @@ def read_split(folder: Path, split: str, classes: int) -> Split:
     if not file.is_file():
         if split == "train800val200" and all((folder / f"{part}.txt").is_file() for part in ("train800", "val200")):
             remedy = (
-                "join train800.txt and val200.txt, in this order, into it (python -m experiments.vtab prepare does)"
+                "join train800.txt and val200.txt, in this order, into it (eva-lightning vtab prepare does)"
             )
         else:
             remedy = whence(folder)

@@ -142,7 +142,7 @@ def test_bytes_that_are_no_demonstrations(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"index\.json is missing.*experiments\.metaworld collect --tasks mt40"):
+    with pytest.raises(FileNotFoundError, match=r"index\.json is missing.*metaworld collect --tasks mt40"):
         read_index(tmp_path)
     write_task(tmp_path, make(), META)
     with pytest.raises(FileNotFoundError, match=r"no demonstrations of reach-v3 in .* \(it has push-v3\): collect"):
