@@ -16,8 +16,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 #: Why a Python block is not run; a page says it in the line before: ``<!-- not run: gpu -->``. The site prints the reason.
 NOT_RUN = {
     "gpu": "needs CUDA GPUs",
-    "processes": "needs several processes; tests/eva_lightning/test_distributed.py runs them",
-    "data": "needs data that are not in the repository",
+    "data": "needs data or weights that are not in the repository",
 }
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S)
