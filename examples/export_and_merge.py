@@ -1,4 +1,7 @@
-"""What a trained adapter becomes: a PEFT folder, a plain checkpoint, merged weights, a served program. Needs nothing beyond ``pip install .``."""
+"""What a trained adapter becomes: a PEFT folder, a plain checkpoint, merged weights, a served program.
+
+Needs nothing beyond ``pip install .``.
+"""
 
 import copy
 import tempfile
@@ -36,8 +39,9 @@ module, folder = Classifier(), Path(tempfile.mkdtemp())
 base = copy.deepcopy(module.net)
 y = torch.randint(4, (256,))
 x = torch.randn(4, 32)[y] + torch.randn(256, 8) @ torch.randn(8, 32) / 4
-trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                    callbacks=[EVAInitCallback(rho=2, r=4, verbose=False)])  # fmt: skip
+eva = EVAInitCallback(rho=2, r=4, verbose=False)
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[eva], **quiet)
 trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=32))
 trainer.save_checkpoint(folder / "last.ckpt")
 module.eval()

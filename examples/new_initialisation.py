@@ -1,4 +1,4 @@
-"""An initialisation of your own, in a dozen lines: by the second moment of a layer's inputs, without taking the mean off.
+"""An initialisation of your own, in a dozen lines: by the second moment of a layer's inputs, with their mean left in.
 
 It becomes a method like the others: ``apply_method("moment", module, options)`` here, and where the module with the
 three entries is imported, everything that looks methods up by name. Needs nothing beyond ``pip install .``.
@@ -25,8 +25,13 @@ def moment_start(layer, means, given):
 # how adapters start: B A is zero; what is read: the inputs of 4 minibatches; and the name that users type
 INITIALISATIONS["moment"] = Start("zero", from_data=True, directions=0)
 KINDS["moment"] = Kind(("inputs",), 4, moment_start)
-METHODS["moment"] = Method("moment", "Second moment", needs="inputs",
-                           prepare="eva_lightning.methods.data_driven:prepare", fixed={"kind": "moment"})  # fmt: skip
+METHODS["moment"] = Method(
+    "moment",
+    "Second moment",
+    needs="inputs",
+    prepare="eva_lightning.methods.data_driven:prepare",
+    fixed={"kind": "moment"},
+)
 
 
 class Classifier(L.LightningModule):

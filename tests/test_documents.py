@@ -1,4 +1,4 @@
-"""The documents tell the truth: links lead somewhere, the README shows the example. Blocks and commands: tests/documents."""
+"""The documents tell the truth: links lead somewhere, the README shows the example; the rest is in tests/documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.documents.pages import PAGES, name
+from tests.documents.pages import PAGES, name, prose
 from tests.paths import ROOT
 
 
@@ -21,7 +21,7 @@ def test_the_readme_shows_the_example_and_is_short() -> None:
 
 @pytest.mark.parametrize("document", PAGES, ids=name)
 def test_links_within_the_repository_lead_somewhere(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
+    text = prose(document)
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not link.startswith("http")]
     assert [link for link in links if not (document.parent / link).exists()] == []
 

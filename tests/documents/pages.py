@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.paths import ROOT
+from tools.website.notes import BEFORE_A_BLOCK
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 """Every page: those of the root and all under ``docs/``."""
 
-#: Why a Python block is not run; a page says it in the line before: ``<!-- not run: gpu -->``. The site prints the reason.
-NOT_RUN = {
-    "gpu": "needs CUDA GPUs",
-    "data": "needs data or weights that are not in the repository",
-}
-
-_FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S)
-_NOT_RUN = re.compile(r"<!-- not run: (\w+) -->\s*$")
+_FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S
+)
 _FIRST = re.compile(r"<!-- run first:\n(.*?)-->", re.S)
 
 
@@ -33,7 +29,7 @@ class Block:
         language: ``python``, ``bash``, ``yaml``, or nothing for output.
         code: Without the indentation of the fence.
         line: Of its first line within the page, from 1.
-        not_run: A key of :data:`NOT_RUN`, or None.
+        not_run: A key of :data:`tools.website.notes.NOT_RUN`, or None.
     """
 
     page: str
@@ -56,12 +52,17 @@ def blocks(page: Path) -> list[Block]:
         for hidden in _FIRST.finditer(text)
     ]
     for fence in _FENCE.finditer(text):
-        reason = _NOT_RUN.search(text, 0, fence.start())
+        reason = BEFORE_A_BLOCK.search(text, 0, fence.start())
         language = fence["info"].split(maxsplit=1)[0] if fence["info"].strip() else ""
         code = textwrap.dedent(fence["code"])
         block = Block(name(page), language, code, _line(text, fence.start("code")), reason[1] if reason else None)
         found.append((fence.start(), block))
     return [block for _, block in sorted(found, key=lambda pair: pair[0])]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks; lines keep their numbers."""
+    return _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text(encoding="utf-8"))
 
 
 def _line(text: str, position: int) -> int:
@@ -73,7 +74,7 @@ def command_lines(page: Path) -> Iterator[tuple[int, str]]:
     for block in blocks(page):
         if block.language in ("bash", "sh", "console"):
             yield from _logical_lines(block.code, block.line)
-    text = _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text(encoding="utf-8"))
+    text = prose(page)
     for found in re.finditer(r"^(?:    |\t)(\S.*)$|`(python -m [^`]+|make [^`]+)`", text, re.M):
         line = " ".join((found[1] or found[2]).split())
         if re.match(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|make|pip|eva-lightning|torchrun|srun|sbatch)\b", line):

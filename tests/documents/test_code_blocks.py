@@ -13,9 +13,18 @@ import pytest
 import torch
 import yaml
 
-from tests.documents.pages import NOT_RUN, PAGES, Block, blocks, name
+from tests.documents.pages import PAGES, Block, blocks, name
+from tests.paths import ROOT
+from tools.website.notes import NOT_RUN
 
-WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+#: Pages whose blocks a test of their own runs, with more of what they need around them.
+OWN_TESTS = {
+    "docs/in-your-code.md": "tests/test_in_your_code.py",
+    "docs/own-images.md": "tests/experiments/finetune/test_document.py",
+}
+WITH_PYTHON = [
+    page for page in PAGES if name(page) not in OWN_TESTS and any(block.language == "python" for block in blocks(page))
+]
 
 #: What a page without room for it has run before its last blocks: page -> its block's number and code.
 BEFORE = {
@@ -41,6 +50,11 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
             exec(BEFORE[name(page)][1], namespace)
         if block.not_run is None:
             exec(_compiled(block), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name(page) in OWN_TESTS], ids=name)
+def test_pages_that_are_left_out_have_a_test_of_their_own(page: Path) -> None:
+    assert page.name in (ROOT / OWN_TESTS[name(page)]).read_text(encoding="utf-8")
 
 
 def _compiled(block: Block) -> Any:

@@ -24,12 +24,13 @@ else:
     import tomli as tomllib
 
 #: Commands of others, which are not looked into.
-FOREIGN = ("git", "cd", "hf", "export", "source", "sbatch", "uv", "sudo", "apt-get", "docker", "pre-commit")
+FOREIGN = ("apt-get", "cd", "docker", "export", "git", "hf", "minari", "ray", "sbatch", "source", "sudo", "uv")
 #: Scripts that pages call and readers write.
 OWN_SCRIPTS = ("train.py", "my_script.py")
 #: What starts another command, and how many of its words go before that one.
 LAUNCHERS = ("torchrun", "srun", "accelerate", "nohup", "nice", "time")
-EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS, SCRIPTS = set(PROJECT["optional-dependencies"]), set(PROJECT.get("scripts", ()))
 
 #: Folders of images that pages call by name, in the folder that they call DIR.
 READERS_FOLDERS = ("dtd10", "ucmerced_landuse", "eth80_azimuth", "my_folder")
@@ -75,7 +76,8 @@ def test_the_check_refuses_what_does_not_exist() -> None:
         "make nothing", "pip install '.[nothing]'", "python -m experiments.vtab --taks x", "python examples/no.py",
         "python -m eva_lightning.precompute train:build --outputs eva", "python -m nothing", "ls",
         "python -m experiments.metaworld finetune --task no-such-task", "python -m experiments.vtab sweep --lrs fast",
-        "python -m benchmarks speed", "torchrun --nproc-per-node 2 nothing.py", "make demo NOTHING=1",
+        "python -m benchmarks speed", "eva-lightning nothing", "make demo NOTHING=1",
+        "torchrun --nproc-per-node 2 nothing.py",
     ):  # fmt: skip
         with pytest.raises((Exception, SystemExit)):
             check(shlex.split(line))
@@ -99,6 +101,10 @@ def check(words: Sequence[str]) -> None:
         _check_make(rest)
     elif program == "pip":
         _check_pip(rest)
+    elif program == "eva-lightning":  # in a checkout the same as python -m experiments.NAME
+        assert program in SCRIPTS, f"no script {program}"
+        if not rest[0].startswith("-"):
+            _check_module(f"experiments.{rest[0]}", rest[1:])
     elif program in ("python", "python3") and rest[:1] == ["-m"]:
         _check_module(rest[1], rest[2:])
     elif program in ("python", "python3"):
@@ -139,9 +145,9 @@ def _check_module(module: str, words: list[str]) -> None:
     if module == "pytest":
         assert all((ROOT / word.split("::")[0]).exists() for word in words if word.startswith("tests/"))
         return
-    if "--help" in words or module in ("http.server", "mkdocs", "venv"):
-        words = [word for word in words if word != "--help"]
-    elif module in ("experiments.analysis", "experiments.metaworld", "experiments.vtab", "benchmarks"):
+    if not {"--help", "--help-all"}.isdisjoint(words):
+        words = []
+    if module in ("experiments.analysis", "experiments.metaworld", "experiments.vtab", "benchmarks"):
         _check_command(importlib.import_module(f"{module}.__main__"), words)
         return
     parse = _parse(module)

@@ -24,7 +24,10 @@ MODULES = {
     "the core package": ("peft",),
     "vision": ("peft", "timm", "torchvision"),
     "quant": ("peft", "bitsandbytes"),
+    "rl": ("peft", "gymnasium", "metaworld", "mujoco"),
 }
+#: Examples that a test of their own runs, with other arguments.
+OWN_TESTS = {"own_environment.py": "tests/examples/test_own_environment.py"}
 
 _RUN = """
 import runpy, sys
@@ -39,19 +42,25 @@ for example in {examples!r}:
 
 def needs(example: Path) -> str:
     """The extra that an example says it needs, in its first lines."""
-    found = re.search(r"pip install '\.\[(\w+)\]'", example.read_text(encoding="utf-8").split('"""')[1])
+    found = re.search(r"(?:pip install '\.\[|the extra ``)(\w+)", example.read_text(encoding="utf-8").split('"""')[1])
     return found[1] if found else "the core package"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", sorted({needs(example) for example in EXAMPLES}))
 def test_examples_run_on_what_they_need_alone(extra: str, tmp_path: Path) -> None:
-    examples = [str(example) for example in EXAMPLES if needs(example) == extra]
+    examples = [str(example) for example in EXAMPLES if needs(example) == extra and example.name not in OWN_TESTS]
     blocked = [name for name in NOT_FOR_IMPORT if name not in MODULES[extra]]
     code = _RUN.format(blocked=blocked, root=str(ROOT), examples=examples)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout.rpartition('== ')[2][:200]}\n{done.stderr[-2000:]}"
     if extra == "the core package":
         assert "7 / 7 / 10, sum 24" in done.stdout  # the table that the README shows
+
+
+@pytest.mark.parametrize("example", [each for each in EXAMPLES if each.name in OWN_TESTS], ids=lambda path: path.stem)
+def test_examples_that_are_left_out_have_a_test_of_their_own(example: Path) -> None:
+    assert example.name in (ROOT / OWN_TESTS[example.name]).read_text(encoding="utf-8")
 
 
 def test_the_examples_are_those_that_the_page_lists() -> None:
@@ -68,18 +77,15 @@ _CELL: dict[str, Any] = {
     "required": ["cell_type", "id", "metadata", "source"],
     "properties": {"id": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}, "source": _TEXT},
 }
+_OTHERS: dict[str, Any] = {"id": {}, "metadata": {}, "source": {}}
 _CODE = {
     "additionalProperties": False,
     "required": ["execution_count", "outputs"],
     "properties": {
-        **dict.fromkeys(("id", "metadata", "source"), {}),
-        "cell_type": {"const": "code"}, "outputs": {"maxItems": 0}, "execution_count": {"type": "null"},
+        **_OTHERS, "cell_type": {"const": "code"}, "outputs": {"maxItems": 0}, "execution_count": {"type": "null"},
     },
 }  # fmt: skip
-_MARKDOWN = {
-    "additionalProperties": False,
-    "properties": {**dict.fromkeys(("id", "metadata", "source"), {}), "cell_type": {"const": "markdown"}},
-}
+_MARKDOWN = {"additionalProperties": False, "properties": {**_OTHERS, "cell_type": {"const": "markdown"}}}
 _NOTEBOOK = {
     "type": "object",
     "required": ["cells", "metadata", "nbformat", "nbformat_minor"],

@@ -18,6 +18,7 @@ from tests.documents.pages import PAGES
 from tests.paths import ROOT
 from tools.website.docstrings import one_name_each, without_roles
 from tools.website.equations import with_mathml
+from tools.website.notes import with_reasons
 from tools.website.sources import Sources, notebook_as_markdown
 
 
@@ -57,6 +58,7 @@ def _read(page: Path) -> _Loads:
     return parser
 
 
+@pytest.mark.slow
 def test_it_opens_from_a_folder_and_loads_nothing_from_outside(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))
@@ -74,6 +76,7 @@ def test_it_opens_from_a_folder_and_loads_nothing_from_outside(site: Path) -> No
         assert not re.search(r"@import[^;]*https?:|url\(\s*['\"]?https?:", sheet.read_text(encoding="utf-8")), sheet
 
 
+@pytest.mark.slow
 def test_search_works_from_a_file(site: Path) -> None:
     script = (site / "search" / "search_index.js").read_text(encoding="utf-8")
     found = json.loads(script.removeprefix("var __index = "))["docs"]
@@ -87,6 +90,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(nav) == sorted(docs)
 
 
+@pytest.mark.slow
 def test_the_api_reference_has_every_public_name(site: Path) -> None:
     ids = set().union(*(_read(page).ids for page in (site / "api").glob("*.html")))
     for package in ("eva_lightning", "eva_lightning.methods"):
@@ -94,10 +98,14 @@ def test_the_api_reference_has_every_public_name(site: Path) -> None:
         assert [name for name in names if not any(each.endswith(f".{name}") for each in ids)] == []
 
 
+@pytest.mark.slow
 def test_no_role_is_left_in_the_reference(site: Path) -> None:
-    assert [page for page in (site / "api").glob("*.html") if re.search(r":(?:class|func|mod):`", page.read_text())] == []
+    assert [
+        page for page in (site / "api").glob("*.html") if re.search(r":(?:class|func|mod):`", page.read_text())
+    ] == []
 
 
+@pytest.mark.slow
 def test_equations_are_mathml(site: Path) -> None:
     page = (site / "method.html").read_text(encoding="utf-8")
     assert page.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"') >= 7
@@ -115,7 +123,9 @@ def test_links_out_of_docs_lead_to_pages_of_the_site(tmp_path: Path) -> None:
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "a.py").write_text("x = 1\n")
     (tmp_path / "GUIDE.md").write_text("[page](docs/deep/page.md#there) and [code](examples/a.py)\n")
-    page = "[g](../../GUIDE.md) [a](../../examples/a.py) [none](../../missing.py) [web](https://example.org) [b](b.md)\n"
+    page = (
+        "[g](../../GUIDE.md) [a](../../examples/a.py) [none](../../missing.py) [web](https://example.org) [b](b.md)\n"
+    )
     (tmp_path / "docs" / "deep" / "page.md").write_text(page)
     (tmp_path / "docs" / "deep" / "b.md").write_text("")
     sources = Sources(tmp_path)
@@ -130,6 +140,12 @@ def test_links_out_of_docs_lead_to_pages_of_the_site(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+def test_the_site_says_which_blocks_no_test_runs(site: Path) -> None:
+    assert with_reasons("<!-- not run: gpu -->\n") == "*Not run by the tests: needs CUDA GPUs.*\n"
+    assert "Not run by the tests: needs CUDA GPUs" in (site / "how-to" / "many-devices.html").read_text()
+
+
 def test_notebooks_become_pages() -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# T\n", "text"]},
@@ -139,7 +155,7 @@ def test_notebooks_become_pages() -> None:
 
 
 def test_docstrings_become_markdown_with_an_entry_for_each_name() -> None:
-    assert without_roles("see :class:`~a.b.C` and :func:`a.f`") == "see `C` and `a.f`"
+    assert without_roles("see :class:`~a.b.C` and :func:`a.f`::") == "see `C` and `a.f`:"
     text = "Does it.\n\nArgs:\n    a, b: Both\n        of them.\n    c: One, and: more.\n\nReturns:\n    x, y: A pair."
     assert one_name_each(text) == (
         "Does it.\n\nArgs:\n    a: Both\n        of them.\n    b: Both\n        of them.\n    c: One, and: more.\n\n"

@@ -22,7 +22,8 @@ class Readable(griffe.Extension):
 
 
 def without_roles(text: str) -> str:
-    """`text` of a docstring with ``:func:`~package.name``` as the code ``name``: Markdown knows no roles."""
+    """`text` of a docstring with ``:func:`~package.name``` as the code ``name``, and ``Example::`` as ``Example:``."""
+    text = re.sub(r"::$", ":", text, flags=re.M)
     return _ROLE.sub(lambda found: f"`{found[2].rpartition('.')[2] if found[1] else found[2]}`", text)
 
 

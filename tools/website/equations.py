@@ -1,4 +1,4 @@
-"""Equations of the site as MathML, which browsers draw themselves: no script, no fonts, the same offline and in print."""
+"""Equations of the site as MathML, which browsers draw themselves: no script, no fonts, offline and in print."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:  # `mkdocs` without `python -m`
     sys.path.insert(0, str(ROOT))
 
 from tools.website.equations import with_mathml  # noqa: E402
+from tools.website.notes import with_reasons  # noqa: E402
 from tools.website.sources import Sources  # noqa: E402
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links that leave ``docs/`` to the pages of :func:`on_files`."""
-    return Sources(ROOT).relinked(markdown, page.file.src_uri)
+    """Lead links that leave ``docs/`` to the pages of :func:`on_files`, and say which blocks no test runs."""
+    return with_reasons(Sources(ROOT).relinked(markdown, page.file.src_uri))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

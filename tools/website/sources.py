@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 from pathlib import Path
@@ -75,14 +74,14 @@ class Sources:
 
     def _page(self, target: str) -> str | None:
         """The page for a file of the repository; None where it is no text to show."""
-        suffix = os.path.splitext(target)[1]
+        suffix = posixpath.splitext(target)[1]
         if suffix == ".md":
             return f"{FOLDER}/{target}"
         return f"{FOLDER}/{target}.md" if suffix in (*_LANGUAGES, ".ipynb", ".cff") else None
 
     def _text(self, target: str) -> str:
         text = (self.root / target).read_text(encoding="utf-8")
-        suffix = os.path.splitext(target)[1]
+        suffix = posixpath.splitext(target)[1]
         if suffix == ".md":
             return text
         if suffix == ".ipynb":
