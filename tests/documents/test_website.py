@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -82,6 +83,21 @@ def test_search_works_from_a_file(site: Path) -> None:
     found = json.loads(script.removeprefix("var __index = "))["docs"]
     assert {"how-to/qlora.html", "api/core.html", "method.html"} <= {doc["location"].split("#")[0] for doc in found}
     assert "iframe-worker.js" in (site / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium; the index and the script are checked above")
+def test_a_browser_finds_a_page_from_a_file(site: Path, tmp_path: Path) -> None:
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=15000",
+    ]
+    address = f"{(site / 'index.html').as_uri()}?q=qlora"
+    shown = subprocess.run(["chromium", *options, "--dump-dom", address], capture_output=True, text=True).stdout
+    assert re.search(r'<a href="[^"]*how-to/qlora\.html[^"]*" class="md-search-result__link"', shown)
 
 
 def test_every_page_is_in_the_navigation() -> None:
