@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: demo test test-nightly test-lowest gpu-checks lint format environment lock clean
+.PHONY: demo test test-nightly test-lowest gpu-checks docs lint format environment lock clean
 
 installed := .venv/.installed
 
@@ -39,6 +39,10 @@ $(installed_lowest): requirements-lowest.lock pyproject.toml scripts/environment
 gpu-checks: $(installed)
 	.venv/bin/python -m tools.gpu_checks
 
+# The documentation, into site/: open site/index.html. Warnings are errors; `make test` builds it too.
+docs: $(installed)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 lint: $(installed)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -63,5 +67,5 @@ lock: $(installed)
 		--output-file requirements-lowest.lock
 
 clean:
-	rm -rf .venv .venv-lowest runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest runs site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -127,6 +127,7 @@ def test_extras_are_the_documented_ones() -> None:
         "sweep",
         "slurm",
         "quant",
+        "docs",
         "dev",
     }
     assert {Requirement(r).name for r in project["dependencies"]} == {
