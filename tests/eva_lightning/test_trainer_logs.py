@@ -118,7 +118,7 @@ def test_csv_has_the_scalars_once_and_the_hyperparameters(written: tuple[EVAStat
 
 
 def test_the_explained_variance_is_that_of_a_dense_svd(written: tuple[EVAState, CSVLogger, Path, Path]) -> None:
-    state, table, _, _ = written
+    _, table, _, _ = written
     (row,) = [row for row in rows_of(table) if of_eva(row)]
     variances = reference(dataset(96).tensors[0])[0].square()
     dense = float(variances[: int(float(row["eva_rank/net.0"]))].sum() / variances.sum())
