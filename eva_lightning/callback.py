@@ -58,9 +58,10 @@ class EVAInitCallback(Callback):
     before ``fit`` are left alone if other layers than the head train, and adapted if none does. Optimizers and
     schedulers are rebuilt for the changed parameters: ``configure_optimizers`` runs twice.
 
-    Batch order, random state, train/eval flags, batch norm statistics and logs stay as they would be without it. A
-    second ``fit`` of the same module, or one resumed from a checkpoint, keeps its adapters. If the streaming fails or
-    is interrupted the module is left as it was.
+    Batch order, random state, train/eval flags, batch norm statistics and what the module logs stay as they would be
+    without it; loggers get EVA's numbers beside that (:mod:`eva_lightning.trainer_logs`). A second ``fit`` of the same
+    module, or one resumed from a checkpoint, keeps its adapters. If the streaming fails or is interrupted the module is
+    left as it was.
 
     FSDP (version 1) and DeepSpeed shard the model before EVA can run it: give them a precomputed ``state``. List
     ``ModelSummary`` after this callback if it should count the redistributed parameters.
@@ -84,8 +85,9 @@ class EVAInitCallback(Callback):
             PEFT before ``fit``.
         head: output layers that train in full; "auto" finds them, among those that train if some are frozen.
         adapt_frozen: adapt layers frozen before ``fit`` also if others than the head train, such as a frozen tower.
-        streaming: how minibatches are streamed and decomposed; default: ``StreamingOptions()``. The paper's algorithm
-            to the letter is ``EVAInitCallback(algorithm="paper")``, a single option of it.
+        streaming: how minibatches are streamed and decomposed, a :class:`StreamingOptions` or a mapping of some of its
+            options (as in LightningCLI's YAML); default: ``StreamingOptions()``. The paper's algorithm to the letter is
+            ``EVAInitCallback(algorithm="paper")``, a single option of it.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
             (:func:`eva_lightning.ranks.explained_variance`).
         init: "eva" or an ablation: "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute"
@@ -122,7 +124,7 @@ class EVAInitCallback(Callback):
         lora: LoraOptions | None = None,
         head: str | Sequence[str] | None = "auto",
         adapt_frozen: bool = False,
-        streaming: StreamingOptions | None = None,
+        streaming: StreamingOptions | Mapping[str, Any] | None = None,
         metric: str = "ratio",
         init: str = "eva",
         rescale_alpha: bool = True,

@@ -32,13 +32,12 @@ for _ in range(3):
         optimizer.step()
 print(f"ranks {state.ranks}, loss {loss.item():.3f}")
 
-# another process: the state gives a new model the same layers, and the weights fit
-folder = Path(tempfile.mkdtemp())
-state.save(folder / "eva")
-torch.save(model.state_dict(), folder / "model.pt")
+# to resume or to serve: the state gives a new model the same layers, so that the weights of a checkpoint fit
+file = state.save(Path(tempfile.mkdtemp()) / "eva")
+weights = model.state_dict()
 loaded = build()
-eva_lightning.initialize(loaded, state=folder / "eva", rho=2, r=4, verbose=False)
-loaded.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+eva_lightning.initialize(loaded, state=file, rho=2, r=4, verbose=False)
+loaded.load_state_dict(weights)
 
 merge_and_unload(loaded)  # adapters into the weights: the network as it was built
 assert [type(layer) for layer in loaded] == [type(layer) for layer in build()]
