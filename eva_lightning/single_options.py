@@ -12,7 +12,10 @@ from eva_lightning.streaming_options import StreamingOptions
 
 
 def with_single_options(
-    streaming: StreamingOptions | Mapping[str, Any] | None, lora: Any, options: Mapping[str, Any], arguments: Sequence[str]
+    streaming: StreamingOptions | Mapping[str, Any] | None,
+    lora: Any,
+    options: Mapping[str, Any],
+    arguments: Sequence[str],
 ) -> tuple[StreamingOptions, Any]:
     """`streaming` and `lora` with the single options that were given beside them.
 

@@ -54,7 +54,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         ({"metric": "ration"}, ValueError, "unknown metric 'ration': did you mean ratio?"),
         ({"init": "whitten"}, ValueError, "unknown init 'whitten': did you mean whiten?"),
         ({"forward_fn": 3}, TypeError, "forward_fn must be a function or None, got 3"),
-        ({"streaming": 0.9}, TypeError, "streaming must be StreamingOptions, a mapping of its options or None, got 0.9"),
+        ({"streaming": 3}, TypeError, "streaming must be StreamingOptions, a mapping of its options or None, got 3"),
         (
             {"init": "minor", "streaming": StreamingOptions(engine="incremental")},
             ValueError, "init='minor' needs the whole spectrum",

@@ -55,6 +55,7 @@ def test_the_rank_map_shows_the_ranks_around_r() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "idle"]
     assert axes.images[0].norm.vcenter == 1  # type: ignore[attr-defined]
     assert axes.get_title(loc="left") == "ranks"
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"  # type: ignore[attr-defined]
 
 
 def test_the_spectra_are_the_ratios() -> None:
