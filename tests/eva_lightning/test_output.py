@@ -29,8 +29,8 @@ LINE = "EVA initialisation: layers: 3, of which 0 removed; left as is: [1/2] of 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a program that has not set up logging: pytest itself listens at the root."""
-    monkeypatch.setattr(logging.getLogger("eva_lightning"), "propagate", False)
+    """As in a program that has not set up logging: pytest itself listens, and would be taken for one that has."""
+    monkeypatch.setattr(output._SCREEN, "filters", [])
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -63,9 +63,9 @@ def test_a_terminal_shows_one_table_with_the_same_words(capsys: pytest.CaptureFi
         assert re.search(r"│\s+".join(re.escape(cell) + r"\s+" for cell in row), shown)
 
 
-@pytest.mark.usefixtures("terminal")
-def test_a_program_that_has_set_up_logging_gets_records(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["", "eva_lightning"], ids=["at the root", "at ours"])
+def test_a_program_that_has_set_up_logging_gets_records_and_the_screen_none(
+    where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records: list[str] = []
 
@@ -73,8 +73,11 @@ def test_a_program_that_has_set_up_logging_gets_records(
         def emit(self, record: logging.LogRecord) -> None:
             records.append(f"{record.levelname} {record.name}: {record.getMessage()}")
 
-    monkeypatch.setattr(logging.getLogger("eva_lightning"), "propagate", True)
-    monkeypatch.setattr(logging.root, "handlers", [Own()])
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.getLogger("eva_lightning"), "handlers", [output._SCREEN])
+    show("EVA initialisation", ROWS)
+    assert capsys.readouterr().out == f"{LINE}\n", "nobody has"
+    logging.getLogger(where).addHandler(Own())
     show("EVA initialisation", ROWS)
     assert records == [f"INFO eva_lightning: {LINE}"]
     assert capsys.readouterr().out == ""
