@@ -25,6 +25,12 @@ from torch import nn
 from eva_lightning import EVAInitCallback, precompute
 from tests.paths import ROOT
 
+# what torch and Lightning say of the TorchScript exporters and of LightningCLI in a program
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what}")
+    for what in (":DeprecationWarning", ":FutureWarning", "LightningCLI's args parameter", ".*exists and is not empty")
+]
+
 TEXT = (ROOT / "docs" / "in-your-code.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
@@ -90,7 +96,7 @@ def test_the_loggers_have_what_the_page_says(ran: Ran) -> None:
     (folder,) = ran.folder.glob("logs/tensorboard/*")
     events = EventAccumulator(str(folder)).Reload()
     assert events.Tags()["images"] == ["eva/ranks", "eva/spectra"]
-    for shown in re.findall(r"^\| `(eva[^|]*)\|", TEXT, re.MULTILINE):
+    for shown in re.findall(r"^\| (`eva[^|]*)\|", TEXT, re.MULTILINE):
         for name in re.findall(r"`([^`]+)`", shown):
             whole = (name if "/" in name else f"eva/{name}").replace("LAYER", "net.0")
             assert row[whole], whole
