@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from eva_lightning.callback import EVAInitCallback
     from eva_lightning.checkpoint import load_from_checkpoint
     from eva_lightning.checkpoint_io import AtomicCheckpointIO
+    from eva_lightning.standalone import initialize
     from eva_lightning.state import EVAState
     from eva_lightning.streaming import compute_eva_state
     from eva_lightning.streaming_options import StreamingOptions
@@ -33,6 +34,7 @@ __all__ = [
     "StreamingOptions",
     "attention_mask",
     "compute_eva_state",
+    "initialize",
     "load_from_checkpoint",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "StreamingOptions": "streaming_options",
     "attention_mask": "batch_forward",
     "compute_eva_state": "streaming",
+    "initialize": "standalone",
     "load_from_checkpoint": "checkpoint",
 }
 

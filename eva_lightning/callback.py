@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
@@ -24,10 +24,14 @@ from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
 from eva_lightning.launching import watch_launches
 from eva_lightning.namespaces import is_overridden, lightning_classes
+from eva_lightning.output import say
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
+from eva_lightning.summary import shows_progress
+from eva_lightning.surroundings import InTrainer
+from eva_lightning.trainer_logs import TrainerLogs
 from eva_lightning.trainer_state import changes_modules_after, once_built, refresh_averages
 from eva_lightning.training_checks import TrainingChecks
 
@@ -55,9 +59,10 @@ class EVAInitCallback(Callback):
     before ``fit`` are left alone if other layers than the head train, and adapted if none does. Optimizers and
     schedulers are rebuilt for the changed parameters: ``configure_optimizers`` runs twice.
 
-    Batch order, random state, train/eval flags, batch norm statistics and logs stay as they would be without it. A
-    second ``fit`` of the same module, or one resumed from a checkpoint, keeps its adapters. If the streaming fails or
-    is interrupted the module is left as it was.
+    Batch order, random state, train/eval flags, batch norm statistics and what the module logs stay as they would be
+    without it; loggers get EVA's numbers beside that (:mod:`eva_lightning.trainer_logs`). A second ``fit`` of the same
+    module, or one resumed from a checkpoint, keeps its adapters. If the streaming fails or is interrupted the module is
+    left as it was.
 
     FSDP (version 1) and DeepSpeed shard the model before EVA can run it: give them a precomputed ``state``. List
     ``ModelSummary`` after this callback if it should count the redistributed parameters.
@@ -81,8 +86,9 @@ class EVAInitCallback(Callback):
             PEFT before ``fit``.
         head: output layers that train in full; "auto" finds them, among those that train if some are frozen.
         adapt_frozen: adapt layers frozen before ``fit`` also if others than the head train, such as a frozen tower.
-        streaming: how minibatches are streamed and decomposed; default: ``StreamingOptions()``. The paper's algorithm
-            to the letter is ``EVAInitCallback(algorithm="paper")``, a single option of it.
+        streaming: how minibatches are streamed and decomposed, a :class:`StreamingOptions` or a mapping of some of its
+            options (as in LightningCLI's YAML); default: ``StreamingOptions()``. The paper's algorithm to the letter is
+            ``EVAInitCallback(algorithm="paper")``, a single option of it.
         metric: what components are ranked by: "ratio", "eq6", "sum", "max", "raw"
             (:func:`eva_lightning.ranks.explained_variance`).
         init: "eva" or an ablation: "whiten", "lora-norm", "rotate", "permute", "minor", "redistribute"
@@ -93,7 +99,10 @@ class EVAInitCallback(Callback):
         adapter_only_checkpoints: leave frozen weights out of Lightning checkpoints.
         forward_fn: ``forward_fn(module, batch)`` runs the forward pass where the batch's type does not tell how.
         mask_fn: ``mask_fn(batch)`` returns a bool tensor, True for tokens that count (padding left out).
-        verbose: print what was done, once.
+        verbose: say what was done, once, as records of the logger ``eva_lightning`` (:mod:`eva_lightning.output`);
+            "auto": only where the Trainer shows progress bars (not with ``enable_progress_bar=False``).
+        log: write ranks, explained variances, minibatches and seconds to the Trainer's loggers, once
+            (:mod:`eva_lightning.trainer_logs`).
         options: single options of ``streaming`` and ``lora`` by their own names, where one or two are all that is
             wanted: ``EVAInitCallback(tokens_per_sample=None)``, ``EVAInitCallback(bias="all", use_dora=True)``.
 
@@ -116,7 +125,7 @@ class EVAInitCallback(Callback):
         lora: LoraOptions | None = None,
         head: str | Sequence[str] | None = "auto",
         adapt_frozen: bool = False,
-        streaming: StreamingOptions | None = None,
+        streaming: StreamingOptions | Mapping[str, Any] | None = None,
         metric: str = "ratio",
         init: str = "eva",
         rescale_alpha: bool = True,
@@ -124,7 +133,8 @@ class EVAInitCallback(Callback):
         adapter_only_checkpoints: bool = False,
         forward_fn: ForwardFn | None = None,
         mask_fn: MaskFn | None = None,
-        verbose: bool = True,
+        verbose: bool | Literal["auto"] = True,
+        log: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -140,10 +150,12 @@ class EVAInitCallback(Callback):
         for name, flag in (
             ("rescale_alpha", rescale_alpha),
             ("adapter_only_checkpoints", adapter_only_checkpoints),
-            ("verbose", verbose),
+            ("log", log),
         ):
             if not isinstance(flag, bool):
                 raise InputTypeError(f"{name} must be True or False, got {flag!r}", setting=name)
+        if not isinstance(verbose, bool) and verbose != "auto":
+            raise InputTypeError(f"verbose must be True, False or 'auto', got {verbose!r}", setting="verbose")
         engine = streaming.resolved().engine
         if init == "minor" and engine not in ("auto", "exact"):
             by = "algorithm='paper'" if streaming.algorithm == "paper" else f"engine={engine!r}"
@@ -164,7 +176,9 @@ class EVAInitCallback(Callback):
         )
         self.adapter_only_checkpoints = adapter_only_checkpoints
         self.verbose = verbose
+        self._is_logged = log  # Lightning gives every callback the `log` of the module
         self.state: EVAState | None = None
+        self._logs = TrainerLogs()
         self._stop_watching: Callable[[], None] = _nothing
         self._stop_waiting: Callable[[], None] = _nothing
         # none before on_fit_start: Lightning's learning rate finder trains earlier, up to divergence
@@ -216,13 +230,14 @@ class EVAInitCallback(Callback):
         """
         self._let_go()
         if self.initialiser.to_do(pl_module) == {}:
-            if self.state is None and self.verbose:
-                rank_zero_info(
+            if self.state is None and self._says(trainer):
+                say(
                     f"EVA: the adapters of {type(pl_module).__name__} are {done(pl_module)} already; nothing is "
                     "streamed"
                 )
         elif trainer.limit_train_batches != 0:
             self._start(trainer, pl_module, initialise=True)
+        self._logs.join_hyperparameters(trainer)
         if not _is_opaque(trainer):  # whose parameters are not the module's
             self._checks = TrainingChecks()
             if self.state is not None:  # that of a resumed run too
@@ -230,7 +245,8 @@ class EVAInitCallback(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of adapters that cannot train, or that no optimizer has."""
+        """Write to the loggers, now that they have the module's own; warn of adapters that cannot train."""
+        self._logs.write(trainer)
         if self._checks is not None:
             self._checks.start(trainer, pl_module, self.initialiser.not_run, self.initialiser.found_heads)
 
@@ -300,7 +316,10 @@ class EVAInitCallback(Callback):
         """Take the state of a resumed run; entries of other versions are passed over."""
         if "state" in state_dict:
             known = {f.name for f in fields(EVAState)}
-            self.state = EVAState(**{k: v for k, v in state_dict["state"].items() if k in known})
+            state = EVAState(**{k: v for k, v in state_dict["state"].items() if k in known})
+            if self.state is None or state.seconds != self.state.seconds:
+                self._logs.forget()  # the interrupted run has written them; the learning rate finder's has not
+            self.state = state
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.initialiser.to_do(pl_module) == {}:
@@ -324,19 +343,21 @@ class EVAInitCallback(Callback):
             if layers is None:
                 layers = self.initialiser.inject(pl_module)
             if initialise:
+                where = InTrainer(trainer, pl_module, before_strategy)
                 self.state = self.initialiser.initialise(
-                    trainer,
-                    pl_module,
-                    layers,
-                    before_strategy=before_strategy,
-                    injected=injected,
-                    verbose=self.verbose,
+                    where, pl_module, layers, injected=injected, verbose=self._says(trainer)
                 )
+        if initialise and self._is_logged and self.state is not None:
+            self._logs = TrainerLogs(self.state, self._says(trainer))
+
+    def _says(self, trainer: pl.Trainer) -> bool:
+        return shows_progress(trainer) if self.verbose == "auto" else bool(self.verbose)
 
     def _let_go(self) -> None:
         self._stop_watching()
         self._stop_waiting()
         self._stop_watching = self._stop_waiting = _nothing
+        self._logs.let_go()
         if self._checks is not None:
             self._checks.close()
             self._checks = None

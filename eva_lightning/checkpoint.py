@@ -138,7 +138,7 @@ def describe_on_save(
     vars(module)["on_save_checkpoint"] = _DescribedSaving(module, injection, adapter_only, built_with)
 
 
-def stop_describing(module: pl.LightningModule) -> None:
+def stop_describing(module: nn.Module) -> None:
     """Undo :func:`describe_on_save`."""
     described = vars(module).pop("on_save_checkpoint", None)
     if isinstance(described, _DescribedSaving):

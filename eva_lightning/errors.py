@@ -34,6 +34,10 @@ class MissingInputError(InputError, FileNotFoundError):
     """A file or folder that is needed does not exist."""
 
 
+class MissingPackageError(InputError, ImportError):
+    """A package that is needed for this, and only for some of what there is, is not installed."""
+
+
 class UnreachableError(InputError, ConnectionError):
     """A server that is needed does not answer."""
 

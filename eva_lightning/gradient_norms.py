@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,6 +19,7 @@ from eva_lightning.callback_base import Callback
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.files import replacing
 from eva_lightning.namespaces import lightning_classes
+from eva_lightning.output import say
 
 #: Columns of a row. Norms are Euclidean, over all layers together; ``a`` and ``b`` are empty without adapters.
 COLUMNS = ("step", "a", "b", "norm", "train_loss")
@@ -89,7 +89,7 @@ class GradientNorms(Callback):
         self._losses = []
         self._groups = _adapter_parameters(pl_module) or _weights(pl_module, self.exclude)
         if not self._groups:
-            rank_zero_info(
+            say(
                 f"gradient norms: {type(pl_module).__name__} trains neither adapters nor the layers they would be at; "
                 "nothing is recorded"
             )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch import nn
 
 from eva_lightning import checkpoint as ckpt
 from eva_lightning.adapters import (
@@ -31,14 +30,14 @@ from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.done import done, mark_done, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
+from eva_lightning.output import say
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan, refuse_other_algorithm, selection_of
 from eva_lightning.side_effects import snapshot_rng
 from eva_lightning.state import EVAState
 from eva_lightning.streaming import compute_eva_state
 from eva_lightning.streaming_options import StreamingOptions
-from eva_lightning.summary import print_summary, streaming_progress
-from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages, refuses_unused_parameters
-from eva_lightning.training_batches import set_up_loader, training_batches
+from eva_lightning.summary import say_summary, streaming_progress
+from eva_lightning.surroundings import Surroundings
 from eva_lightning.training_checks import warn_of_layers_not_run, warn_of_weights_read
 
 _INJECTION = "_eva_lightning_injection"
@@ -74,17 +73,17 @@ class Initialiser:
             return []
         return self.injection.head
 
-    def take_up(self, pl_module: pl.LightningModule) -> None:
+    def take_up(self, pl_module: nn.Module) -> None:
         """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
         injection = vars(pl_module).get(_INJECTION)
         self.injection = injection if injection is not None and injection.is_in(pl_module) else None
         self.not_run = []
 
-    def forget_reset(self, pl_module: pl.LightningModule) -> None:
+    def forget_reset(self, pl_module: nn.Module) -> None:
         """Let adapters that were made new in place be initialised again."""
         unmark_reset(find_adapters(pl_module).values())
 
-    def to_do(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer] | None:
+    def to_do(self, pl_module: nn.Module) -> dict[str, AdapterLayer] | None:
         """The LoRA layers still to be initialised: none when all are; ``None`` if the module has no adapter at all.
 
         Beside layers that are set already, those that somebody trained are set too.
@@ -103,7 +102,7 @@ class Initialiser:
         new = without_mark(layers)
         return new if len(new) == len(layers) else {name: layer for name, layer in new.items() if layer.is_fresh}
 
-    def inject(self, pl_module: pl.LightningModule) -> dict[str, AdapterLayer]:
+    def inject(self, pl_module: nn.Module) -> dict[str, AdapterLayer]:
         """Put adapters in; returns their layers.
 
         Raises:
@@ -113,7 +112,7 @@ class Initialiser:
         vars(pl_module)[_INJECTION] = self.injection
         return wanted_adapters(pl_module)
 
-    def undo(self, pl_module: pl.LightningModule) -> None:
+    def undo(self, pl_module: nn.Module) -> None:
         """Leave a module that has not been initialised as it was before."""
         if done(pl_module):
             return
@@ -124,7 +123,7 @@ class Initialiser:
         self.injection = None
 
     @contextmanager
-    def undone_on_failure(self, pl_module: pl.LightningModule) -> Iterator[None]:
+    def undone_on_failure(self, pl_module: nn.Module) -> Iterator[None]:
         """Undo everything, the random state included, if the body raises."""
         restore_rng = snapshot_rng()
         try:
@@ -136,23 +135,21 @@ class Initialiser:
 
     def initialise(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        where: Surroundings,
+        pl_module: nn.Module,
         layers: Mapping[str, AdapterLayer],
         *,
-        before_strategy: bool,
         injected: bool,
         verbose: bool,
     ) -> EVAState:
         """Decompose, redistribute, write A and B, and give optimizers and averages the new parameters.
 
         Args:
-            trainer: About to fit the module.
+            where: Gives the minibatches.
             pl_module: With adapters.
             layers: Those to initialise.
-            before_strategy: The strategy has not set the module up yet: there is nothing to rebuild.
             injected: The adapters were put in a moment ago: optimizers do not know them.
-            verbose: Print what is done.
+            verbose: Say what is done.
 
         Returns:
             The state, with the ranks that the layers have now.
@@ -168,22 +165,20 @@ class Initialiser:
         if self.given is not None and self.streaming.algorithm == "paper":
             refuse_other_algorithm(self.given, selection_of(layers, self.rho, self.metric, self.init))
         before = count_trainable(pl_module)
-        state = self.given or self._stream(trainer, pl_module, layers, before_strategy, verbose)
-        plan = self._apply(trainer, pl_module, layers, state)
-        if not before_strategy and (plan.replaces_parameters or injected):
-            rebuild_optimizers(trainer, pl_module)
-        refresh_averages(trainer, pl_module)
+        state = self.given or self._stream(where, pl_module, layers, verbose)
+        plan = self._apply(where, pl_module, layers, state)
+        where.renew(plan.replaces_parameters or injected)
         plan.state.seconds = time.perf_counter() - started
-        if verbose and trainer.is_global_zero:
+        if verbose:
             after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            print_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
+            say_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
         return plan.state
 
     def _apply(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, AdapterLayer], state: EVAState
+        self, where: Surroundings, pl_module: nn.Module, layers: Mapping[str, AdapterLayer], state: EVAState
     ) -> Plan:
         # an adapter that takes no part in training ends a fit with DistributedDataParallel
-        stops = refuses_unused_parameters(trainer)
+        stops = where.refuses_unused_parameters
         drop_idle = stops and self.injection is not None
         plan = make_plan(
             layers,
@@ -204,15 +199,10 @@ class Initialiser:
         return plan
 
     def _stream(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        layers: Mapping[str, AdapterLayer],
-        before_strategy: bool,
-        verbose: bool,
+        self, where: Surroundings, pl_module: nn.Module, layers: Mapping[str, AdapterLayer], verbose: bool
     ) -> EVAState:
         options = self.streaming.resolved()
-        limit = int(min(options.limit, set_up_loader(trainer)))
+        limit = int(min(options.limit, where.set_up()))
         if options.algorithm == "fast":  # which does not start over
             options = replace(options, max_batches=limit)
         k = max(round(layer.rank * self.rho) for layer in layers.values())
@@ -220,25 +210,22 @@ class Initialiser:
         if verbose:
             plan = Allocation.plan(inputs, k, options, self.init == "minor")
             sent = f"; processes exchange {max(plan.messages.values()):,} bytes per layer at most"
-            rank_zero_info(f"EVA: {plan}{sent if trainer.world_size > 1 else ''}")
-        context: Callable[[], AbstractContextManager[Any]] = (
-            nullcontext if before_strategy else trainer.precision_plugin.forward_context
-        )
+            say(f"EVA: {plan}{sent if where.world_size > 1 else ''}")
         reads = WeightReads(pl_module, layers)
         with (
             disabled(layers.values()),
             kept_trainable(pl_module),
-            streaming_progress(trainer, options) as progress,
+            streaming_progress(where.shows_progress, options) as progress,
         ):
             state = compute_eva_state(
                 pl_module,
-                lambda: training_batches(trainer, limit),
+                lambda: where.batches(limit),
                 inputs,
                 k,
                 options,
                 forward_fn=self.forward_fn,
                 mask_fn=self.mask_fn,
-                context=reads.in_first(context),
+                context=reads.in_first(where.forward_context),
                 progress=progress,
                 minor=self.init == "minor",
                 selection=selection_of(layers, self.rho, self.metric, self.init),

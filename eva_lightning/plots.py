@@ -12,9 +12,11 @@ and colours are explained in a legend, or by a labelled colour bar.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,16 @@ def save(figure: Figure, file: str | os.PathLike[str], dpi: int = 120) -> None:
         figure.savefig(temporary, dpi=dpi, format="png")
 
 
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _axes(width: float = 5.0, height: float = 3.4, grid: bool = True) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
+    # notebooks show figures of pyplot only; a class of our own would be no figure to wandb
+    setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010 - the type has no such attribute
     axes = figure.add_subplot()
     if grid:
         axes.grid(True, axis="y", color=_GRID, linewidth=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -94,7 +95,8 @@ def make_plan(
     untouched = [n for n in layers if n not in measured]
     ranks |= {n: 0 if drop_idle else layers[n].rank for n in untouched}
     state = dataclasses.replace(state, ranks={n: ranks[n] for n in layers})
-    state.meta = {**state.meta, "rho": selection.rho, "metric": metric, "init": init}
+    r = statistics.mean(layer.rank for layer in layers.values())
+    state.meta = {**state.meta, "r": r, "rho": selection.rho, "metric": metric, "init": init}
     capped = [n for n, layer in measured.items() if layer.in_features < round(layer.rank * selection.rho)]
     return Plan(a, state, {n: layer.rank for n, layer in layers.items()}, untouched, capped)
 

@@ -12,12 +12,15 @@ from eva_lightning.streaming_options import StreamingOptions
 
 
 def with_single_options(
-    streaming: StreamingOptions | None, lora: Any, options: Mapping[str, Any], arguments: Sequence[str]
+    streaming: StreamingOptions | Mapping[str, Any] | None,
+    lora: Any,
+    options: Mapping[str, Any],
+    arguments: Sequence[str],
 ) -> tuple[StreamingOptions, Any]:
     """`streaming` and `lora` with the single options that were given beside them.
 
     Args:
-        streaming: How minibatches are streamed; None for the defaults.
+        streaming: How minibatches are streamed, also as a mapping of some options; None for the defaults.
         lora: A ``peft.LoraConfig``, a mapping of some of its options, or None.
         options: Name -> value of fields of :class:`StreamingOptions` and of options of LoraConfig.
         arguments: Names of the callback's own arguments, for suggestions.
@@ -25,9 +28,17 @@ def with_single_options(
     Raises:
         InputError: There is no such option (suggests the nearest), or a single one stands beside a whole LoraConfig.
     """
-    if streaming is not None and not isinstance(streaming, StreamingOptions):
-        raise InputTypeError(f"streaming must be StreamingOptions or None, got {streaming!r}", setting="streaming")
     of_streaming = [item.name for item in fields(StreamingOptions)]
+    if isinstance(streaming, Mapping):
+        for name in streaming:
+            if name not in of_streaming:
+                raise InputTypeError(unknown("option of streaming", name, of_streaming), setting="streaming")
+        streaming = StreamingOptions(**streaming)
+    if streaming is not None and not isinstance(streaming, StreamingOptions):
+        raise InputTypeError(
+            f"streaming must be StreamingOptions, a mapping of its options or None, got {streaming!r}",
+            setting="streaming",
+        )
     for name in options:
         if name not in (*of_streaming, *HONOURED):
             raise InputTypeError(unknown("argument", name, [*arguments, *of_streaming, *HONOURED], list_all=False))

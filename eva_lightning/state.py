@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,16 @@ from torch import Tensor
 from eva_lightning.errors import DamagedFileError, InputError, InputTypeError, MissingInputError, check_number
 from eva_lightning.files import file_digest, replacing
 from eva_lightning.names import shown
+from eva_lightning.optional import needed
 from eva_lightning.ranks import explained_variance, redistribute_ranks
 from eva_lightning.reading import parse_json, read_text
 from eva_lightning.sealed import CHECKSUM, read_sealed_json, sealed
 from eva_lightning.state_checks import DOCUMENT_FIELDS, check_agreement, check_document
 from eva_lightning.tensor_files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 FORMAT = "eva_lightning.state"
 VERSION = 2
@@ -122,20 +128,65 @@ class EVAState:
         }
 
     def describe(self) -> list[dict[str, str | int | float | bool]]:
-        """One row per layer: name, width, rank, components held, explained variance of the kept ones, tokens."""
+        """One row per layer: name, width, rank, components held, explained variance of the kept ones, tokens.
+
+        A layer that did not run has no components and no tokens, and its explained variance is NaN.
+        """
         return [
             {
                 "layer": layer,
                 "width": self.widths.get(layer, 0),
                 "rank": rank,
-                "components": len(self.singular_values[layer]),
-                "explained": float(self.explained_variance_ratio[layer][:rank].sum()),
-                "n_samples": self.n_samples[layer],
+                "components": len(self.singular_values.get(layer, ())),
+                "explained": self._explained(layer, rank),
+                "n_samples": self.n_samples.get(layer, 0),
                 "converged": self.converged.get(layer, False),
                 "shared_with": self.shared_with.get(layer, ""),
             }
             for layer, rank in self.ranks.items()
         ]
+
+    def _explained(self, layer: str, rank: int) -> float:
+        ratio = self.explained_variance_ratio.get(layer)
+        return math.nan if ratio is None else float(ratio[:rank].sum())
+
+    def to_pandas(self) -> DataFrame:
+        """:meth:`describe` as a ``pandas.DataFrame`` with the layers as its index.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        pandas = needed("pandas", "EVAState.to_pandas", "plots")
+        # the columns are there without rows too
+        columns = ["width", "rank", "components", "explained", "n_samples", "converged", "shared_with"]
+        return pandas.DataFrame(self.describe(), columns=["layer", *columns]).set_index("layer")
+
+    def plot_ranks(self, title: str | None = None) -> Figure:
+        """The ranks as a table of colours, one column per block and one row per kind of layer; rank r is neutral.
+
+        Args:
+            title: Text above the figure.
+
+        Raises:
+            MissingPackageError: matplotlib or scipy is not installed.
+            InputError: The state has no ranks (:func:`eva_lightning.compute_eva_state` gives none).
+        """
+        plots = needed("eva_lightning.plots", "EVAState.plot_ranks", "plots")
+        return plots.rank_heatmap(self.ranks, self.meta.get("r"), title)
+
+    def plot_spectra(self, title: str | None = None) -> Figure:
+        """The explained-variance ratios of the components held, one line per layer.
+
+        Args:
+            title: Text above the figure.
+
+        Raises:
+            MissingPackageError: matplotlib or scipy is not installed.
+            InputError: The state has no decompositions.
+        """
+        plots = needed("eva_lightning.plots", "EVAState.plot_spectra", "plots")
+        ratios = {layer: ratio.tolist() for layer, ratio in self.explained_variance_ratio.items()}
+        return plots.spectra(ratios, title)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``<path>.safetensors``, with everything in it, and ``<path>.json``, a copy of the numbers for reading.

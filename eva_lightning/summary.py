@@ -1,4 +1,4 @@
-"""What the callback prints: a progress bar while it streams and one short table at the end."""
+"""What an initialisation shows: a progress bar while it streams and one short table at the end."""
 
 from __future__ import annotations
 
@@ -7,68 +7,70 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from torch import nn
 
 from eva_lightning.adapters import Injection
 from eva_lightning.adapters.frozen_layers import by_training
 from eva_lightning.adapters.targets import linear_layers, summarised
+from eva_lightning.output import can_animate, show
 from eva_lightning.rank_plan import Plan
 from eva_lightning.state import EVAState
 from eva_lightning.streaming_options import StreamingOptions
 
 
-def print_summary(
+def say_summary(
     plan: Plan,
-    module: pl.LightningModule,
+    module: nn.Module,
     before: int,
     after: int,
     injection: Injection | None,
     skipped: Mapping[str, str] | None = None,
     max_batches: int = 0,
 ) -> None:
-    """Print what was done: layers, ranks, trainable parameters, minibatches, seconds; and what was left as it is."""
+    """Say what was done: layers, ranks, trainable parameters, minibatches, seconds; and what was left as it is."""
     state = plan.state
     adapted = [rank for rank in state.ranks.values() if rank > 0]
-    table = Table(title="EVA initialisation", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("layers", f"{len(state.ranks)}, of which {len(state.ranks) - len(adapted)} removed (rank 0)")
     median = statistics.median(adapted) if adapted else 0
     spread = f"{min(adapted, default=0)} / {median:g} / {max(adapted, default=0)}"
-    table.add_row("ranks min/median/max", f"{spread}, sum {sum(adapted)}")
-    table.add_row("trainable parameters", f"{after:,} (with uniform ranks {before:,})")
+    rows = [
+        ("layers", f"{len(state.ranks)}, of which {len(state.ranks) - len(adapted)} removed (rank 0)"),
+        ("ranks min/median/max", f"{spread}, sum {sum(adapted)}"),
+        ("trainable parameters", f"{after:,} (with uniform ranks {before:,})"),
+    ]
     if injection is None:
-        table.add_row("adapters", f"those of the module, r = {statistics.mean(plan.uniform.values()):g}")
+        rows.append(("adapters", f"those of the module, r = {statistics.mean(plan.uniform.values()):g}"))
     else:
-        _add_injection(table, injection, module)
-    table.add_row("minibatches", f"{state.n_batches}, {_why_stopped(state, max_batches)}")
-    table.add_row("seconds", f"{state.seconds:.2f}")
+        rows += _of_injection(injection, module)
+    rows += [
+        ("minibatches", f"{state.n_batches}, {_why_stopped(state, max_batches)}"),
+        ("seconds", f"{state.seconds:.2f}"),
+    ]
     if plan.capped:
-        table.add_row("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}")
+        rows.append(("capped", f"{len(plan.capped)} layers are narrower than r * rho, e.g. {plan.capped[0]}"))
     if plan.untouched:
         fate = "keep their random A" if state.ranks[plan.untouched[0]] else "have lost their adapters"
-        table.add_row("not run", f"{len(plan.untouched)} layers {fate}, e.g. {plan.untouched[0]}")
+        rows.append(("not run", f"{len(plan.untouched)} layers {fate}, e.g. {plan.untouched[0]}"))
     if skipped:
         name, reason = next(iter(skipped.items()))
-        table.add_row("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}")
-    Console().print(table)
+        rows.append(("left as is", f"{len(skipped)} LoRA layers, e.g. {name}: {reason}"))
+    show("EVA initialisation", rows)
 
 
-def _add_injection(table: Table, injection: Injection, module: pl.LightningModule) -> None:
+def _of_injection(injection: Injection, module: nn.Module) -> list[tuple[str, str]]:
     """What the module is now: flags may have changed since the injection, and layers may have gone."""
     full, part, frozen = by_training(module, [*injection.head, *injection.frozen_head])
     trains = f"head {', '.join(full)} trains in full" if full else "no head is trained whole"
-    table.add_row("adapters", f"injected; {trains}")
+    rows = [("adapters", f"injected; {trains}")]
     if part:
-        table.add_row("head in part", f"{', '.join(part)}: some of its parameters are frozen")
+        rows.append(("head in part", f"{', '.join(part)}: some of its parameters are frozen"))
     if frozen:
-        table.add_row("frozen head", f"{', '.join(frozen)}: trains if named with head=")
+        rows.append(("frozen head", f"{', '.join(frozen)}: trains if named with head="))
     if injection.left_frozen:
         where = summarised(injection.left_frozen, [*linear_layers(module), *injection.targets])
         many = len(injection.left_frozen)
-        table.add_row("left frozen", f"{where} ({many} layers, frozen before fit); adapt_frozen=True adapts them")
+        rows.append(("left frozen", f"{where} ({many} layers, frozen before fit); adapt_frozen=True adapts them"))
+    return rows
 
 
 def _why_stopped(state: EVAState, max_batches: int) -> str:
@@ -81,26 +83,30 @@ def _why_stopped(state: EVAState, max_batches: int) -> str:
     return f"{share:.0%} of the {what} converged" if share >= float(state.meta.get("delta", 1)) else reason
 
 
+def shows_progress(trainer: pl.Trainer) -> bool:
+    """Whether this process of a Trainer is the one that draws progress bars, if any does."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
 @contextmanager
-def streaming_progress(trainer: pl.Trainer, options: StreamingOptions) -> Iterator[ReportBatch]:
+def streaming_progress(shown: bool, options: StreamingOptions) -> Iterator[ReportBatch]:
     """A bar over EVA's minibatches; yields what to tell it."""
-    with progress_bar(trainer, "EVA: streaming minibatches", options.limit) as (progress, task):
+    with progress_bar(shown, "EVA: streaming minibatches", options.limit) as (progress, task):
         yield ReportBatch(progress, task, "components" if options.algorithm == "paper" else "layers")
 
 
 @contextmanager
-def counting_progress(trainer: pl.Trainer, description: str, total: int) -> Iterator[Callable[[], None]]:
+def counting_progress(shown: bool, description: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar over `total` things; yields what to call after each."""
-    with progress_bar(trainer, description, total) as (progress, task):
+    with progress_bar(shown, description, total) as (progress, task):
         yield lambda: progress.advance(task)
 
 
 @contextmanager
-def progress_bar(trainer: pl.Trainer, description: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    """A rich progress bar where the Trainer shows progress bars (rank 0 only)."""
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+def progress_bar(shown: bool, description: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    """A rich progress bar, if it is to be shown and there is something to draw it on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not shown, transient=True) as progress:
+    with Progress(*columns, disable=not (shown and can_animate()), transient=True) as progress:
         yield progress, progress.add_task(description, total=total)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,7 +45,7 @@ def training_batches(trainer: pl.Trainer, limit: int) -> Iterator[Any]:
         iterator = iter(source)
         try:
             for index, batch in enumerate(iterator):
-                yield _delivered(trainer, batch)
+                yield delivered(trainer, batch)
                 if index + 1 >= limit:
                     break
         finally:
@@ -53,17 +53,17 @@ def training_batches(trainer: pl.Trainer, limit: int) -> Iterator[Any]:
             del iterator
 
 
-def batches_of(trainer: pl.Trainer, source: Iterable[Any], limit: int) -> Iterator[Any]:
-    """The first ``limit`` minibatches of other data on the training device; generators are as before afterwards.
+def batches_of(source: Iterable[Any], limit: int, deliver: Callable[[Any], Any]) -> Iterator[Any]:
+    """The first ``limit`` minibatches of other data, each as ``deliver`` gives it; generators are as before afterwards.
 
     Raises:
         InputError: there is none.
     """
     with isolated_rng(), restored_sources(source):
         empty = True
-        for batch in itertools.islice(source, limit):
+        for batch in itertools.islice(_detached(source), limit):
             empty = False
-            yield _delivered(trainer, batch)
+            yield deliver(batch)
     if empty:
         raise InputError(f"the data given ({type(source).__name__}) hold no minibatch, and one at least is needed")
 
@@ -91,7 +91,8 @@ def _combined(loaders: Any) -> Iterator[Any]:
     yield from combined
 
 
-def _delivered(trainer: pl.Trainer, batch: Any) -> Any:
+def delivered(trainer: pl.Trainer, batch: Any) -> Any:
+    """A minibatch on the training device, as the training loop would have it."""
     module = trainer.lightning_module
     batch = trainer.precision_plugin.convert_input(batch)
     data = getattr(trainer, "datamodule", None)

@@ -23,6 +23,7 @@ LEFT_OUT = {
     "eva_lightning/tensor_files.py:write_tensors": "its callers give it a file of replacing()",
     "eva_lightning/arrays.py:map_array": "reads",
     "eva_lightning/adapters/export.py:write": "its caller gives it a folder of filling()",
+    "eva_lightning/plots.py:_png": "into memory",
     "eva_lightning/launching.py:__call__": "a message to the parent process, in a temporary folder",
     "eva_lightning/rl/trajectory_store.py:build": "a folder that takes its name when it is complete",
     "eva_lightning/rl/trajectory_store.py:_write": "into a folder that takes its name when it is complete",

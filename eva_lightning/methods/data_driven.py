@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from eva_lightning.adapters import AdapterLayer, find_adapters, refuse_trained
 from eva_lightning.adapters.base_weight_init import (
@@ -30,10 +30,11 @@ from eva_lightning.methods.start_inputs import Given, Means
 from eva_lightning.methods.starts import KINDS
 from eva_lightning.methods.training_statistics import Statistic, Sums, layer_statistics
 from eva_lightning.namespaces import lightning_classes
+from eva_lightning.output import say
 from eva_lightning.side_effects import isolated_rng, snapshot_rng
-from eva_lightning.summary import counting_progress
+from eva_lightning.summary import counting_progress, shows_progress
 from eva_lightning.trainer_state import rebuild_optimizers, refresh_averages
-from eva_lightning.training_batches import batches_of, set_up_loader, training_batches, training_samples
+from eva_lightning.training_batches import batches_of, delivered, set_up_loader, training_batches, training_samples
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -164,7 +165,7 @@ class DataDrivenStart(Callback):
                 if self.keep_function
                 else "; the function has moved by scaling * B A (keep_function=True keeps it)"
             )
-        rank_zero_info(line)
+        say(line)
 
     def leave(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """In a process started by a strategy such as ``ddp_spawn``, after ``fit``: ranks and alphas, if it set any."""
@@ -185,8 +186,11 @@ class DataDrivenStart(Callback):
     ) -> Sums:
         description = f"{METHODS[self.kind].label}: reading minibatches"
         given = self.knowledge
-        batches = training_batches(trainer, limit) if given is None else batches_of(trainer, given, limit)
-        with disabled(layers.values()), counting_progress(trainer, description, limit) as progress:
+        if given is None:
+            batches = training_batches(trainer, limit)
+        else:
+            batches = batches_of(given, limit, partial(delivered, trainer))
+        with disabled(layers.values()), counting_progress(shows_progress(trainer), description, limit) as progress:
             return layer_statistics(
                 pl_module,
                 batches,
@@ -228,7 +232,7 @@ class DataDrivenStart(Callback):
         chosen = {name: layers[name] for name in means}
         description = f"{METHODS[self.kind].label}: decomposing weights"
         with (
-            counting_progress(trainer, description, len(chosen)) as progress,
+            counting_progress(shows_progress(trainer), description, len(chosen)) as progress,
             torch.autocast(trainer.strategy.root_device.type, enabled=False),
             put_back_on_failure(chosen.values(), take),
             restored_on_failure(pl_module),

@@ -110,9 +110,6 @@ def train(settings: Any, source: Source, show: bool) -> tuple[dict[str, torch.Te
     options = AdapterOptions(rank=settings.r, rho=1.0, bias=tuning.bias, seed=settings.seed)
     mask_fn = source.mask_fn
     callbacks = apply_method(key.method, tuning.module, options, exclude=tuning.exclude or None, mask_fn=mask_fn)
-    for callback in callbacks:
-        if hasattr(callback, "verbose"):
-            callback.verbose = False
     accelerator = "cpu" if settings.source == "digits" else settings.accelerator
     trainer = quick_trainer(settings.epochs, [*callbacks, start, divergence], show, accelerator)
     trainer.fit(tuning.module, tuning.data)

@@ -58,9 +58,6 @@ def finetune(run: OneRun, folder: RunFolder) -> dict[str, Any]:
     key, started = MethodKey.parse(run.method), time.perf_counter()
     options = AdapterOptions(rank=run.rank, rho=key.rho or DEFAULT_RHO, seed=run.seed)
     callbacks = apply_method(key.method, module, options, head=module.head_name)
-    for callback in callbacks:
-        if hasattr(callback, "verbose"):
-            callback.verbose = False
     evaluations = Evaluations(evaluation_images(data), run.evaluated)
     first, divergence, norms = FirstStep(), Divergence(), GradientNorms(max(1, run.gradient_steps))
     notes = [norms] if run.gradient_steps else []

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 
-from eva_lightning.callback import EVAInitCallback
 from eva_lightning.files import file_digest
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
@@ -112,8 +111,4 @@ def prepare(module: ImageClassifier, run: Run) -> list[L.Callback]:
         return []  # at one learning rate for all layers: there is no pre-training that lower layers should keep
     key = MethodKey.parse(run.method.removesuffix("-random"))
     options = AdapterOptions(rank=run.rank, alpha=run.alpha, rho=key.rho or 1.0, seed=run.seed)
-    callbacks = apply_method(key.method, module, options, head=module.head_name)
-    for callback in callbacks:
-        if isinstance(callback, EVAInitCallback):
-            callback.verbose = False
-    return callbacks
+    return apply_method(key.method, module, options, head=module.head_name)

@@ -22,7 +22,6 @@ from torch import nn
 
 from eva_lightning.adapters import merge_and_unload, save_pretrained
 from eva_lightning.adapters.registry import has_adapters
-from eva_lightning.callback import EVAInitCallback
 from eva_lightning.methods import MethodKey
 from eva_lightning.methods.apply import AdapterOptions, apply_method
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
@@ -150,11 +149,7 @@ def prepare(settings: Settings, module: DecisionTransformerModule) -> list[L.Cal
         seed=settings.seed,
         keep_function=settings.keep_function,
     )
-    callbacks = apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
-    for callback in callbacks:
-        if isinstance(callback, EVAInitCallback):
-            callback.verbose = settings.progress  # a comparison has hundreds of runs
-    return callbacks
+    return apply_method(settings.method, module, options, head=head, exclude=exclude, mask_fn=module.mask_fn)
 
 
 def without_adapters(module: DecisionTransformerModule, head: str = "train") -> list[str]:

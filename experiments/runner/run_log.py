@@ -8,17 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from eva_lightning.output import Screen
+
 _LOGGERS = ("experiments", "eva_lightning", "tools", "lightning.pytorch", "lightning.fabric", "py.warnings")
 _LOGGER = logging.getLogger("experiments.runner")
-
-
-class _Screen(logging.Handler):
-    """Prints to whatever standard output is at the moment: a progress bar stands in for it while it is drawn."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print the message alone, with its level where that is worth a look; tracebacks are for the file."""
-        text = record.getMessage()
-        print(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", flush=True)
 
 
 class _File(logging.FileHandler):
@@ -46,7 +39,7 @@ def logging_to(file: Path, terminal: bool = True) -> Iterator[None]:
     written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [written]
     if terminal:
-        screen = _Screen()
+        screen = Screen(warnings_apart=False)
         screen.addFilter(_is_for_the_screen)
         handlers.append(screen)
     loggers = [logging.getLogger(name) for name in _LOGGERS]

@@ -1,22 +1,17 @@
-"""What the module itself does not log: learning rate, time per epoch, EVA's ranks, the result by its settings."""
+"""What neither the module nor EVA's callback logs: learning rate, time per epoch, the result by its settings."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-
-from eva_lightning.callback import EVAInitCallback
-from eva_lightning.state import EVAState
 
 
 class RunLogging(L.Callback):
     """Complete what loggers get; without loggers it does nothing.
 
-    - at the start: number of trained parameters and, with EVA, :func:`eva_summary`;
+    - at the start: number of trained parameters;
     - after every epoch: ``lr`` (the highest of all parameter groups, after the last step) and ``epoch_seconds``;
     - after testing: ``hp/test_accuracy`` and ``hp/test_loss`` in TensorBoard's table of hyper-parameters.
 
@@ -31,11 +26,6 @@ class RunLogging(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is known before the first step."""
         values = {"trainable_parameters": float(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))}
-        # trainer.callbacks is annotated by Lightning, but not where it says so
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, EVAInitCallback) and callback.state is not None:
-                values |= eva_summary(callback.state)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
@@ -54,22 +44,3 @@ class RunLogging(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and tested:
                 logger.log_hyperparams(dict(logger.hparams), tested)
-
-
-def eva_summary(state: EVAState) -> dict[str, float]:
-    """What an EVA initialisation took and gave, as scalars.
-
-    Returns:
-        ``eva/seconds``, ``eva/batches``, ``eva/rank_mean`` (over all layers, the removed ones as 0), ``eva/rank_min``
-        and ``eva/rank_max`` and ``eva/layers_removed`` (rank 0).
-    """
-    ranks = list(state.ranks.values())
-    summary: dict[str, Any] = {
-        "seconds": state.seconds,
-        "batches": state.n_batches,
-        "rank_mean": statistics.fmean(ranks),
-        "rank_min": min(ranks),
-        "rank_max": max(ranks),
-        "layers_removed": ranks.count(0),
-    }
-    return {f"eva/{key}": float(value) for key, value in summary.items()}

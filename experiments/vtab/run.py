@@ -114,9 +114,6 @@ def assemble(settings: Settings, data: LabelledImages | None = None) -> Parts:
         options = replace(options, knowledge=_knowledge(settings, settings.knowledge))
     exclude = left_out(settings, module)
     callbacks = apply_method(settings.method, module, options, head=module.head_name, exclude=exclude)
-    for callback in callbacks:
-        if not settings.progress and hasattr(callback, "verbose"):
-            callback.verbose = False
     return Parts(data, module, callbacks)
 
 

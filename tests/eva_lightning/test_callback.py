@@ -143,7 +143,7 @@ def test_layer_with_constant_input_is_removed() -> None:
     assert type(module.net.dead) is nn.Linear
 
 
-def test_r_times_rho_above_the_width_is_capped_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_r_times_rho_above_the_width_is_capped_and_said(caplog: pytest.LogCaptureFixture) -> None:
     module = build(net=TokenNet())
     callback = EVAInitCallback(rho=2, r=8)
     trainer(callback).fit(module, loader(tokens=5))
@@ -152,15 +152,15 @@ def test_r_times_rho_above_the_width_is_capped_and_said(capsys: pytest.CaptureFi
     assert sum(callback.state.ranks.values()) == 6 * 8 + 4, (
         "the budget is the uniform ranks': 4 for the layer of width 4"
     )
-    assert "narrower than r * rho" in capsys.readouterr().out
+    assert "narrower than r * rho" in caplog.text
 
 
-def test_summary_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     module = build()
     callback = EVAInitCallback(rho=2, r=4)
     trainer(callback).fit(module, loader())
     trainer(callback).fit(module, loader())
-    out = capsys.readouterr().out
+    out = caplog.text
     assert out.count("EVA initialisation") == 1
     for word in ("layers", "ranks min/median/max", "trainable parameters", "minibatches", "seconds"):
         assert word in out

@@ -18,6 +18,7 @@ def injected(**arguments: Any) -> Any:
 def test_single_options_are_those_of_the_whole_objects() -> None:
     single = EVAInitCallback(tokens_per_sample=None, memory_budget=2**33, offload=True)
     assert single.initialiser.streaming == StreamingOptions(tokens_per_sample=None, memory_budget=2**33, offload=True)
+    assert EVAInitCallback(streaming={"tau": 0.9}, seed=3).initialiser.streaming == StreamingOptions(tau=0.9, seed=3)
     assert injected(bias="all", use_dora=True) == injected(lora={"bias": "all", "use_dora": True})
     assert injected(r=8, bias="all") == injected(lora=LoraConfig(r=8, lora_alpha=1, bias="all"))
 
@@ -35,7 +36,8 @@ def test_single_options_stand_beside_parts_of_the_whole() -> None:
         ({"adapter_only_checkpoint": True}, "unknown argument 'adapter_only_checkpoint': did you mean adapter_only_"),
         ({"engine": "exakt"}, "unknown engine 'exakt': did you mean exact"),
         ({"lora": LoraConfig(), "bias": "all"}, "bias belongs into the LoraConfig"),
-        ({"streaming": {"tau": 0.9}}, "streaming must be StreamingOptions or None"),
+        ({"streaming": 0.9}, "streaming must be StreamingOptions, a mapping of its options or None, got 0.9"),
+        ({"streaming": {"taus": 0.9}}, "unknown option of streaming 'taus': did you mean tau"),
         ({"bias": "some"}, "unknown bias 'some'"),
     ],
 )

@@ -251,7 +251,7 @@ def test_the_function_stays_on_request(kind: str) -> None:
 @pytest.mark.parametrize(("keep", "sentence"), [(False, "the function has moved"), (True, "the function is as before")])
 def test_the_summary_says_so(keep: bool, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(data_driven, "rank_zero_info", lines.append)
+    monkeypatch.setattr(data_driven, "say", lines.append)
     started("gora", keep_function=keep)
     (said,) = lines
     assert "GoRA: 3 adapters started from 4 minibatches" in said
