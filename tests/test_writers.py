@@ -42,6 +42,8 @@ LEFT_OUT = {
     "tools/vtab/originals/build.py:build_task": "a folder that takes its name when it is complete",
     "tools/vtab/originals/build.py:_writer.write": "many images, each renamed when complete, in a folder likewise",
     "tools/vtab/originals/build.py:_link": "into a temporary name, renamed by its caller",
+    "examples/export_and_merge.py:": "torch's own writer, as readers use it",
+    "examples/timm_vit.py:": "torch's own writer, as readers use it",
     "benchmarks/vtab/images.py:_make_up": "made-up data in a temporary folder",
     "benchmarks/initialisation/memory.py:peak_over_forward": "a message to a process, in a temporary folder",
     "benchmarks/initialisation/memory.py:reset_resident": "tells the kernel to count anew",

@@ -320,7 +320,8 @@ def _gathered(words: list[str], items: Mapping[str, Field[Any]], hints: Mapping[
     if name is None:
         return words
     switches = [flag(each) for each, hint in hints.items() if hint is bool]
-    loose, rest = [], []
+    loose: list[str] = []
+    rest: list[str] = []
     before = ""  # the option that the next word may be the value of
     for word in words:
         is_value = before and (before not in switches or word in ("true", "false"))

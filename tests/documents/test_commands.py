@@ -180,7 +180,8 @@ def _parse(module: str) -> Callable[[list[str]], Any]:
 
 
 def _argparse(module: Any) -> Callable[[list[str]], Any]:
-    """``main`` of a module with an argument parser, stopped once that has read the line."""
+    """What a module with an argument parser does with a line, stopped once that has read it."""
+    run = module.main if hasattr(module, "main") else module.command_line
 
     class Read(Exception):
         pass
@@ -195,6 +196,6 @@ def _argparse(module: Any) -> Callable[[list[str]], Any]:
 
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             with pytest.raises(Read):
-                module.main(words)
+                run(words)
 
     return parse
