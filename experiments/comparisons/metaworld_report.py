@@ -105,7 +105,7 @@ def success_figure(evidence: Evidence, by_task: Mapping[str, Evidence], success:
     axes = figure.add_subplot()
     colours = list(colours_of(list(evidence.labels)).values())
     heights.plot.bar(ax=axes, yerr=halves, color=colours, width=0.84, rot=0, capsize=2, ylim=(0, 1.03))
-    axes.set_ylabel(f"success {success.phrase} (share of episodes)")
+    axes.set_ylabel(f"{success.title} (share of episodes)")
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")

@@ -213,9 +213,9 @@ def _curves_of(file: Path) -> Iterator[tuple[str, Curve]]:
         when = next(name for name in ("epoch", "step") if name in rows)
         found = {name: rows[[when, name]].astype(float) for name in ("train_loss", "val_loss") if name in rows}
     for column, name in (("train_loss", "training loss"), ("val_loss", "validation loss")):
-        points = found[column].dropna() if column in found else ()
-        if len(points):
-            yield name, tuple(points.itertuples(index=False, name=None))
+        points = tuple(found[column].dropna().itertuples(index=False, name=None)) if column in found else ()
+        if points:
+            yield name, points
 
 
 def _told_apart(settings: Mapping[str, Any], method: str) -> dict[str, Any]:

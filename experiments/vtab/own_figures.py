@@ -62,8 +62,8 @@ def differences_figure(results: OwnResults) -> Figure | None:
     text = f"accuracy minus that of {baseline} (percent points)\n"
     marks = [Line2D([], [], color=_INK, marker="o", markerfacecolor=face) for face in (_INK, "white")]
     meanings = ("corrected p < 0.05", "no significant difference")
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": 2, "frameon": False, "fontsize": "small"}
-    figure.legend(marks, [f"{meaning}; bars: 95% interval" for meaning in meanings], **place)
+    where: dict[str, Any] = {"loc": "outside upper center", "ncols": 2, "frameon": False, "fontsize": "small"}
+    figure.legend(marks, [f"{meaning}; bars: 95% interval" for meaning in meanings], **where)
     figure.supxlabel(text + f"{MARK} not VTAB-1K's official draw", fontsize="small")
     return figure
 

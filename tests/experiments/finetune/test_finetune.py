@@ -137,7 +137,7 @@ def test_the_accuracy_of_the_page_is_scikit_learns(
     thumbnails = len(re.findall(r'<img alt="Test image of', page))
     assert thumbnails == min(6, wrong) + min(6, len(labels) - wrong)
     for heading in ("By epoch", "Classes", "Ranks", "Use it", "Repeat it"):
-        assert f"<h2>{heading}</h2>" in page
+        assert f"{heading}</h3>" in page
     assert "Loss by epoch; after the last: training" in page
     assert "validation" in page
     for line in code(finished.printed):
