@@ -46,7 +46,7 @@ class Screen(logging.Handler):
 def is_first() -> bool:
     """Whether this is the first of several processes, or the only one."""
     # not at the top: commands set up logging before they import torch
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+    from lightning.pytorch.utilities import rank_zero_only
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -21,10 +21,10 @@ UNDOCUMENTED = (
     "metaworld.", "minari.data_collector.", "minari.storage", "peft.tuners.", "peft.utils.", "ray._private",
     "torch.multiprocessing.reductions", "torch.nn.modules.",
 )  # fmt: skip
-#: Underscores that the language's documentation describes.
-DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace", "_make"}
+#: Underscores that the documentation of the language, or of IPython, describes.
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace", "_make", "_repr_png_"}
 #: Strings of our own that look like private names.
-STRINGS = {"_states", "_actions", "_scalars"}
+STRINGS = {"_states", "_actions", "_scalars", "_checkout"}
 #: Calls that take the name of an attribute.
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "__setattr__", "object", "pop", "get"}
 

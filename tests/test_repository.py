@@ -123,6 +123,7 @@ def test_extras_are_the_documented_ones() -> None:
     assert set(project["optional-dependencies"]) == {
         "experiments",
         "vision",
+        "plots",
         "rl",
         "sweep",
         "slurm",

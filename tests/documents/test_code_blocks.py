@@ -31,6 +31,9 @@ BEFORE = {
     "README.md": (1, "from peft import LoraConfig\ntrainer.callbacks[0].state.save('eva')\n"),
 }
 
+#: Modules of the reader's that pages name; a test runs `project.py` of docs/in-your-code.md.
+READERS_MODULES = ("my_package.", "project.")
+
 #: All blocks that are not run, in one place: page and reason -> how many.
 LEFT_OUT = {
     ("docs/how-to/many-devices.md", "gpu"): 1,
@@ -90,7 +93,7 @@ def _check_classes(value: Any) -> None:
             _check_classes(each)
     elif isinstance(value, dict):
         path = value.get("class_path")
-        if path is not None and not path.startswith("my_package."):
+        if path is not None and not path.startswith(READERS_MODULES):
             module, _, attribute = path.rpartition(".")
             signature = inspect.signature(getattr(importlib.import_module(module), attribute))
             signature.bind_partial(**value.get("init_args", {}))

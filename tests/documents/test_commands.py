@@ -24,7 +24,21 @@ else:
     import tomli as tomllib
 
 #: Commands of others, which are not looked into.
-FOREIGN = ("apt-get", "cd", "docker", "export", "git", "hf", "minari", "ray", "sbatch", "source", "sudo", "uv")
+FOREIGN = (
+    "apt-get",
+    "cd",
+    "docker",
+    "export",
+    "git",
+    "hatchling",
+    "hf",
+    "minari",
+    "ray",
+    "sbatch",
+    "source",
+    "sudo",
+    "uv",
+)
 #: Scripts that pages call and readers write.
 OWN_SCRIPTS = ("train.py", "my_script.py")
 #: What starts another command, and how many of its words go before that one.
@@ -92,9 +106,11 @@ def check(words: Sequence[str]) -> None:
     words = [word for word in words if word != "\\"]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
-    if not words or words[0] in FOREIGN:
+    if not words:
         return
     program, rest = words[0].removeprefix(".venv/bin/"), list(words[1:])
+    if program in FOREIGN:
+        return
     if program in LAUNCHERS:
         check(_launched(rest))
     elif program == "make":
@@ -128,7 +144,9 @@ def _launched(words: list[str]) -> list[str]:
 def _check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
-    variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.M))
+    # make hands variables of its command line on to what it calls
+    script = (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+    variables = {*re.findall(r"^([A-Z_]+) \?=", makefile, re.M), *re.findall(r"\$\{([A-Z_]+):-", script)}
     for word in words:
         variable, equals, _ = word.partition("=")
         assert variable in (variables if equals else targets), f"the Makefile has no {variable}"
