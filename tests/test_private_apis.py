@@ -17,7 +17,7 @@ from tests.paths import ROOT
 TOPS = ("eva_lightning", "experiments", "benchmarks", "tools")
 #: Parts of other packages that their documentation does not describe, though no underscore says so.
 UNDOCUMENTED = (
-    "lightning.pytorch.core", "lightning.pytorch.utilities.model_helpers", "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.core", "lightning.pytorch.utilities.model_helpers", "lightning.pytorch.utilities.rank_zero.",
     "metaworld.", "minari.data_collector.", "minari.storage", "peft.tuners.", "peft.utils.", "ray._private",
     "torch.multiprocessing.reductions", "torch.nn.modules.",
 )  # fmt: skip
