@@ -47,7 +47,7 @@ def no_video_reason() -> str:
     """One sentence for where :func:`rendering_backend` is None: what is missing, and what to install."""
     return (
         "no video: MuJoCo can draw with neither EGL nor OSMesa here; install the system packages "
-        "libegl1 libegl-mesa0 libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa)"
+        "libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0 (EGL) or libosmesa6 (OSMesa)"
     )
 
 
