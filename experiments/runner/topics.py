@@ -9,7 +9,8 @@ from __future__ import annotations
 #: Topic -> names of options, in the order in which they are shown.
 TOPICS: dict[str, tuple[str, ...]] = {
     "data": (
-        "runs", "root", "task", "tasks", "data", "demonstrations", "split", "split_seed", "image_size", "images",
+        "runs", "root", "task", "tasks", "data", "demonstrations", "split", "split_file", "hold_out",
+        "test_share", "val_share", "split_seed", "image_size", "images",
         "train_images", "validation_images", "test_images", "labels", "normalization", "limit_train", "limit_test",
         "train_episodes", "val_episodes", "held_out", "heldout", "target", "noise", "archive", "from_",
         "from_originals", "check", "source", "downloads", "revision", "minari", "minari_path", "keep_archive",
