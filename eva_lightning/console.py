@@ -1,6 +1,6 @@
 """The console script ``eva-lightning``: finds the commands, which are no part of the library, and hands them the line.
 
-In a checkout they lie beside the library. A wheel holds them inside it (``_checkout``, laid out like the checkout), as
+In a checkout they lie beside the library. A wheel holds them inside it (``checkout``, laid out like the checkout), as
 ``experiments`` is too common a name to claim in site-packages. They are found in this process and those it starts,
 and nowhere else: ``import eva_lightning`` knows nothing of them.
 """
@@ -42,7 +42,7 @@ def script() -> None:
 def _find_commands() -> None:
     """Put the folder that holds ``experiments`` first on the path, also for Ray, SLURM and other child processes."""
     package = Path(__file__).resolve().parent
-    inside = package / "_checkout"
+    inside = package / "checkout"
     folder = str(inside if inside.is_dir() else package.parent)
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
     before = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", folder)]

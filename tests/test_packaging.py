@@ -19,7 +19,7 @@ import pytest
 from tests.paths import ROOT
 
 #: Where a wheel holds a folder of the checkout; the library itself keeps its place.
-INSIDE = "eva_lightning/_checkout"
+INSIDE = "eva_lightning/checkout"
 COMMAND_FOLDERS = ("benchmarks", "configs", "experiments", "tools")
 
 

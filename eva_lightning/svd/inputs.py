@@ -112,7 +112,7 @@ def squared_norm(tokens: Tensor) -> Tensor:
     Returns:
         A scalar, fp64; NaN or infinite if any entry is, or is beyond 1e19.
     """
-    return torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float32).to(wide_dtype(tokens.device)).square().sum()
+    return torch.linalg.vector_norm(tokens.float(), dim=1).to(wide_dtype(tokens.device)).square().sum()
 
 
 def require_finite(value: float) -> None:
