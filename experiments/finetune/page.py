@@ -48,9 +48,8 @@ def write_report(
         place for place, pair in enumerate(zip(test.labels, metrics["predicted"], strict=True)) if pair[0] != pair[1]
     ]
     right = sorted(set(range(len(test))) - set(wrong))
-    section = page.render(
+    body = page.render(
         "finetune.html",
-        verdict=verdict(test, metrics),
         warnings=data.data.warnings,
         facts=_facts(run, data, metrics),
         curves=_curves(history),
@@ -63,6 +62,7 @@ def write_report(
         loading=loading(file.parent, metrics),
         command=_command(run),
     )
+    section = page.Section("Fine-tuning", body, (verdict(test, metrics),), _data(metrics, history))
     page.write_page(file, f"{data.data.task.name}: {len(names)} classes", [section])
 
 
@@ -73,6 +73,13 @@ def verdict(test: Split, metrics: Mapping[str, Any]) -> str:
     return (
         f"{metrics['accuracy']:.1%} of {page.counted(len(test), 'test image')} are recognised (95% interval {low:.1%} "
         f"to {high:.1%}, Wilson's, over images); the most frequent class alone would be right for {most:.1%}."
+    )
+
+
+def _data(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> tuple[page.Data, ...]:
+    return (
+        *page.runs_as_data("run", "the run", [metrics]),
+        *page.runs_as_data("epochs", "its epochs", history),
     )
 
 

@@ -131,7 +131,7 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"flip": bytes(content), "cut": bytes(content[:100]), "empty": b""}[damage])
-    with pytest.raises(ValueError, match=r"push-v3\.npz is damaged .*SHA-256.*: make it again with python -m .*"):
+    with pytest.raises(ValueError, match=r"push-v3\.npz is damaged .*SHA-256.*: make it again with eva-lightning .*"):
         load_task(tmp_path, "push")
 
 
