@@ -111,13 +111,13 @@ def main(training_steps=600, fine_tuning_steps=400, episodes=10):
     tell("slow gait, to train on", record("halfcheetah/slow-v0", np.random.default_rng(0).permutation(paces)))
     tell("expert, to fine-tune on", record("halfcheetah/gait-v0", [1.0] * 9))
 
-    slow = TrajectoryDataModule.from_minari("halfcheetah/slow-v0", context=20)
+    slow = TrajectoryDataModule.from_minari("halfcheetah/slow-v0", context=10, batch_size=32)
     module = DecisionTransformerModule(
-        **slow.module_options, width=64, layers=2, heads=4, context=20, dropout=0.1, lr=2e-3, warmup_steps=50
+        **slow.module_options, width=64, layers=2, heads=4, context=10, dropout=0.1, lr=2e-3, warmup_steps=50
     )
     trainer(training_steps).fit(module, slow)
 
-    expert = TrajectoryDataModule.from_minari("halfcheetah/gait-v0", context=20)
+    expert = TrajectoryDataModule.from_minari("halfcheetah/gait-v0", context=10, batch_size=32)
     target = expert.max_return["halfcheetah/gait-v0"]
     # the environment of the demonstrations, from the data set: here make_env would do as well
     recovered = minari.load_dataset("halfcheetah/gait-v0").recover_environment
