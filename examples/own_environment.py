@@ -105,19 +105,23 @@ class Rollouts(RolloutCallback):
         tell(f"EVA fine-tuning, after {trainer.global_step} steps", self.results[NAME].returns)
 
 
-def main(training_steps=600, fine_tuning_steps=400, episodes=10):
+def main(training_steps=400, fine_tuning_steps=200, episodes=10):
     L.seed_everything(0, verbose=False)
     paces = np.linspace(0.3, 0.7, 20)
     tell("slow gait, to train on", record("halfcheetah/slow-v0", np.random.default_rng(0).permutation(paces)))
     tell("expert, to fine-tune on", record("halfcheetah/gait-v0", [1.0] * 9))
 
-    slow = TrajectoryDataModule.from_minari("halfcheetah/slow-v0", context=20)
+    with make_env() as env:
+        played = [play(env, GAIT, EVALUATION_SEED + number)[2].sum() for number in range(episodes)]
+    tell("expert without noise, from the states that are evaluated", played)
+
+    slow = TrajectoryDataModule.from_minari("halfcheetah/slow-v0", context=10, batch_size=32)
     module = DecisionTransformerModule(
-        **slow.module_options, width=64, layers=2, heads=4, context=20, dropout=0.1, lr=2e-3, warmup_steps=50
+        **slow.module_options, width=64, layers=2, heads=4, context=10, dropout=0.1, lr=2e-3, warmup_steps=50
     )
     trainer(training_steps).fit(module, slow)
 
-    expert = TrajectoryDataModule.from_minari("halfcheetah/gait-v0", context=20)
+    expert = TrajectoryDataModule.from_minari("halfcheetah/gait-v0", context=10, batch_size=32)
     target = expert.max_return["halfcheetah/gait-v0"]
     # the environment of the demonstrations, from the data set: here make_env would do as well
     recovered = minari.load_dataset("halfcheetah/gait-v0").recover_environment

@@ -32,7 +32,7 @@ def test_it_runs_small_and_its_data_set_is_what_halfcheetah_did(
     before, after = example.main(training_steps=2, fine_tuning_steps=2, episodes=2)
     assert before.shape == after.shape == (2,)
     assert [line.partition(",")[0].partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "slow gait", "expert", "before fine-tuning", "EVA fine-tuning", "EVA fine-tuning",
+        "slow gait", "expert", "expert without noise", "before fine-tuning", "EVA fine-tuning", "EVA fine-tuning",
     ]  # fmt: skip
     dataset = minari.load_dataset("halfcheetah/gait-v0")
     episode = dataset[3]
@@ -54,4 +54,4 @@ def test_the_expert_runs(example: ModuleType) -> None:
 @pytest.mark.slow
 def test_as_it_is_fine_tuning_makes_it_run_faster(example: ModuleType) -> None:
     before, after = example.main()
-    assert after.min() > before.max()
+    assert after.mean() > 1.5 * before.mean()
