@@ -38,7 +38,7 @@ def _split(text: str) -> list[str]:
 
 def _entries(part: str, pattern: str) -> list[str]:
     script, lock = ROOT / "scripts" / "lock_entries.awk", ROOT / "requirements.lock"
-    command = ["awk", "-v", f"part={part}", "-v", f"pattern={pattern}", "-f", script, lock]
+    command = ["awk", "-v", f"part={part}", "-v", f"pattern={pattern}", "-f", str(script), str(lock)]
     return _split(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
@@ -101,7 +101,7 @@ def _make(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     index = str(project.parent / "index")
     # as docs/install.md says it for machines without an index
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": index, "UV_OFFLINE": "1", "UV_FIND_LINKS": index}
-    command = ["bash", project / "scripts" / "environment.sh", sys.executable]
+    command = ["bash", str(project / "scripts" / "environment.sh"), sys.executable]
     return subprocess.run(
         command, env=kept | offline | {"UV_NO_CACHE": "1"} | variables, capture_output=True, text=True
     )

@@ -65,8 +65,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     site = next((folder / "lib").glob("python3*")) / "site-packages"
-    uv = Path(sys.executable).with_name("uv")
-    command = [uv, "pip", "install", "--python", python, "--no-deps", "--offline", "--no-cache", "--quiet", wheel]
+    uv = str(Path(sys.executable).with_name("uv"))
+    command = [
+        uv,
+        "pip",
+        "install",
+        "--python",
+        str(python),
+        "--no-deps",
+        "--offline",
+        "--no-cache",
+        "--quiet",
+        str(wheel),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # behind the wheel; this folder's .pth files, such as the checkout's, are not read
@@ -78,7 +89,7 @@ def _run(
     scripts: Path, words: Sequence[str], where: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    program = [scripts / words[0], *words[1:]]
+    program = [str(scripts / words[0]), *words[1:]]
     return subprocess.run(program, cwd=where, env=kept | (environment or {}), capture_output=True, text=True)
 
 
@@ -105,7 +116,9 @@ def test_a_wheel_says_what_it_is(wheel: Path) -> None:
         scripts = archive.read(f"{folder}/entry_points.txt").decode()
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text("utf-8").strip()
+    description = metadata.get_payload(decode=True)
+    assert isinstance(description, bytes)
+    assert description.strip() == (ROOT / "README.md").read_bytes().strip()
     assert scripts.split() == ["[console_scripts]", "eva-lightning", "=", "eva_lightning.console:script"]
 
 
