@@ -24,7 +24,7 @@ UNDOCUMENTED = (
 #: Underscores that the documentation of the language, or of IPython, describes.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace", "_make", "_repr_png_"}
 #: Strings of our own that look like private names.
-STRINGS = {"_states", "_actions", "_scalars", "_checkout"}
+STRINGS = {"_states", "_actions", "_scalars"}
 #: Calls that take the name of an attribute.
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "__setattr__", "object", "pop", "get"}
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 #: A wheel holds the commands in this folder of the library, where ``python -m`` does not find them.
-_IN_A_WHEEL = Path(__file__).resolve().parents[2].name == "checkout"
+_IN_A_WHEEL = Path(__file__).resolve().parts[-5:-3] == ("eva_lightning", "checkout")
 
 
 def as_called(text: str) -> str:

@@ -420,7 +420,7 @@ READERS: tuple[Reader, ...] = (
     Reader(
         "split table",
         _text("splits.csv", "path,label,split\na/0.jpg,cat,train\nb/0.jpg,dog,train\na/1.jpg,cat,test\n"),
-        lambda f: _discard(read_split_file(f)),
+        lambda f: _discard(read_split_file(f / "splits.csv")),
         checked=False,
     ),
     Reader("data check", _check, _checked, files=".vtab1k-check.json"),
