@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eva_lightning.methods.apply import AdapterOptions, apply_method
-from eva_lightning.rl import rendering, rollouts
+from eva_lightning.rl import rendering, rollout_environments
 from eva_lightning.rl.demonstrations import read_index
 from eva_lightning.rl.module import DecisionTransformerModule, save_weights
 from experiments.metaworld import evaluate, evaluate_run
@@ -56,7 +56,7 @@ def test_without_drawing_it_goes_on_without_video(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(evaluate_run, "rendering_backend", lambda: None)
-    monkeypatch.setattr(rollouts, "rendering_backend", lambda: None)
+    monkeypatch.setattr(rollout_environments, "rendering_backend", lambda: None)
     (result,) = evaluate.main([f"--ckpt={checkpoint}", "--task=push", f"--video={tmp_path / 'a.gif'}", *QUICK])
     assert len(result) == 2
     assert "no video: MuJoCo can draw" in caplog.text
