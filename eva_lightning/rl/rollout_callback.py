@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from eva_lightning.errors import InputError, check_number
 from eva_lightning.rl.policy import Mode
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
-from eva_lightning.rl.rollout_environments import MakeEnvironment, scene_of
+from eva_lightning.rl.rollout_environments import MakeEnvironment, resolve_environment, scene_of
 from eva_lightning.rl.rollouts import RolloutResult, evaluate
-from eva_lightning.rl.tasks import resolve_task
+from eva_lightning.rl.tasks import TASKS
 from eva_lightning.rl.video import write_video
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class RolloutCallback(L.Callback):
         RolloutCallback({"HalfCheetah-v5": lambda: gymnasium.make("HalfCheetah-v5")}, episodes=5, every_n_steps=100)
 
     Args:
-        tasks: Meta-World tasks to roll out, or environments: a name of your choice -> a function that makes one.
+        tasks: Meta-World tasks or Gymnasium ids to roll out, or environments: a name of your choice -> a function that
+            makes one.
         episodes: Episodes per task.
         every_n_steps: Optimizer steps between rollouts, at least; validations in between have none.
         target_returns: Task -> return the policy is asked for; those that are not there are asked for the module's own
@@ -71,9 +72,8 @@ class RolloutCallback(L.Callback):
         horizon: int | None = None,
         video_size: int = 240,
     ) -> None:
-        is_own = isinstance(tasks, Mapping)
         self._environments: dict[str, str | MakeEnvironment] = (
-            {**tasks} if isinstance(tasks, Mapping) else {resolve_task(task): resolve_task(task) for task in tasks}
+            {**tasks} if isinstance(tasks, Mapping) else {name: name for name in map(resolve_environment, tasks)}
         )
         self.tasks = tuple(self._environments)
         if not self.tasks:
@@ -84,10 +84,13 @@ class RolloutCallback(L.Callback):
         check_number("every_n_steps", every_n_steps, at_least=1, whole=True)
         check_number("video", int(video), at_least=0, whole=True)
         self.target_returns = {
-            task if is_own else resolve_task(task): float(value) for task, value in (target_returns or {}).items()
+            task if task in self.tasks else resolve_environment(task): float(value)
+            for task, value in (target_returns or {}).items()
         }
-        missing = [task for task in self.tasks if task not in self.target_returns]
-        if missing and not is_own:
+        missing = [
+            name for name, make in self._environments.items() if make in TASKS and name not in self.target_returns
+        ]
+        if missing:
             raise InputError(f"target_returns has no return for {missing[0]}, only for {sorted(self.target_returns)}")
         self.every_n_steps = every_n_steps
         self.video = int(video)

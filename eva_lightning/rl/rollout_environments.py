@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from eva_lightning.errors import InputError, InputTypeError, check_number
 from eva_lightning.rl.environments import MetaWorldEnvironment
 from eva_lightning.rl.rendering import no_video_reason, rendering_backend
 from eva_lightning.rl.spaces import name_of
-from eva_lightning.rl.tasks import HORIZON, check_horizon, resolve_task
+from eva_lightning.rl.tasks import HORIZON, TASKS, check_horizon, resolve_task
 
 Environment = gymnasium.Env[Any, Any]
 MakeEnvironment = Callable[[], Environment]
@@ -126,17 +127,35 @@ class Seeds:
         return environment.reset(seed=self.seed + episode)[0]
 
 
+def resolve_environment(name: str) -> str:
+    """The full name of a Meta-World task, or an id as ``gymnasium.make`` takes it.
+
+    In ``module:id``, the module is imported first: it registers the environment.
+
+    Raises:
+        InputError: There is no such task, and no environment of that id.
+    """
+    module, _, environment = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise InputError(f"the module of the environment {name!r} cannot be imported: {error}") from error
+    return name if environment in gymnasium.registry else resolve_task(name, gymnasium.registry)
+
+
 def scene_of(make_env: str | MakeEnvironment, seed: int, horizon: int | None, video_size: int) -> Goals | Seeds:
     """Where to roll out: a task by its name, or what a function, or ``gymnasium.make`` by an id, makes.
 
     Raises:
         InputError: There is no such task, and no environment of that id.
     """
-    if isinstance(make_env, str) and make_env in gymnasium.registry:
-        return Seeds(functools.partial(gymnasium.make, make_env), seed, horizon)
-    if isinstance(make_env, str):
-        return Goals(resolve_task(make_env), seed, HORIZON if horizon is None else horizon, video_size)
-    return Seeds(make_env, seed, horizon)
+    if not isinstance(make_env, str):
+        return Seeds(make_env, seed, horizon)
+    name = resolve_environment(make_env)
+    if name in TASKS:
+        return Goals(name, seed, HORIZON if horizon is None else horizon, video_size)
+    return Seeds(functools.partial(gymnasium.make, name), seed, horizon)
 
 
 def open_all(scene: Goals | Seeds, number: int, filmed: int, stack: ExitStack) -> list[Environment]:

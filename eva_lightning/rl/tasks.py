@@ -90,8 +90,12 @@ TASKS: tuple[str, ...] = (*MT40, *CW10)
 _SETS: dict[str, tuple[str, ...]] = {"mt40": MT40, "cw10": CW10}
 
 
-def resolve_task(name: str) -> str:
+def resolve_task(name: str, ids: Iterable[str] = ()) -> str:
     """The full name of the task `name`: ``push`` and ``push-v3`` are ``push-v3``.
+
+    Args:
+        name: The name given.
+        ids: Of Gymnasium's environments, where they would have done too: nearest ones are then named as well.
 
     Raises:
         InputError: No such task, or its name of metaworld 2 (``push-v2``); the message names the nearest ones.
@@ -102,7 +106,9 @@ def resolve_task(name: str) -> str:
     stem, _, version = name.rpartition("-v")
     if version.isdigit() and f"{stem}-v3" in TASKS:
         raise InputError(f"task {name!r} is of another version of Meta-World: did you mean {stem}-v3?")
-    raise InputError(unknown("Meta-World task", name, TASKS, list_all=False))
+    others = tuple(ids)
+    kind = "Meta-World task or Gymnasium environment" if others else "Meta-World task"
+    raise InputError(unknown(kind, name, (*TASKS, *others), list_all=False))
 
 
 def parse_tasks(names: str | Iterable[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -160,6 +161,22 @@ def test_the_callback_rolls_out_in_any_environment() -> None:
     assert float(run.callback_metrics["rollout/return"]) == pytest.approx(float(sum(both)) / 2)
 
 
+def test_ids_name_environments_also_of_a_module_that_registers_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register = "gymnasium.register('Mine-v0', gymnasium.spec('Hopper-v5').entry_point, max_episode_steps=4)"
+    (tmp_path / "robots_of_mine.py").write_text(f"import gymnasium\n{register}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"episodes": 2, "target_return": 10.0}
+    mine = evaluate(build(11, 3), "robots_of_mine:Mine-v0", **options)
+    assert (
+        mine.returns.tolist()
+        == evaluate(build(11, 3), partial(hopper, max_episode_steps=4), **options).returns.tolist()
+    )
+    callback = RolloutCallback(["robots_of_mine:Mine-v0", "Hopper-v5"], 1, 1)
+    assert callback.tasks == ("robots_of_mine:Mine-v0", "Hopper-v5")
+
+
 def hopper(**kwargs: Any) -> gymnasium.Env[Any, Any]:
     return gymnasium.make("Hopper-v5", **kwargs)
 
@@ -177,7 +194,9 @@ SAME = Reach()
         (partial(gymnasium.make, "Pusher-v5"), {}, "of Pusher-v5 have 23 numbers, and the module's have 11"),
         (partial(gymnasium.make, "CartPole-v1"), {}, r"the actions of CartPole-v1 .* got Discrete\(2\)"),
         (partial(gymnasium.make, "FrozenLake-v1"), {}, "the observations of FrozenLake-v1 must be a Box of one axis"),
-        ("Hoper-v5", {}, "unknown Meta-World task 'Hoper-v5'"),
+        ("Hoper-v5", {}, "unknown Meta-World task or Gymnasium environment 'Hoper-v5': did you mean Hopper-v5"),
+        ("Hopper", {}, "unknown Meta-World task or Gymnasium environment 'Hopper': did you mean Hopper-v5"),
+        ("nowhere:Hopper-v5", {}, "the module of the environment 'nowhere:Hopper-v5' cannot be imported: No module"),
         (lambda: SAME, {}, "make_env must make a new environment at each call"),
         (lambda: None, {}, "make_env must return a gymnasium.Env, got None"),
         (SAME, {}, "make_env must be a function that makes an environment"),
