@@ -24,6 +24,7 @@ from eva_lightning.adapters import (
     refuse_trained,
     wanted_adapters,
 )
+from eva_lightning.adapters.injection import INJECTION
 from eva_lightning.adapters.quantised import kept_trainable
 from eva_lightning.adapters.registry import disabled
 from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
@@ -39,8 +40,6 @@ from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.summary import say_summary, streaming_progress
 from eva_lightning.surroundings import Surroundings
 from eva_lightning.training_checks import warn_of_layers_not_run, warn_of_weights_read
-
-_INJECTION = "_eva_lightning_injection"
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Initialiser:
 
     def take_up(self, pl_module: nn.Module) -> None:
         """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
-        injection = vars(pl_module).get(_INJECTION)
+        injection = vars(pl_module).get(INJECTION)
         self.injection = injection if injection is not None and injection.is_in(pl_module) else None
         self.not_run = []
 
@@ -109,7 +108,7 @@ class Initialiser:
             InputError: See :func:`eva_lightning.adapters.inject`.
         """
         self.injection = inject(pl_module, **self.injection_arguments)
-        vars(pl_module)[_INJECTION] = self.injection
+        vars(pl_module)[INJECTION] = self.injection
         return wanted_adapters(pl_module)
 
     def undo(self, pl_module: nn.Module) -> None:
@@ -118,7 +117,7 @@ class Initialiser:
             return
         if self.injection is not None:
             self.injection.undo(pl_module)
-        vars(pl_module).pop(_INJECTION, None)
+        vars(pl_module).pop(INJECTION, None)
         ckpt.stop_describing(pl_module)
         self.injection = None
 
@@ -192,7 +191,7 @@ class Initialiser:
         )
         apply_plan(pl_module, layers, plan, self.injection is not None, self.rescale_alpha)
         mark_done((layer for name, layer in layers.items() if plan.state.ranks[name] > 0), "initialised")
-        vars(pl_module).pop(_INJECTION, None)
+        vars(pl_module).pop(INJECTION, None)
         self.not_run = plan.untouched
         if plan.untouched:
             warn_of_layers_not_run(plan.untouched, len(layers), removed=drop_idle, stops=stops)

@@ -37,6 +37,9 @@ from eva_lightning.adapters.targets import choose_layers, language_model_heads
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.side_effects import isolated_rng
 
+INJECTION = "_eva_lightning_injection"
+"""Where a module keeps the :class:`Injection` of adapters that nobody has initialised yet."""
+
 Bias = Literal["none", "all", "lora_only"]
 
 

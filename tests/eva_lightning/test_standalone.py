@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -191,6 +192,13 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert quiet(model, loader()).ranks.keys() == {"a"}
 
 
+def fully_sharded() -> nn.Module:
+    """FSDP 1 around nothing: its constructor wants a GPU."""
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "options", "sentence"),
     [
@@ -208,10 +216,14 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
         (mlp, loader, {"rhoo": 1}, "unknown argument 'rhoo': did you mean rho"),
         (mlp, None, {"state": "absent"}, "is missing"),
         (lambda: nn.DataParallel(mlp()), loader, {}, r"wrapped \(DataParallel\) already"),
+        (lambda: nn.Sequential(nn.DataParallel(mlp())), loader, {}, r"wrapped \(DataParallel\) already"),
+        (fully_sharded, loader, {}, r"wrapped \(FullyShardedDataParallel\) already"),
+        (mlp, lambda: list(loader()), {"mask_fn": attention_mask}, "batches that are mappings, got a list"),
     ],
     ids=[
         "no batches", "empty list", "empty iterator", "samples", "a tensor", "a mapping", "a number", "no model", "rho",
-        "verbose", "log", "unknown", "no state", "wrapped",
+        "verbose", "log", "unknown", "no state", "wrapped", "wrapped inside",
+        "FSDP 1", "attention_mask",
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(
@@ -250,6 +262,20 @@ def test_a_loader_of_fabric() -> None:
 def test_an_endless_generator_is_read_up_to_the_limit() -> None:
     batches = itertools.cycle(list(loader()))
     assert quiet(mlp(), batches, max_batches=7, stopping="never").n_batches == 7
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_model_is_that_inside() -> None:
+    plain, inner = mlp(), mlp()
+    inner.load_state_dict(plain.state_dict())
+    model: Any = torch.compile(inner, backend="eager")
+    x = dataset(16).tensors[0]
+    before = model(x)
+    assert quiet(model, loader()).components.keys() == quiet(plain, loader()).components.keys()
+    torch.testing.assert_close(model(x), before)
+    for layer in find_adapters(model).values():
+        nn.init.ones_(layer.b)
+    assert not torch.allclose(model(x), before), "what was compiled before has the adapters"
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
