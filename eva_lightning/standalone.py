@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric import is_wrapped
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -22,6 +21,7 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.done import done
 from eva_lightning.errors import InputError, InputTypeError
 from eva_lightning.initialiser import Initialiser
+from eva_lightning.namespaces import is_set_up_by_fabric
 from eva_lightning.output import is_first
 from eva_lightning.state import EVAState
 from eva_lightning.svd.distributed import world_size
@@ -198,4 +198,4 @@ def _wraps(module: nn.Module) -> bool:
         for name, cls in (("torch.distributed.fsdp", "FullyShardedDataParallel"), ("deepspeed", "DeepSpeedEngine"))
     ]
     kinds = (DataParallel, DistributedDataParallel, *filter(None, loaded))
-    return isinstance(module, kinds) or is_wrapped(module)
+    return isinstance(module, kinds) or is_set_up_by_fabric(module)

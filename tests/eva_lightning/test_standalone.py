@@ -244,8 +244,9 @@ def test_twice_is_refused() -> None:
         quiet(model, loader())
 
 
-def test_a_model_that_fabric_has_set_up_is_refused() -> None:
-    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_a_model_that_fabric_has_set_up_is_refused(package: str) -> None:
+    fabric = pytest.importorskip(package).Fabric(accelerator="cpu", devices=1)
     with pytest.raises(InputError, match=r"wrapped \(_FabricModule\) already.*: call initialize before that"):
         quiet(fabric.setup_module(mlp()), loader())
 
@@ -257,6 +258,38 @@ def test_a_loader_of_fabric() -> None:
     found, expected = quiet(own, fabric.setup_dataloaders(loader())), quiet(plain, loader())
     assert found.ranks == expected.ranks
     assert all(torch.equal(found.components[name], expected.components[name]) for name in expected.components)
+
+
+class ByEpoch(torch.utils.data.Sampler[int]):
+    """Another order in every epoch, as a DistributedSampler has."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(96, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return 96
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_the_epochs_of_a_loader_of_fabric_stay_in_order(package: str) -> None:
+    fabric = pytest.importorskip(package).Fabric(accelerator="cpu", devices=1)
+
+    def epochs(initialised: bool) -> list[list[Tensor]]:
+        batches = fabric.setup_dataloaders(DataLoader(dataset(), batch_size=16, sampler=ByEpoch()))
+        if initialised:
+            quiet(mlp(), batches)
+        return [[x for x, _ in batches] for _ in range(2)]
+
+    expected, found = epochs(False), epochs(True)
+    assert not torch.equal(expected[0][0], expected[1][0])
+    assert all(
+        torch.equal(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_an_endless_generator_is_read_up_to_the_limit() -> None:
