@@ -26,10 +26,10 @@ from eva_lightning.adapters import (
 )
 from eva_lightning.adapters.injection import INJECTION
 from eva_lightning.adapters.quantised import kept_trainable
-from eva_lightning.adapters.registry import disabled
+from eva_lightning.adapters.registry import disabled, restored_on_failure
 from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
 from eva_lightning.batch_forward import ForwardFn, MaskFn
-from eva_lightning.done import done, mark_done, unmark_reset, without_mark
+from eva_lightning.done import done, mark_done, unmark, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
 from eva_lightning.output import say
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan, refuse_other_algorithm, selection_of
@@ -165,13 +165,14 @@ class Initialiser:
             refuse_other_algorithm(self.given, selection_of(layers, self.rho, self.metric, self.init))
         before = count_trainable(pl_module)
         state = self.given or self._stream(where, pl_module, layers, verbose)
-        plan = self._apply(where, pl_module, layers, state)
-        where.renew(plan.replaces_parameters or injected)
-        plan.state.seconds = time.perf_counter() - started
-        if verbose:
-            after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            say_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
-        return plan.state
+        with restored_on_failure(pl_module), _unmarked_on_failure(layers):
+            plan = self._apply(where, pl_module, layers, state)
+            where.renew(plan.replaces_parameters or injected)
+            plan.state.seconds = time.perf_counter() - started
+            if verbose:
+                after, skipped = count_trainable(pl_module), find_skipped(pl_module)
+                say_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
+            return plan.state
 
     def _apply(
         self, where: Surroundings, pl_module: nn.Module, layers: Mapping[str, AdapterLayer], state: EVAState
@@ -235,3 +236,13 @@ class Initialiser:
         if found:
             warn_of_weights_read(found, len(layers))
         return state
+
+
+@contextmanager
+def _unmarked_on_failure(layers: Mapping[str, AdapterLayer]) -> Iterator[None]:
+    """Count the layers as not initialised if the body raises, so that everything about them can be undone."""
+    try:
+        yield
+    except BaseException:
+        unmark(layers.values())
+        raise

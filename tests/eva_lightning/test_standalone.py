@@ -358,6 +358,24 @@ def test_what_did_not_run_keeps_its_adapter_and_is_said() -> None:
     assert frame.loc["idle", "components"] == 0
 
 
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.filterwarnings("error::eva_lightning.errors.EVAWarning")
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was_too(peft: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = TokenNet()
+    model.idle = nn.Linear(4, 4)
+    if peft:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["embed", "q", "narrow", "idle"]))
+    before = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(EVAWarning, match="did not run"):
+        quiet(model, loader(tokens=TOKENS), head="head")
+    after = dict(model.named_parameters())
+    assert {name: (id(p), p.requires_grad) for name, p in after.items()} == {n: b[:2] for n, b in before.items()}
+    assert all(torch.equal(p, before[name][2]) for name, p in after.items())
+    with pytest.warns(EVAWarning, match="did not run"):
+        assert quiet(model, loader(tokens=TOKENS), head="head").ranks["idle"] == 4
+
+
 def test_a_missing_state_is_a_missing_file() -> None:
     with pytest.raises(MissingInputError):
         quiet(mlp(), state="nowhere")
