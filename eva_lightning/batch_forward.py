@@ -148,7 +148,17 @@ def _help(module: nn.Module, what: str) -> str:
 
 def attention_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """``mask_fn`` for tokenised text: True where ``attention_mask`` is set and, if there are labels of the same
-    shape, where the label is not -100 (the value losses ignore)."""
+    shape, where the label is not -100 (the value losses ignore).
+
+    Raises:
+        InputTypeError: the batch is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise InputTypeError(
+            f"attention_mask reads batches that are mappings, got a {type(batch).__name__}: leave mask_fn out, or give "
+            "mask_fn=lambda batch: ... that returns one bool per token",
+            setting="mask_fn",
+        )
     mask: Tensor | None = None
     if isinstance(batch.get("attention_mask"), Tensor):
         mask = batch["attention_mask"].bool()

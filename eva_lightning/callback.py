@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from eva_lightning import checkpoint as ckpt
@@ -19,12 +18,12 @@ from eva_lightning.adapters.registry import find_adapters, materialise
 from eva_lightning.batch_forward import ForwardFn, MaskFn
 from eva_lightning.callback_base import Callback
 from eva_lightning.done import done
-from eva_lightning.errors import EVAWarning, InputError, InputTypeError, check_choice, check_number
+from eva_lightning.errors import InputError, InputTypeError, check_choice, check_number
 from eva_lightning.initialiser import Initialiser
 from eva_lightning.initialization import INITS
 from eva_lightning.launching import watch_launches
 from eva_lightning.namespaces import is_overridden, lightning_classes
-from eva_lightning.output import say
+from eva_lightning.output import say, warn
 from eva_lightning.ranks import METRICS
 from eva_lightning.single_options import with_single_options
 from eva_lightning.state import EVAState
@@ -300,10 +299,9 @@ class EVAInitCallback(Callback):
             ckpt.fit_to_checkpoint(pl_module, dict(luggage))
         except InputError as error:  # the training is done, and must not be lost with it
             ckpt.stop_describing(pl_module)
-            rank_zero_warn(
+            warn(
                 f"EVA: the module in this process does not have the trained adapters ({error}); load a checkpoint of "
-                "the fit, or make the layers in __init__",
-                category=EVAWarning,
+                "the fit, or make the layers in __init__"
             )
 
     @override

@@ -27,6 +27,7 @@ from torch.nn.modules.module import (
 from eva_lightning.adapters import find_adapters, inject
 from eva_lightning.adapters.adalora import is_adalora
 from eva_lightning.adapters.base_weight_init import resize
+from eva_lightning.adapters.injection import INJECTION, Injection
 from eva_lightning.adapters.registry import add_layers, remove, restored_on_failure, sync_configs, target_of
 from eva_lightning.adapters.weight_reads import is_read_elsewhere, mark_read_elsewhere
 from eva_lightning.done import done, mark_done, unmark
@@ -291,14 +292,20 @@ def fit_to_checkpoint(
             "lacks: it is of another model"
         )
     alphas = {path: entry["alpha"] for path, entry in description.get("adapters", {}).items()}
+    arguments = description.get("injection", injection)
+    ours: Injection | None = vars(module).get(INJECTION)
+    if ours is not None and ours.is_in(module) and (arguments != injection or not present.keys() >= set(targets)):
+        ours.undo(module)  # put in a moment ago by other arguments than the checkpoint's, which decide
+        present = {}
     if not present:
-        arguments = description.get("injection", injection)
         if arguments is None:
             raise InputError(
                 f"the checkpoint does not say how its adapters were made, and {type(module).__name__} has none: give "
                 "it adapters of the same r and alpha first (eva_lightning.adapters.inject)"
             )
-        inject(module, **{**arguments, "target_modules": targets, "exclude": None})
+        injected = inject(module, **{**arguments, "target_modules": targets, "exclude": None})
+        if ours is not None:
+            vars(ours).update(vars(injected))
         present = {layer.path: layer for layer in find_adapters(module).values()}
     with restored_on_failure(module):
         add_layers(module, [path for path in targets if path not in present])
@@ -334,7 +341,10 @@ def _fit_to_adalora(module: nn.Module, weights: dict[str, Tensor], description: 
 
 
 def _go_on_describing(module: nn.Module, description: Mapping[str, Any], built_with: Mapping[str, int]) -> None:
-    if is_lightning_module(module) and "on_save_checkpoint" not in vars(module):
+    described = vars(module).get("on_save_checkpoint")
+    if isinstance(described, _DescribedSaving):
+        described.injection = dict(description["injection"])
+    elif is_lightning_module(module) and described is None:
         describe_on_save(cast(pl.LightningModule, module), description["injection"], built_with=built_with)
 
 

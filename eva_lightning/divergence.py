@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from typing_extensions import override
 
 from eva_lightning.callback_base import Callback
 from eva_lightning.errors import EVAWarning
+from eva_lightning.output import warn
 
 
 class DivergenceWarning(EVAWarning):
@@ -77,7 +77,7 @@ class DivergenceCallback(Callback):
             f"training has diverged: {what}. Lower the learning rate, clip gradients (gradient_clip_val) or train in "
             "higher precision, and check the data"
         )
-        rank_zero_warn(self.diverged, category=DivergenceWarning)
+        warn(self.diverged, DivergenceWarning)
 
 
 class _Reading:

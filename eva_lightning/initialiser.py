@@ -24,11 +24,12 @@ from eva_lightning.adapters import (
     refuse_trained,
     wanted_adapters,
 )
+from eva_lightning.adapters.injection import INJECTION
 from eva_lightning.adapters.quantised import kept_trainable
-from eva_lightning.adapters.registry import disabled
+from eva_lightning.adapters.registry import disabled, restored_on_failure
 from eva_lightning.adapters.weight_reads import WeightReads, mark_read_elsewhere
 from eva_lightning.batch_forward import ForwardFn, MaskFn
-from eva_lightning.done import done, mark_done, unmark_reset, without_mark
+from eva_lightning.done import done, mark_done, unmark, unmark_reset, without_mark
 from eva_lightning.engine_plan import Allocation
 from eva_lightning.output import say
 from eva_lightning.rank_plan import Plan, apply_plan, make_plan, refuse_other_algorithm, selection_of
@@ -39,8 +40,6 @@ from eva_lightning.streaming_options import StreamingOptions
 from eva_lightning.summary import say_summary, streaming_progress
 from eva_lightning.surroundings import Surroundings
 from eva_lightning.training_checks import warn_of_layers_not_run, warn_of_weights_read
-
-_INJECTION = "_eva_lightning_injection"
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Initialiser:
 
     def take_up(self, pl_module: nn.Module) -> None:
         """Turn to a module; adapters that an earlier ``fit`` put in, and did not initialise, count as put in now."""
-        injection = vars(pl_module).get(_INJECTION)
+        injection = vars(pl_module).get(INJECTION)
         self.injection = injection if injection is not None and injection.is_in(pl_module) else None
         self.not_run = []
 
@@ -109,7 +108,7 @@ class Initialiser:
             InputError: See :func:`eva_lightning.adapters.inject`.
         """
         self.injection = inject(pl_module, **self.injection_arguments)
-        vars(pl_module)[_INJECTION] = self.injection
+        vars(pl_module)[INJECTION] = self.injection
         return wanted_adapters(pl_module)
 
     def undo(self, pl_module: nn.Module) -> None:
@@ -118,7 +117,7 @@ class Initialiser:
             return
         if self.injection is not None:
             self.injection.undo(pl_module)
-        vars(pl_module).pop(_INJECTION, None)
+        vars(pl_module).pop(INJECTION, None)
         ckpt.stop_describing(pl_module)
         self.injection = None
 
@@ -166,13 +165,14 @@ class Initialiser:
             refuse_other_algorithm(self.given, selection_of(layers, self.rho, self.metric, self.init))
         before = count_trainable(pl_module)
         state = self.given or self._stream(where, pl_module, layers, verbose)
-        plan = self._apply(where, pl_module, layers, state)
-        where.renew(plan.replaces_parameters or injected)
-        plan.state.seconds = time.perf_counter() - started
-        if verbose:
-            after, skipped = count_trainable(pl_module), find_skipped(pl_module)
-            say_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
-        return plan.state
+        with restored_on_failure(pl_module), _unmarked_on_failure(layers):
+            plan = self._apply(where, pl_module, layers, state)
+            where.renew(plan.replaces_parameters or injected)
+            plan.state.seconds = time.perf_counter() - started
+            if verbose:
+                after, skipped = count_trainable(pl_module), find_skipped(pl_module)
+                say_summary(plan, pl_module, before, after, self.injection, skipped, self.streaming.limit)
+            return plan.state
 
     def _apply(
         self, where: Surroundings, pl_module: nn.Module, layers: Mapping[str, AdapterLayer], state: EVAState
@@ -192,7 +192,7 @@ class Initialiser:
         )
         apply_plan(pl_module, layers, plan, self.injection is not None, self.rescale_alpha)
         mark_done((layer for name, layer in layers.items() if plan.state.ranks[name] > 0), "initialised")
-        vars(pl_module).pop(_INJECTION, None)
+        vars(pl_module).pop(INJECTION, None)
         self.not_run = plan.untouched
         if plan.untouched:
             warn_of_layers_not_run(plan.untouched, len(layers), removed=drop_idle, stops=stops)
@@ -236,3 +236,13 @@ class Initialiser:
         if found:
             warn_of_weights_read(found, len(layers))
         return state
+
+
+@contextmanager
+def _unmarked_on_failure(layers: Mapping[str, AdapterLayer]) -> Iterator[None]:
+    """Count the layers as not initialised if the body raises, so that everything about them can be undone."""
+    try:
+        yield
+    except BaseException:
+        unmark(layers.values())
+        raise

@@ -12,6 +12,7 @@ from typing import Any
 from eva_lightning.errors import InputTypeError
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
+_FABRICS = ("lightning.fabric", "lightning_fabric")
 
 
 def lightning_classes(module: str, *names: str) -> tuple[type[Any], ...]:
@@ -34,6 +35,12 @@ def namespace_of(cls: type) -> str | None:
 def is_lightning_module(module: object) -> bool:
     """Whether this is a LightningModule of either copy."""
     return isinstance(module, lightning_classes("core.module", "LightningModule"))
+
+
+def is_set_up_by_fabric(instance: object) -> bool:
+    """Whether Fabric, of either copy, has wrapped this: a model, or a loader."""
+    imported = [sys.modules[name] for name in _FABRICS if hasattr(sys.modules.get(name), "is_wrapped")]
+    return any(fabric.is_wrapped(instance) for fabric in imported)
 
 
 def is_overridden(method: str, instance: object) -> bool:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+import warnings
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from eva_lightning.errors import EVAWarning
 
 _LOGGER = logging.getLogger("eva_lightning")
 _TABLE = "eva_lightning_table"
@@ -23,6 +26,7 @@ class Screen(logging.Handler):
     """Prints to whatever standard output is at the moment: a progress bar stands in for it while it is drawn.
 
     A record that has a table is shown as that table on a terminal and in a notebook, and as its plain line elsewhere.
+    What the encoding of the output has no characters for is escaped: nothing fails because of a layer's name.
 
     Args:
         warnings_apart: Print what is worth a warning to standard error.
@@ -35,11 +39,13 @@ class Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message alone, with its level where that is worth a look; tracebacks are for files."""
         console, table = Console(), getattr(record, _TABLE, None)
-        if table is not None and (console.is_terminal or console.is_jupyter):
+        if table is not None and _has_lines(console) and (console.is_terminal or console.is_jupyter):
             console.print(table)
             return
         text, calm = record.getMessage(), record.levelno <= logging.INFO
         where = sys.stdout if calm or not self._warnings_apart else sys.stderr
+        encoding = getattr(where, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         print(text if calm else f"{record.levelname.lower()}: {text}", file=where, flush=True)
 
 
@@ -60,13 +66,19 @@ def say(line: str) -> None:
         _LOGGER.info("%s", line)
 
 
+def warn(message: str, category: type[Warning] = EVAWarning) -> None:
+    """Warn; in the first of several processes only."""
+    if is_first():
+        warnings.warn(message, category, stacklevel=3)
+
+
 def show(title: str, rows: list[tuple[str, str]]) -> None:
     """Log a table of names and values; in the first of several processes only. Its line has the same words."""
     if not is_first():
         return
     table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     line = "; ".join(f"{name}: {value}" for name, value in rows)
@@ -74,19 +86,27 @@ def show(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def can_animate() -> bool:
-    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has ipywidgets.
+    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has ipywidgets, unless silenced.
 
     rich would warn in each refresh of a notebook without them.
     """
     console = Console()
+    if not _has_lines(console) or not _LOGGER.isEnabledFor(logging.INFO):
+        return False
     return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
+def _has_lines(console: Console) -> bool:
+    """Whether the characters that bars and tables are drawn with can be written."""
+    return console.encoding.startswith("utf")
+
+
 def _nobody_else_listens(record: logging.LogRecord) -> bool:
-    """Whether no handler but our own gets what our loggers say."""
+    """Whether no handler but our own takes this record: one for errors only, or for nothing, does not."""
     logger: logging.Logger | None = _LOGGER
     while logger is not None:
-        if any(handler is not _SCREEN for handler in logger.handlers):
+        others = [x for x in logger.handlers if x is not _SCREEN and not isinstance(x, logging.NullHandler)]
+        if any(record.levelno >= handler.level for handler in others):
             return False
         logger = logger.parent if logger.propagate else None
     return True

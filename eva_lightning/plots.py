@@ -15,7 +15,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -141,20 +142,31 @@ def split_layer_name(name: str) -> tuple[int | None, str]:
     return None, name
 
 
+def _places(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+    """The block and the kind of every layer; kinds that several networks share are told apart by what is before."""
+    split = {name: split_layer_name(name) for name in names}
+    shared = {kind for (_, kind), count in Counter(split.values()).items() if count > 1}
+    return {
+        name: (block, name.removesuffix(f"{block}.{kind}") + f"*.{kind}" if kind in shared else kind)
+        for name, (block, kind) in split.items()
+    }
+
+
 def _require(values: Mapping[Any, Any], what: str) -> None:
     if not values:
         raise InputError(f"{what} must hold at least one entry, got none")
 
 
 def rank_heatmap(ranks: Mapping[str, float], uniform_rank: float | None = None, title: str | None = None) -> Figure:
-    """Ranks as a table of colours, one column per block and one row per kind of layer.
+    """Ranks as a table of colours, one column per block and one row per kind of layer (and network, where several have
+    the same blocks and kinds).
 
     Args:
         ranks: layer name to rank; means over runs are welcome.
         uniform_rank: rank without redistribution; it becomes the neutral colour. Default: the mean of ``ranks``.
     """
     _require(ranks, "ranks")
-    places = {name: split_layer_name(name) for name in ranks}
+    places = _places(ranks)
     blocks = sorted({block for block, _ in places.values() if block is not None})
     columns: list[int | None] = [*blocks, *([None] if any(block is None for block, _ in places.values()) else [])]
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_lightning.adapters import AdapterLayer
-from eva_lightning.adapters.registry import remove, restored_on_failure, sync_configs
+from eva_lightning.adapters.registry import remove, sync_configs
 from eva_lightning.adapters.targets import unknown_layer
 from eva_lightning.errors import InputError
 from eva_lightning.initialization import initial_a
@@ -108,7 +108,7 @@ def apply_plan(
     injected: bool = False,
     rescale_alpha: bool = True,
 ) -> None:
-    """Resize, remove and fill the layers; all or nothing.
+    """Resize, remove and fill the layers; whoever calls undoes what a failure leaves half done.
 
     Args:
         module: holds the layers.
@@ -117,7 +117,7 @@ def apply_plan(
         injected: the adapters are ours: DoRA's magnitudes are set so that the function is exactly the base model's.
         rescale_alpha: keep a layer's scaling when its rank changes; otherwise its alpha.
     """
-    with isolated_rng(), restored_on_failure(module):
+    with isolated_rng():
         for name, layer in layers.items():
             rank = plan.state.ranks[name]
             if rank == 0:

@@ -72,8 +72,8 @@ def observing(module: nn.Module) -> Iterator[None]:
         if b is not None and b.device.type != "meta"
     ]
     metrics = [(m, _metric_state(m)) for m in module.modules() if hasattr(m, "metric_state")]
-    module.eval()
     try:
+        module.eval()
         yield
     finally:
         for m, flag in modes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric import is_wrapped
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -21,6 +21,7 @@ from eva_lightning.callback import EVAInitCallback
 from eva_lightning.done import done
 from eva_lightning.errors import InputError, InputTypeError
 from eva_lightning.initialiser import Initialiser
+from eva_lightning.namespaces import is_set_up_by_fabric
 from eva_lightning.output import is_first
 from eva_lightning.state import EVAState
 from eva_lightning.svd.distributed import world_size
@@ -182,9 +183,19 @@ def _checked(batches: Any, initialiser: Initialiser) -> Iterable[Any]:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    wrapped = isinstance(model, (DataParallel, DistributedDataParallel)) or is_wrapped(model)
-    if wrapped or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        how = f"wrapped ({type(model).__name__})" if wrapped else "sharded"
+    wrappers = [type(m).__name__ for m in model.modules() if _wraps(m)]
+    if wrappers or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        how = f"wrapped ({wrappers[0]})" if wrappers else "sharded"
         raise InputTypeError(
             f"the model is {how} already, which keeps the parameters that EVA replaces: call initialize before that"
         )
+
+
+def _wraps(module: nn.Module) -> bool:
+    # FSDP 1 and DeepSpeed are not imported for this: a module that is not loaded has no instances
+    loaded = [
+        getattr(sys.modules.get(name), cls, None)
+        for name, cls in (("torch.distributed.fsdp", "FullyShardedDataParallel"), ("deepspeed", "DeepSpeedEngine"))
+    ]
+    kinds = (DataParallel, DistributedDataParallel, *filter(None, loaded))
+    return isinstance(module, kinds) or is_set_up_by_fabric(module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,8 +13,9 @@ from torch import nn
 from eva_lightning.batch_forward import ForwardFn, MaskFn, no_grad_forward
 from eva_lightning.capture import InputCapture, SharingChanged
 from eva_lightning.engine_plan import Allocation
-from eva_lightning.errors import EVAWarning, InputError
+from eva_lightning.errors import InputError
 from eva_lightning.layer_inputs import LayerInputs, inputs_of
+from eva_lightning.output import warn
 from eva_lightning.selection import Selection, Spectrum
 from eva_lightning.side_effects import observing
 from eva_lightning.state import EVAState
@@ -218,12 +218,10 @@ def _say_what_converged(
     if selected == passed or stopping.share(state.converged) >= options.delta:
         return
     late = [n for n, done in state.converged.items() if not done]
-    warnings.warn(
+    warn(
         f"EVA: after {state.n_batches} minibatches, the most allowed, {selected - passed} of the {selected} components "
         f"that get a rank had not converged to tau={options.tau:g}, in {len(late)} of {len(state.converged)} layers "
-        f"(such as {late[0]}); they are used as they are: raise max_batches, or lower tau or delta",
-        EVAWarning,
-        stacklevel=3,
+        f"(such as {late[0]}); they are used as they are: raise max_batches, or lower tau or delta"
     )
 
 

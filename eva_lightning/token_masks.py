@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
 from eva_lightning.batch_forward import MaskFn
-from eva_lightning.errors import EVAWarning, InputTypeError
+from eva_lightning.errors import InputTypeError
 from eva_lightning.layer_inputs import FITTED
+from eva_lightning.output import warn
 
 
 class TokenMasks:
@@ -41,8 +41,7 @@ class TokenMasks:
         if self._mask is None or self._said or hasattr(self._mask, FITTED):
             return
         self._said = True
-        rank_zero_warn(
+        warn(
             f"EVA: mask_fn gave a mask of shape {tuple(self._mask.shape)}, which is that of no adapted layer's tokens, "
-            "so that every token counts; return one bool per token, shape (batch, tokens) as the layers see them",
-            category=EVAWarning,
+            "so that every token counts; return one bool per token, shape (batch, tokens) as the layers see them"
         )

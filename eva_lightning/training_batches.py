@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from eva_lightning.errors import InputError
-from eva_lightning.namespaces import is_overridden
+from eva_lightning.namespaces import is_overridden, is_set_up_by_fabric
 from eva_lightning.side_effects import isolated_rng, restored_sources
 
 
@@ -102,9 +102,12 @@ def delivered(trainer: pl.Trainer, batch: Any) -> Any:
 
 
 def _detached(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader):
+    if not isinstance(loader, DataLoader) and not is_set_up_by_fabric(loader):
         return loader
-    duplicate = copy.copy(loader)
+    duplicate = copy.copy(loader)  # with Fabric's count of epochs, which orders what a distributed sampler gives
+    for name, inner in vars(loader).items():
+        if isinstance(inner, DataLoader):
+            object.__setattr__(duplicate, name, _detached(inner))
     # persistent workers keep their iterator on the loader: the copy must start its own
     object.__setattr__(duplicate, "_iterator", None)
     return duplicate

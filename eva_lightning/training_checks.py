@@ -6,13 +6,12 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eva_lightning.adapters import AdapterLayer, find_adapters
 from eva_lightning.divergence import DivergenceCallback
-from eva_lightning.errors import EVAWarning
+from eva_lightning.output import warn
 from eva_lightning.trainer_state import refuses_unused_parameters
 
 _PATIENCE = 8
@@ -31,7 +30,7 @@ def warn_of_layers_not_run(names: Collection[str], total: int, *, removed: bool,
     fate = "keep a random A, and DDP will stop where they get no gradient" if stops else "keep a random A"
     if removed:
         fate = "were removed, as DDP would stop at parameters without gradient"
-    _warn(
+    warn(
         f"{_some(names, total)} did not run on the minibatches that EVA streamed: their adapters {fate}. Where a model "
         "reads a layer's weight instead of calling it (BEiT's and Swin V2's qkv), an adapter has no effect: leave such "
         "layers out with exclude=[...]; where forward_fn or the eval mode skips layers, give a forward_fn that runs "
@@ -41,7 +40,7 @@ def warn_of_layers_not_run(names: Collection[str], total: int, *, removed: bool,
 
 def warn_of_weights_read(names: Collection[str], total: int) -> None:
     """Say that the model also reads the weights of adapted layers."""
-    _warn(
+    warn(
         f"{_some(names, total)} have a weight that the model also reads elsewhere, as a tied decoder does: the adapter "
         "has no effect there, and will not be merged into the weight unless an example shows that outputs stay; leave "
         "such layers out with exclude=[...], or keep them as LoRA layers"
@@ -155,13 +154,13 @@ class AdapterChecks:
         """Say it now: no batch follows."""
         when = "batch" if self._batches <= 1 else f"{self._batches} batches"
         if self._heads and self._ran_backward:
-            _warn(
+            warn(
                 f"EVA: {', '.join(map(repr, self._heads))} got no gradient in the first {when}, but was taken for an "
                 "output layer, which trains in full and has no adapter. Name the output layers with head=[...], and "
                 "leave layers that do not run out with exclude=[...]"
             )
         if self._open:
-            _warn(
+            warn(
                 f"{_some(self._open, self._total)} got no gradient in the first {when}: training_step does not run "
                 "them, runs them under torch.no_grad() or torch.inference_mode(), or detaches their outputs. Run them "
                 "with gradients, or leave them out with exclude=[...]"
@@ -181,7 +180,7 @@ class AdapterChecks:
         for is_so, what in _FLAGS:
             names = [name for name, layer in self._open.items() if is_so(layer)]
             if names:
-                _warn(f"{_some(names, self._total)} {what}")
+                warn(f"{_some(names, self._total)} {what}")
             for name in names:
                 del self._open[name]
 
@@ -190,7 +189,7 @@ class AdapterChecks:
         known = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         names = [n for n, x in self._open.items() if not any(id(p) in known for p in (x.a, x.b) if p.requires_grad)]
         if names:
-            _warn(
+            warn(
                 f"{_some(names, self._total)} have adapters that are in no optimizer and will not train: make the "
                 "optimizer in configure_optimizers, which runs after the adapters are put in, from all parameters with "
                 "requires_grad"
@@ -234,7 +233,3 @@ def _own_optimizers(module: nn.Module) -> Iterator[Any]:
 def _some(names: Collection[str], total: int) -> str:
     few = ", ".join(repr(name) for name in list(names)[:3])
     return f"EVA: {len(names)} of {total} adapted layers ({few}{', ...' if len(names) > 3 else ''})"
-
-
-def _warn(message: str) -> None:
-    rank_zero_warn(message, category=EVAWarning)

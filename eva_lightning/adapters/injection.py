@@ -37,6 +37,9 @@ from eva_lightning.adapters.targets import choose_layers, language_model_heads
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.side_effects import isolated_rng
 
+INJECTION = "_eva_lightning_injection"
+"""Where a module keeps the :class:`Injection` of adapters that nobody has initialised yet."""
+
 Bias = Literal["none", "all", "lora_only"]
 
 
@@ -59,6 +62,8 @@ class Injection:
     trainable_after: int
     frozen_head: list[str] = field(default_factory=list)
     left_frozen: list[str] = field(default_factory=list)
+    # an attention's output projection too, which PEFT adapts with it
+    _bases: list[nn.Module] = field(repr=False, default_factory=list)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False, default_factory=list)
     # PEFT's MultiheadAttention replaces the weights it adapts by new parameters
     _attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = field(repr=False, default_factory=list)
@@ -73,9 +78,12 @@ class Injection:
 
     def undo(self, module: nn.Module) -> None:
         """Put the base layers and every ``requires_grad`` flag back: the module is what it was before."""
-        for layer in lora_layers(module):
-            if hasattr(layer.module, CONFIG_ATTRIBUTE):
-                replace_everywhere(module, layer.module, layer.base)
+        bases = {id(base) for base in self._bases}
+        # by what they hold, not by our mark: an interruption may come before they have it
+        for layer in [m for m in module.modules() if hasattr(m, "lora_A")]:
+            base = layer.get_base_layer()  # type: ignore[operator]
+            if id(base) in bases:
+                replace_everywhere(module, layer, base)
         for parameter, weight in self._weights:
             parameter.data = weight
         for owner, parameters in self._attention_parameters:
@@ -161,9 +169,12 @@ def inject(
     attention_parameters: list[tuple[nn.Module, dict[str, Any]]] = [
         (m, dict(m._parameters)) for a in attentions for m in (a, a.out_proj)
     ]
+    adapted = [module.get_submodule(name) for name in targets]
+    bases = [m for base in adapted for m in (base, getattr(base, "out_proj", None)) if m is not None]
     injection = Injection(
-        targets, heads, count_trainable(module), 0, frozen, choice.left_frozen, requires_grad, attention_parameters
-    )
+        targets, heads, count_trainable(module), 0, frozen, choice.left_frozen, bases, requires_grad,
+        attention_parameters,
+    )  # fmt: skip
     options = {
         name: _below_holder(value) if name.endswith("_pattern") else value for name, value in lora_options.items()
     }
@@ -191,15 +202,17 @@ def inject(
             if dora_by_column:
                 norm_by_column(layer)
         sync_configs(module)
-        injection._fast_paths = disable_fast_paths(module)
+        injection._fast_paths = fast_paths(module)
+        for owner, name, value in injection._fast_paths:
+            setattr(owner, name, type(value)(0))  # 0 or False
+        injection.trainable_after = count_trainable(module)
+        still = [h for h in heads if not any(p.requires_grad for p in module.get_submodule(h).parameters())]
+        injection.head = [h for h in heads if h not in still]
+        injection.frozen_head = [*frozen, *still]
+        return injection
     except BaseException:
         injection.undo(module)
         raise
-    injection.trainable_after = count_trainable(module)
-    still = [h for h in heads if not any(p.requires_grad for p in module.get_submodule(h).parameters())]
-    injection.head = [h for h in heads if h not in still]
-    injection.frozen_head = [*frozen, *still]
-    return injection
 
 
 def _refuse_lazy(module: nn.Module) -> None:
@@ -211,24 +224,22 @@ def _refuse_lazy(module: nn.Module) -> None:
             )
 
 
-def disable_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Keep torch's fused encoder from bypassing adapters in eval mode; returns what to set back.
+def fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """What lets torch's fused encoder bypass adapters in eval mode: modules, each with an attribute and its value.
 
     ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` directly when it runs without gradients, so an adapter
     on it would train and then be ignored by validation without a word.
     """
     adapted = {id(layer.module) for layer in find_adapters(module).values()}
-    changed: list[tuple[nn.Module, str, Any]] = []
+    found: list[tuple[nn.Module, str, Any]] = []
     for m in module.modules():
         if not any(id(x) in adapted for x in m.modules()):
             continue
         if isinstance(m, nn.TransformerEncoderLayer):
-            changed.append((m, "activation_relu_or_gelu", m.activation_relu_or_gelu))
-            m.activation_relu_or_gelu = 0
+            found.append((m, "activation_relu_or_gelu", m.activation_relu_or_gelu))
         elif isinstance(m, nn.TransformerEncoder) and hasattr(m, "use_nested_tensor"):
-            changed.append((m, "use_nested_tensor", m.use_nested_tensor))
-            m.use_nested_tensor = False
-    return changed
+            found.append((m, "use_nested_tensor", m.use_nested_tensor))
+    return found
 
 
 def bypassed_by_fast_path(module: nn.Module) -> set[int]:
@@ -250,7 +261,7 @@ def _can_be_fused(layer: nn.TransformerEncoderLayer) -> bool:
         and attention.in_proj_bias is not None
         and attention._qkv_same_embed_dim
         and attention.num_heads % 2 == 0
-        # activation_relu_or_gelu is what disable_fast_paths sets
+        # activation_relu_or_gelu is what inject sets
         and (layer.activation in (F.relu, F.gelu) or isinstance(layer.activation, (nn.ReLU, nn.GELU)))
         and getattr(layer.norm1, "eps", None) == getattr(layer.norm2, "eps", None)
     )

@@ -5,6 +5,7 @@ An adapter has no effect there, and merged into the weight it would have one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -83,7 +84,9 @@ class WeightReads:
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:
-            with _Mode(self._note):
+            with _Mode(self._note), warnings.catch_warnings():
+                # a compiled model runs once inside its wrapper: that these hooks see both does no harm
+                warnings.filterwarnings("ignore", message="Using `torch.compile.* when there are global hooks")
                 yield
         finally:
             for handle in handles:

@@ -199,6 +199,34 @@ def test_checkpoint_of_more_layers_than_the_module_has_left(tmp_path: Path) -> N
     assert [layer.rank for layer in find_adapters(target).values()] == [4, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {"target_modules": ["net.3"]}),
+        ({}, {"r": 2, "alpha": 3, "exclude": ["net.5"]}),
+        ({}, {"use_dora": True}),
+        ({"use_dora": True}, {"use_rslora": True}),
+    ],
+    ids=["fewer layers", "rank and exclusions", "DoRA now", "DoRA then"],
+)
+def test_a_resumed_run_has_the_adapters_of_its_checkpoint_whatever_is_asked_for_now(
+    then: dict[str, Any], now: dict[str, Any], tmp_path: Path
+) -> None:
+    first, path = fitted("plain", tmp_path, EVAInitCallback(**{"rho": 2, "r": 4, "verbose": False, **then}))
+    resumed, again = Plain(), tmp_path / "again.ckpt"
+    run = trainer(NoStreaming(**{"rho": 2, "r": 4, "verbose": False, **now}), max_epochs=3)
+    run.fit(resumed, loader(), ckpt_path=path)
+    assert run.current_epoch == 3
+    trained = {name: p.requires_grad for name, p in first.named_parameters()}
+    assert {name: p.requires_grad for name, p in resumed.named_parameters()} == trained
+    ranks = {name: (layer.rank, layer.alpha) for name, layer in find_adapters(first).items()}
+    assert {name: (layer.rank, layer.alpha) for name, layer in find_adapters(resumed).items()} == ranks
+    run.save_checkpoint(again)
+    loaded = Plain.load_from_checkpoint(again).eval()
+    torch.testing.assert_close(loaded(X), resumed.eval()(X))
+    assert not torch.equal(loaded(X), first(X)), "it was trained on"
+
+
 def test_clear_errors(tmp_path: Path) -> None:
     base = Classifier(mlp())
     run = trainer()

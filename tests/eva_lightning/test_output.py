@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import io
 import logging
 import re
 import runpy
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 
+import eva_lightning
 from eva_lightning import EVAInitCallback, output
-from eva_lightning.errors import InputError
+from eva_lightning.errors import EVAWarning, InputError
 from eva_lightning.output import can_animate, say, show
 from eva_lightning.summary import progress_bar
 from experiments.runner.run_log import logging_to
-from tests.modules import build, loader, trainer
+from tests.modules import build, loader, mlp, trainer
 from tests.paths import ROOT
 
 ROWS = [("layers", "3, of which 0 removed"), ("left as is", "[1/2] of them")]
@@ -83,6 +85,55 @@ def test_a_program_that_has_set_up_logging_gets_records_and_the_screen_none(
     assert capsys.readouterr().out == ""
 
 
+class ForErrors(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(record.getMessage())
+
+
+@pytest.mark.parametrize("handler", [ForErrors, logging.NullHandler])
+def test_a_handler_that_takes_no_such_record_does_not_hide_it(
+    handler: type[logging.Handler], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [handler()])
+    monkeypatch.setattr(logging.getLogger("eva_lightning"), "handlers", [output._SCREEN])
+    say("EVA: 3 layers")
+    assert capsys.readouterr().out == "EVA: 3 layers\n"
+
+
+@pytest.mark.usefixtures("terminal")
+def test_an_output_in_ascii_gets_the_line_without_what_it_has_no_characters_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert not can_animate()
+    show("EVA initialisation", [("capped", "größe")])
+    sys.stdout.flush()
+    assert written.getvalue() == b"EVA initialisation: capped: gr\\xf6\\xdfe\n"
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_narrow_terminal_shows_all_of_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    name = "model.decoder.layers.11.self_attn.q_proj"
+    show("EVA initialisation", [("ranks min/median/max", name)])
+    shown = plain(capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 30
+    columns = [line.split("│")[1:3] for line in shown.splitlines() if "│" in line]
+    first, second = ("".join(cell.strip() for cell in column) for column in zip(*columns, strict=True))
+    assert (first.replace(" ", ""), second) == ("ranksmin/median/max", name)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_level_silences_the_bar(caplog: pytest.LogCaptureFixture) -> None:
+    assert can_animate()
+    with caplog.at_level(logging.WARNING, logger="eva_lightning"):
+        assert not can_animate()
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_level_silences(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="eva_lightning"):
@@ -99,6 +150,13 @@ def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture[str], monke
     say("EVA: 3 layers")
     show("EVA initialisation", ROWS)
     assert capsys.readouterr().out == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # stops at the limit, which the first process warns of
+        eva_lightning.initialize(mlp(), loader(), r=4, algorithm="paper", max_batches=2)
+    monkeypatch.undo()
+    with pytest.warns(EVAWarning, match="the most allowed"):
+        eva_lightning.initialize(mlp(), loader(), r=4, verbose=False, algorithm="paper", max_batches=2)
 
 
 @pytest.mark.usefixtures("alone")

@@ -14,6 +14,15 @@ from eva_lightning import plots
 RANKS = {f"model.blocks.{i}.{kind}": i + j for i in range(3) for j, kind in enumerate(("attn.qkv", "mlp.fc1"))}
 
 
+def test_the_rank_map_has_every_layer_of_several_networks() -> None:
+    names = [f"{part}.blocks.{i}.{kind}" for part in ("text", "image") for i in (0, 1) for kind in ("q", "v")]
+    ranks = {name: rank for rank, name in enumerate(["embed", *names, "text.blocks.1.gate"], start=1)}
+    axes = plots.rank_heatmap(ranks).axes[0]
+    assert sorted(int(text.get_text()) for text in axes.texts) == list(ranks.values())
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == ["embed", "text.blocks.*.q", "text.blocks.*.v", "image.blocks.*.q", "image.blocks.*.v", "gate"]
+
+
 def test_layer_names_split_at_the_last_number() -> None:
     assert plots.split_layer_name("model.blocks.11.attn.qkv") == (11, "attn.qkv")
     assert plots.split_layer_name("encoder.2.layer.5.fc") == (5, "fc")

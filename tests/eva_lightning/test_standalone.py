@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -191,6 +192,13 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert quiet(model, loader()).ranks.keys() == {"a"}
 
 
+def fully_sharded() -> nn.Module:
+    """FSDP 1 around nothing: its constructor wants a GPU."""
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "options", "sentence"),
     [
@@ -208,10 +216,14 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
         (mlp, loader, {"rhoo": 1}, "unknown argument 'rhoo': did you mean rho"),
         (mlp, None, {"state": "absent"}, "is missing"),
         (lambda: nn.DataParallel(mlp()), loader, {}, r"wrapped \(DataParallel\) already"),
+        (lambda: nn.Sequential(nn.DataParallel(mlp())), loader, {}, r"wrapped \(DataParallel\) already"),
+        (fully_sharded, loader, {}, r"wrapped \(FullyShardedDataParallel\) already"),
+        (mlp, lambda: list(loader()), {"mask_fn": attention_mask}, "batches that are mappings, got a list"),
     ],
     ids=[
         "no batches", "empty list", "empty iterator", "samples", "a tensor", "a mapping", "a number", "no model", "rho",
-        "verbose", "log", "unknown", "no state", "wrapped",
+        "verbose", "log", "unknown", "no state", "wrapped", "wrapped inside",
+        "FSDP 1", "attention_mask",
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(
@@ -232,8 +244,9 @@ def test_twice_is_refused() -> None:
         quiet(model, loader())
 
 
-def test_a_model_that_fabric_has_set_up_is_refused() -> None:
-    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1)
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_a_model_that_fabric_has_set_up_is_refused(package: str) -> None:
+    fabric = pytest.importorskip(package).Fabric(accelerator="cpu", devices=1)
     with pytest.raises(InputError, match=r"wrapped \(_FabricModule\) already.*: call initialize before that"):
         quiet(fabric.setup_module(mlp()), loader())
 
@@ -247,9 +260,55 @@ def test_a_loader_of_fabric() -> None:
     assert all(torch.equal(found.components[name], expected.components[name]) for name in expected.components)
 
 
+class ByEpoch(torch.utils.data.Sampler[int]):
+    """Another order in every epoch, as a DistributedSampler has."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(96, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return 96
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_the_epochs_of_a_loader_of_fabric_stay_in_order(package: str) -> None:
+    fabric = pytest.importorskip(package).Fabric(accelerator="cpu", devices=1)
+
+    def epochs(initialised: bool) -> list[list[Tensor]]:
+        batches = fabric.setup_dataloaders(DataLoader(dataset(), batch_size=16, sampler=ByEpoch()))
+        if initialised:
+            quiet(mlp(), batches)
+        return [[x for x, _ in batches] for _ in range(2)]
+
+    expected, found = epochs(False), epochs(True)
+    assert not torch.equal(expected[0][0], expected[1][0])
+    assert all(
+        torch.equal(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
 def test_an_endless_generator_is_read_up_to_the_limit() -> None:
     batches = itertools.cycle(list(loader()))
     assert quiet(mlp(), batches, max_batches=7, stopping="never").n_batches == 7
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_model_is_that_inside() -> None:
+    plain, inner = mlp(), mlp()
+    inner.load_state_dict(plain.state_dict())
+    model: Any = torch.compile(inner, backend="eager")
+    x = dataset(16).tensors[0]
+    before = model(x)
+    assert quiet(model, loader()).components.keys() == quiet(plain, loader()).components.keys()
+    torch.testing.assert_close(model(x), before)
+    for layer in find_adapters(model).values():
+        nn.init.ones_(layer.b)
+    assert not torch.allclose(model(x), before), "what was compiled before has the adapters"
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -297,6 +356,24 @@ def test_what_did_not_run_keeps_its_adapter_and_is_said() -> None:
     frame = state.to_pandas()
     assert frame.loc["idle"].isna().to_dict()["explained"]
     assert frame.loc["idle", "components"] == 0
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.filterwarnings("error::eva_lightning.errors.EVAWarning")
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was_too(peft: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = TokenNet()
+    model.idle = nn.Linear(4, 4)
+    if peft:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["embed", "q", "narrow", "idle"]))
+    before = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(EVAWarning, match="did not run"):
+        quiet(model, loader(tokens=TOKENS), head="head")
+    after = dict(model.named_parameters())
+    assert {name: (id(p), p.requires_grad) for name, p in after.items()} == {n: b[:2] for n, b in before.items()}
+    assert all(torch.equal(p, before[name][2]) for name, p in after.items())
+    with pytest.warns(EVAWarning, match="did not run"):
+        assert quiet(model, loader(tokens=TOKENS), head="head").ranks["idle"] == 4
 
 
 def test_a_missing_state_is_a_missing_file() -> None:
