@@ -5,6 +5,7 @@ A folder of class folders (or a split file) in; a page of results, a PEFT adapte
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,9 @@ class Settings(Recipe):
         adapter = f"-r{self.rank}" if self.key.adapts else ""
         adapter += f"-rho{self.rho:g}" if self.key.rho is not None else ""
         rate = "tuned" if self.tune else f"lr{self.lr:g}"
-        model = self.model.replace("/", "_").replace(":", "_")
-        return f"{folder}-{model}-{self.method}{adapter}-{rate}-seed{self.seed}"
+        name = f"{folder}-{self.model}-{self.method}{adapter}-{rate}-seed{self.seed}"
+        # timm reads the path of a merged model as an address, which # and ? end
+        return re.sub(r"[/:#?]", "_", name)
 
     def open(self) -> TaskData:
         """The folder, read and checked.
