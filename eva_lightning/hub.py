@@ -30,8 +30,8 @@ def push_to_hub(
     :func:`eva_lightning.vision.save_timm` wrote.
 
     ``PeftModel.from_pretrained(base, repo_id)``, or ``timm.create_model("hf-hub:" + repo_id, pretrained=True)`` for a
-    merged model, then loads it anywhere. The repository is made if it does not exist; other files in it stay. Its name takes the place of
-    ``THIS REPOSITORY`` in the card.
+    merged model, then loads it anywhere. The repository is made if it does not exist; other files in it stay.
+    Its name takes the place of ``THIS REPOSITORY`` in the card.
 
     Args:
         directory: The folder.
@@ -45,8 +45,8 @@ def push_to_hub(
 
     Raises:
         MissingInputError: The folder lacks a file; names it.
-        InputError: The name is none of a repository, the hub refuses (such as for want of a token), or the first lines of an
-            edited card are not as it wants them.
+        InputError: The name is none of a repository, the hub refuses (such as for want of a token), or the metadata
+            of an edited card are not as it wants them.
         UnreachableError: The hub does not answer.
     """
     from huggingface_hub import CommitOperationAdd, HfApi

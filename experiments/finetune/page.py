@@ -168,5 +168,11 @@ def _command(run: OneRun) -> str:
         value = getattr(run, item.name, item.default)
         decides = Role.RESULT in role_of(item) or item.name == "split_file"
         if item.name in _REPEATED or (decides and value != item.default):
-            words += [flag(item.name), str(value).lower() if isinstance(value, bool) else str(value)]
+            words += [flag(item.name), _word(value)]
     return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)

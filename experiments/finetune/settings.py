@@ -47,6 +47,10 @@ class Recipe:
     )
     rank: int = option(8, "LoRA rank; EVA's mean rank per layer", RESULT, at_least=1)
     rho: float = option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", RESULT, at_least=1)
+    target_modules: tuple[str, ...] | None = option(
+        None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear but the head",
+        RESULT, omit_default=True,
+    )  # fmt: skip
     epochs: int = option(10, "training epochs", RESULT, at_least=1)
     batch_size: int = option(32, "images per step", RESULT, at_least=1)
     weight_decay: float = option(0.05, "AdamW's weight decay", RESULT, at_least=0)
@@ -115,6 +119,7 @@ class OneRun(Recipe):
             method=self.method,
             rank=self.rank,
             rho=self.rho,
+            target_modules=self.target_modules,
             lr=self.lr,
             seed=self.seed,
             epochs=self.epochs,

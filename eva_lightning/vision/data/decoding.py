@@ -21,11 +21,11 @@ from eva_lightning.ours import is_marked
 from eva_lightning.reading import read_bytes
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"})
 #: Of images that people keep and that are not decoded.
 _OTHER_SUFFIXES = frozenset(
     {".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga",
-     ".psd", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+     ".dib", ".psd", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 )  # fmt: skip
 
 #: Pixels of the largest image that is decoded: 0.2 GB. The largest originals (Retinopathy) have 18 million.
