@@ -240,6 +240,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a damaged image": (_broken, [], r"image .*oak/03\.jpg cannot be decoded"),
     "no model": (lambda f: None, ["--model", "dinov2_b15"], "unknown model 'dinov2_b15': did you mean dinov2_"),
     "no method": (lambda f: None, ["--method", "evo"], "--method.*did you mean|unknown method 'evo': did you mean eva"),
+    "no such accelerator": (lambda f: None, ["--accelerator", "gpuu"], "unknown accelerator 'gpuu': did you mean gpu"),
+    "no such device": (
+        lambda f: None,
+        ["--accelerator", "tpu"],
+        "--accelerator tpu is not on this machine",
+    ),
     "a share of 1": (lambda f: None, ["--test-share", "1"], "--test-share must be a number above 0 and below 1"),
     "a wrong size": (lambda f: None, ["--image-size", "33"], "must be a multiple of test_vit's patch size 16"),
 }

@@ -264,6 +264,8 @@ def test_hidden_and_other_files_and_links_into_a_class_change_nothing(tmp_path: 
 def test_folders_without_images_are_said_and_figures_of_runs_are_none(tmp_path: Path) -> None:
     folder = two(tmp_path / "mine")
     images(folder / "z", 4, ".JFIF", "JPEG")
+    for file in folder.glob("*/*"):
+        file.write_bytes(file.read_bytes() + f"{file}".encode())  # behind the image: no two files are alike
     assert (open_folder(folder).class_names, open_folder(folder).warnings) == (("x", "y", "z"), ())
     images(folder / "runs/finetune/first/plots", 5)
     RunFolder(folder / "runs/finetune/first", Settings(data=str(folder))).start()
