@@ -183,7 +183,7 @@ def _layout(folder: Path) -> tuple[Path, dict[str, Path]]:
     bases = [folder, *([folder / "images"] if (folder / "images").is_dir() else [])]
     for base in bases:
         parts: dict[str, Path] = {}
-        for place in _class_folders(base):
+        for place in filter(Path.is_dir, _entries(base)):
             part = PART_OF.get(place.name.casefold())
             if part is not None and parts.setdefault(part, place) is not place:
                 raise InputError(f"{parts[part]} and {place} are both images to {_TO[part]}: put them together")
@@ -195,9 +195,9 @@ def _layout(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 def _refuse_unknown_parts(base: Path) -> None:
     """Refuse folders that hold the same folders, one of them with a name such as ``training_set``: they are no classes."""
-    places = _class_folders(base)
+    places = [entry for entry in _entries(base) if entry.is_dir()]
     suspects = [each for each in places if not PART_OF.keys().isdisjoint(re.findall(r"[a-z]+", each.name.casefold()))]
-    inner = {place: {each.name for each in _class_folders(place)} for place in (places if suspects else ())}
+    inner = {place: {each.name for each in _entries(place) if each.is_dir()} for place in (places if suspects else ())}
     for place in suspects:
         alike = next((other for other in places if other != place and len(inner[place] & inner[other]) > 1), None)
         if alike is not None:
@@ -313,6 +313,14 @@ def _images(folder: Path, base: Path, remedy: str) -> tuple[dict[str, list[str]]
     return found, empty
 
 
+def _entries(base: Path) -> list[Path]:
+    """What is in a folder, sorted; hidden entries are passed over."""
+    try:
+        return sorted(entry for entry in base.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"the folder {base} cannot be read ({error.strerror}): make it readable") from None
+
+
 def _class_folders(base: Path) -> list[Path]:
     """The folders in `base`, sorted; hidden ones are passed over.
 
@@ -320,10 +328,7 @@ def _class_folders(base: Path) -> list[Path]:
         InputError: `base` cannot be read, or a link leads to a folder around it or to one that is there already: its
             images would have two labels.
     """
-    try:
-        entries = sorted(entry for entry in base.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"the folder {base} cannot be read ({error.strerror}): make it readable") from None
+    entries = _entries(base)
     lost = next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None)
     if lost is not None:
         raise InputError(f"{lost} is a link that leads nowhere: put the folder itself there, or remove the link")

@@ -91,6 +91,7 @@ def test_parts_are_known_in_any_case_and_below_images(tmp_path: Path, names: tup
     for part, count in zip(names, (10, 4), strict=True):
         for name in ("x", "y"):
             images(tmp_path / below / part / name, count)
+    (tmp_path / below / "latest").symlink_to("gone")  # beside parts, whatever else is there is nobody's business
     own = read_own_task(tmp_path)
     assert own.classes == ("x", "y")
     assert {split: len(part) for split, part in own.splits.items()} == {
