@@ -268,8 +268,8 @@ def test_folders_without_images_are_said_and_figures_of_runs_are_none(tmp_path: 
     for file in folder.glob("*/*"):
         file.write_bytes(file.read_bytes() + f"{file}".encode())  # behind the image: no two files are alike
     assert (open_folder(folder).class_names, open_folder(folder).warnings) == (("x", "y", "z"), ())
-    images(folder / "runs/finetune/first/plots", 5)
     RunFolder(folder / "runs/finetune/first", Settings(data=str(folder))).start()
+    images(folder / "runs/finetune/first/plots", 5)
     (folder / "notes").mkdir()
     (folder / "notes/a.txt").write_text("no image")
     found = open_folder(folder)
