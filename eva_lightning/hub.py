@@ -45,7 +45,7 @@ def push_to_hub(
 
     Raises:
         MissingInputError: The folder lacks a file; names it.
-        InputError: The name is none of a repository, the hub refuses (such as for want of a token), or the metadata
+        InputError: The name or the token cannot be one, the hub refuses (such as for want of a token), or the metadata
             of an edited card are not as it wants them.
         UnreachableError: The hub does not answer.
     """
@@ -54,6 +54,11 @@ def push_to_hub(
 
     files = _files(Path(directory))
     card = read_text(files[CARD])
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        # the client would show it in an error
+        raise InputError(
+            "token has characters that no token has, such as a space or the end of a line", setting="token"
+        )
     try:
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
