@@ -75,7 +75,7 @@ def _opened(folder: Path, task: VTABTask | None = None, drawing: Drawing | None 
         paths, labels = zip(*own.splits[split], strict=True)
         return Split(split, folder, paths, labels, own.source)
 
-    said = tuple(f"{place} holds no image that is read, and is no class" for place in own.without_images)
+    said = tuple(f"{place} holds no image that is read" for place in own.without_images)
     return _Opened(own.as_task(folder), drawn, own.classes, said)
 
 

@@ -274,7 +274,7 @@ def test_folders_without_images_are_said_and_figures_of_runs_are_none(tmp_path: 
     (folder / "notes/a.txt").write_text("no image")
     found = open_folder(folder)
     assert found.class_names == ("x", "y", "z")
-    sentence = "holds no image that is read, and is no class"
+    sentence = "holds no image that is read"
     assert found.warnings == (f"{folder / 'notes'} {sentence}", f"{folder / 'runs'} {sentence}")
     assert set(found.warnings) < set(open_task(tmp_path, "mine").warnings)
 
