@@ -70,7 +70,7 @@ def test_what_cannot_be_uploaded_is_one_sentence(
     (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
     with pytest.raises(InputError, match=r"cannot be uploaded .*README.md. - library_name is missing$"):
         push_to_hub(folder, "me/birds")
-    with pytest.raises(InputError, match=r"^token has a character that no token has, .* end of a line$"):
+    with pytest.raises(InputError, match=r"^token has characters that no token has, .* end of a line$"):
         push_to_hub(folder, "me/birds", token="hf_test\n")
     with pytest.raises(InputError, match=r"refuses me/birds: .*401.*token that may write"):
         push_to_hub(folder, "me/birds", token="hf_another")
