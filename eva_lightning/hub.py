@@ -63,7 +63,7 @@ def push_to_hub(
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         name = repo.repo_id
-        contents = {**files, CARD: card.replace(REPOSITORY, name).encode()}
+        contents: dict[str, Path | bytes] = {**files, CARD: card.replace(REPOSITORY, name).encode()}
         operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
         api.create_commit(name, operations, commit_message=message)
     except HFValidationError as error:
