@@ -32,8 +32,10 @@ def unsafe_because(name: object, room: int = 0) -> str | None:
         return "it is empty"
     if name in (".", ".."):
         return "it means another folder"
-    if "/" in name or "\\" in name or PureWindowsPath(name).drive:
+    if "/" in name or PureWindowsPath(name).drive:
         return "it has more than one part"
+    if "\\" in name:
+        return "it has a backslash, and / is what stands between the names of a path"
     if not name.isprintable() and any(map(_is_control, name)):
         return "it has control characters"
     if name != name.strip() or name.endswith("."):
@@ -88,9 +90,9 @@ def check_path(what: str, path: object, *, room: int = 0, setting: str | None = 
     # "a//b" and "./a" are what they are to the system: a/b and a
     whole = PurePosixPath(path)
     for part in whole.parts or ("",):
-        reason = unsafe_because(part, room)
+        reason = "it is absolute" if part == "/" else unsafe_because(part, room)
         if reason is not None:
-            where = "" if part == path else f" in {shown(part)}"
+            where = "" if part in (path, "/") else f" in {shown(part)}"
             raise InputError(
                 f"{what} must be a relative path inside its folder, got {shown(path)}{where}: {reason}", setting=setting
             )

@@ -64,7 +64,7 @@ def _label(axes: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if title:
-        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_title(title, fontsize="medium", loc="left", parse_math=False)  # a folder's name may have a $
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -343,10 +343,10 @@ def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10, t
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(image, cmap="gray_r")
-        axes.set_title(caption, fontsize="small", pad=2)
+        axes.set_title(caption, fontsize="small", pad=2, parse_math=False)
         axes.set_axis_off()
     if title:
-        figure.suptitle(title, fontsize="medium")
+        figure.suptitle(title, fontsize="medium", parse_math=False)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ CARD = "README.md"
 OURS = "<!-- written by eva_lightning; remove this line to keep your own changes -->"
 
 PAPER = "https://arxiv.org/abs/2410.07170"
+#: What stands for the name of the repository until the card is uploaded.
+REPOSITORY = "THIS REPOSITORY"
 _HUB_PREFIX = "timm/"
+#: The hub refuses a card whose base_model cannot be one of its own, such as the path of a folder.
+_ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def check_base_model(base_model: Any) -> str:
@@ -56,7 +61,7 @@ def model_card(
     """
     is_eva = origin_of(layers).get("method") == "EVA"
     metadata = {
-        **({"base_model": base_model} if "/" in base_model else {}),
+        **({"base_model": base_model} if _ON_THE_HUB.fullmatch(base_model) else {}),
         "library_name": "peft",
         "tags": [*(["eva"] if is_eva else []), "lora", "peft", *(["timm"] if _is_timm(base_model) else [])],
     }
@@ -131,7 +136,7 @@ def _is_timm(base_model: str) -> bool:
 
 
 def _code(model: nn.Module, base_model: str) -> list[str]:
-    load = 'model = PeftModel.from_pretrained(base, "THIS REPOSITORY")'
+    load = f'model = PeftModel.from_pretrained(base, "{REPOSITORY}")'
     classes = getattr(model, "num_classes", None)
     if not (_is_timm(base_model) and isinstance(classes, int)):
         return ["from peft import PeftModel", "", "# base: the network without adapters", load]

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
-from eva_lightning.adapters.model_card import CARD, card, is_edited
+from eva_lightning.adapters.model_card import CARD, REPOSITORY, card, is_edited
 from eva_lightning.errors import InputError, check_choice
 from eva_lightning.files import filling, write_json, write_text
 from eva_lightning.vision.backbone.split_fused import split_layers
@@ -120,7 +120,7 @@ def _card(module: ImageClassifier, config: Mapping[str, Any], about: Mapping[str
     code = [
         "import timm",
         "",
-        'model = timm.create_model("hf-hub:THIS REPOSITORY", pretrained=True).eval()',
+        f'model = timm.create_model("hf-hub:{REPOSITORY}", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     ]
     start = f"`{name}`, fine-tuned by adapters that were added to its weights afterwards."

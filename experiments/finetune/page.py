@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from eva_lightning.vision.data.image_folder import ImageFolderDataModule
 from eva_lightning.vision.data.images import load_image
 from eva_lightning.vision.data.split_files import Split
 from experiments.finetune.outcome import loading
-from experiments.finetune.settings import OneRun
+from experiments.finetune.settings import OneRun, Settings
 from experiments.report import page
 from experiments.report.ranks import rank_figure
-from experiments.runner.settings import flag
+from experiments.runner.settings import Role, flag, role_of
 from experiments.vtab.settings import weights_in_words
 
 #: Classes in the table of confusions, images shown of those that are recognised and of the others, and their pixels.
 WORST, SHOWN, PIXELS = 10, 6, 160
+#: Options that are always part of the command that repeats a run.
+_REPEATED = ("data", "model", "weights", "method", "rank", "lr", "epochs", "batch_size", "image_size", "seed")
 _PACKAGES = ("torch", "lightning", "timm", "peft")
 
 
@@ -159,13 +162,17 @@ def _rates(metrics: Mapping[str, Any]) -> page.Table | None:
 
 
 def _command(run: OneRun) -> str:
-    """The command that does the same training."""
-    shown = ("data", "model", "weights", "method", "rank", "rho", "lr", "epochs", "batch_size", "image_size", "seed")
+    """The command that does the same training: what matters most, and whatever is not as it would be by itself."""
     words = ["eva-lightning", "finetune"]
-    for name in shown:
-        words += [flag(name), _word(getattr(run, name))]
+    for item in fields(Settings):
+        value = getattr(run, item.name, item.default)
+        decides = Role.RESULT in role_of(item) or item.name == "split_file"
+        if item.name in _REPEATED or (decides and value != item.default):
+            words += [flag(item.name), _word(value)]
     return shlex.join(words)
 
 
 def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)

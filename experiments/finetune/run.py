@@ -12,9 +12,7 @@ from torch import Tensor
 
 from eva_lightning.adapters import save_pretrained
 from eva_lightning.adapters.model_card import timm_line
-from eva_lightning.errors import InputError
 from eva_lightning.vision.data.image_folder import ImageFolderDataModule
-from eva_lightning.vision.data.images import image_damage
 from eva_lightning.vision.epoch_csv import EpochHistory
 from eva_lightning.vision.timm_export import save_timm, timm_name
 from experiments.finetune.outcome import ADAPTER, MERGED, PAGE
@@ -93,8 +91,7 @@ def build(run: OneRun, tuning: Sequence[dict[str, float]] = ()) -> Work:
     parts.callbacks.append(predictions)
 
     def work(folder: RunFolder) -> dict[str, Any]:
-        # a damaged test image is said before hours of training, not after
-        _check_images(data)
+        data.check_images()
         history = EpochHistory(folder.path / "metrics.csv")
         metrics = train_and_test(settings, parts, folder, history)
         if run.evaluation != "test" or metrics.get("diverged"):
@@ -106,20 +103,6 @@ def build(run: OneRun, tuning: Sequence[dict[str, float]] = ()) -> Work:
         return metrics
 
     return work
-
-
-def _check_images(data: ImageFolderDataModule) -> None:
-    """Decode the images to test on, which fills the cache; without one, make sure that each can be decoded.
-
-    Raises:
-        InputError: One cannot.
-    """
-    data.setup("test")
-    if data.cache_dir is None:
-        split = data.data.evaluation
-        for path in split.paths:
-            if image_damage(split.folder / path) == "broken":
-                raise InputError(f"image {split.folder / path} cannot be decoded: copy it again, or leave it out")
 
 
 def _tested(data: ImageFolderDataModule, predictions: Predictions) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A folder of class folders (or a split file) in; a page of results, a PEFT adapte
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Recipe:
     )
     rank: int = option(8, "LoRA rank; EVA's mean rank per layer", RESULT, at_least=1)
     rho: float = option(2.0, "EVA: largest rank over mean rank, at least 1 (1 keeps ranks uniform)", RESULT, at_least=1)
+    target_modules: tuple[str, ...] | None = option(
+        None, "layers to adapt, by name, last part of the name or module; none: every nn.Linear but the head",
+        RESULT, omit_default=True,
+    )  # fmt: skip
     epochs: int = option(10, "training epochs", RESULT, at_least=1)
     batch_size: int = option(32, "images per step", RESULT, at_least=1)
     weight_decay: float = option(0.05, "AdamW's weight decay", RESULT, at_least=0)
@@ -114,6 +119,7 @@ class OneRun(Recipe):
             method=self.method,
             rank=self.rank,
             rho=self.rho,
+            target_modules=self.target_modules,
             lr=self.lr,
             seed=self.seed,
             epochs=self.epochs,
@@ -158,8 +164,9 @@ class Settings(Recipe):
         adapter = f"-r{self.rank}" if self.key.adapts else ""
         adapter += f"-rho{self.rho:g}" if self.key.rho is not None else ""
         rate = "tuned" if self.tune else f"lr{self.lr:g}"
-        model = self.model.replace("/", "_").replace(":", "_")
-        return f"{folder}-{model}-{self.method}{adapter}-{rate}-seed{self.seed}"
+        name = f"{folder}-{self.model}-{self.method}{adapter}-{rate}-seed{self.seed}"
+        # timm reads the path of a merged model as an address, which # and ? end
+        return re.sub(r"[/:#?]", "_", name)
 
     def open(self) -> TaskData:
         """The folder, read and checked.

@@ -10,10 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from eva_lightning.callback import EVAInitCallback
 from eva_lightning.divergence import DivergenceCallback
-from eva_lightning.errors import InputError
+from eva_lightning.errors import InputError, check_choice
 from eva_lightning.side_effects import rng_state, set_rng_state
 from eva_lightning.state import EVAState
 
@@ -55,16 +56,26 @@ def trainer_precision(precision: str, accelerator: str) -> str:
 
 
 def check_devices(devices: int, accelerator: str) -> None:
-    """Lightning starts as many processes as it is told to on a CPU, and they never end.
+    """Make sure that a Trainer can have these devices: on a CPU it starts as many processes as it is told to, and they
+    never end.
 
     Raises:
-        InputError: There are fewer.
+        InputError: There are fewer, or none of this kind.
     """
+    _check_accelerator(accelerator)
     there = torch.cuda.device_count() if on_gpu(accelerator) else os.cpu_count() or 1
     if devices > there:
         kind = "GPUs" if on_gpu(accelerator) else "CPU cores"
         message = f"devices must be at most the {there} {kind} of this machine, got {devices}"
         raise InputError(message, setting="devices")
+
+
+def _check_accelerator(accelerator: str) -> None:
+    kinds = sorted(AcceleratorRegistry.available_accelerators())
+    check_choice("accelerator", accelerator, ("auto", "gpu", *kinds))
+    wanted = {"auto": ("cpu",), "gpu": ("cuda", "mps")}.get(accelerator, (accelerator,))
+    if not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in wanted if kind in kinds):
+        raise InputError(f"accelerator {accelerator} is not on this machine: choose auto or cpu", setting="accelerator")
 
 
 class RandomState(L.Callback):

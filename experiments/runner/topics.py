@@ -59,7 +59,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
 COMMON = frozenset(
     ("root", "task", "tasks", "data", "model", "weights", "method", "methods", "rank", "ranks", "rho", "lr", "lrs",
      "epochs", "max_steps", "batch_size", "seed", "seeds", "final_seeds", "output", "out", "plan", "report",
-     "overwrite", "workers", "accelerator", "backend")
+     "overwrite", "workers", "accelerator", "backend", "tune")
 )  # fmt: skip
 
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}

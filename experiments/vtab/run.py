@@ -175,8 +175,6 @@ def train_and_test(
     not_followed = (f"not followed: {sentence}" for sentence in settings.rules.not_followed)
     for sentence in (*settings.explanation(settings.method), *not_followed):
         _LOGGER.info("%s", sentence)
-    for sentence in checked.warnings:
-        _LOGGER.warning(sentence)
     adapter = f"-r{settings.rank}" if settings.key.adapts else ""
     group = f"{settings.task}-{settings.model}-{settings.method}{adapter}-lr{settings.lr:g}"
     tags = (settings.task, settings.model, settings.method, settings.split)

@@ -43,6 +43,8 @@ def test_an_adapter_comes_back_from_the_hub_with_the_same_logits(
     loaded = PeftModel.from_pretrained(base(), "me/birds")
     torch.testing.assert_close(logits_of(loaded), logits_of(module), rtol=1e-5, atol=1e-5)
     card = ModelCard.load("me/birds")
+    assert 'PeftModel.from_pretrained(base, "me/birds")' in card.text
+    assert "me/birds" not in (folder / "README.md").read_text()
     assert (card.data.base_model, card.data.library_name) == ("timm/test_vit.r160_in1k", "peft")
     assert set(card.data.tags or ()) >= {"eva", "lora"}
 
@@ -65,6 +67,11 @@ def test_what_cannot_be_uploaded_is_one_sentence(
     folder = save_pretrained(module.model, tmp_path / "adapter", base_model="timm/test_vit")
     with pytest.raises(InputError, match="repo_id must be owner/name"):
         push_to_hub(folder, "me/birds/and more")
+    (folder / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
+    with pytest.raises(InputError, match=r"cannot be uploaded .*README.md. - library_name is missing$"):
+        push_to_hub(folder, "me/birds")
+    with pytest.raises(InputError, match=r"^token has characters that no token has, .* end of a line$"):
+        push_to_hub(folder, "me/birds", token="hf_test\n")
     with pytest.raises(InputError, match=r"refuses me/birds: .*401.*token that may write"):
         push_to_hub(folder, "me/birds", token="hf_another")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

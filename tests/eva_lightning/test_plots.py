@@ -41,6 +41,13 @@ def test_rank_heatmap_places_every_layer() -> None:
     assert sorted(text.get_text() for text in axes.texts) == sorted(map(str, [0, 1, 2, 1, 2, 3, 7]))
 
 
+def test_a_title_is_text_and_no_formula() -> None:
+    title = "my $5 & #6_x^, $y"
+    figure = plots.learning_curves({"training": np.ones((1, 3))}, "loss", title=title)
+    figure.canvas.draw()
+    assert figure.axes[0].get_title(loc="left") == title
+
+
 def test_rank_heatmap_of_equal_ranks_is_drawn() -> None:
     plots.rank_heatmap(dict.fromkeys(RANKS, 4)).canvas.draw()
 

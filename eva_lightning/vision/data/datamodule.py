@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eva_lightning.errors import check_choice, check_number
 from eva_lightning.vision.data.image_cache import cached_images, decode_all
-from eva_lightning.vision.data.images import load_image
+from eva_lightning.vision.data.images import image_damage, load_image
 from eva_lightning.vision.data.split_files import Split
 from eva_lightning.vision.data.splits import TaskData, open_task
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -174,10 +177,27 @@ class LabelledImages(L.LightningDataModule):
         data = self.data
         validation = [] if data.validation is None else [data.validation]
         wanted = {"fit": [data.train, *validation], "validate": validation}.get(stage, [data.evaluation])
+        if not self._datasets:
+            for sentence in data.warnings:
+                logger.warning("%s", sentence)
         for split in wanted:
             if split.name not in self._datasets:
                 pixels = self._decoded(split)
                 self._datasets[split.name] = SplitDataset(split, self.image_size, pixels, self.normalization)
+
+    def check_images(self) -> None:
+        """Make sure that every image can be decoded, before hours of training; most are decoded for it, once.
+
+        Raises:
+            InputError: One cannot.
+        """
+        for stage in ("fit", "test"):
+            self.setup(stage)
+        for dataset in self._datasets.values():
+            files = [dataset.split.folder / path for path in dataset.split.paths] if dataset.pixels is None else []
+            for file in files:
+                if image_damage(file) == "broken":
+                    load_image(file, self.image_size)  # says why
 
     def _decoded(self, split: Split) -> npt.NDArray[np.uint8] | None:
         if self.cache_dir is not None:

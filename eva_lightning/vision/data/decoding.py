@@ -17,12 +17,16 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from eva_lightning.errors import InputError
+from eva_lightning.ours import is_marked
 from eva_lightning.reading import read_bytes
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"})
 #: Of images that people keep and that are not decoded.
-_OTHER_SUFFIXES = frozenset({".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".heic", ".avif"})
+_OTHER_SUFFIXES = frozenset(
+    {".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga",
+     ".dib", ".psd", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+)  # fmt: skip
 
 #: Pixels of the largest image that is decoded: 0.2 GB. The largest originals (Retinopathy) have 18 million.
 MOST_PIXELS = 50_000_000
@@ -45,7 +49,8 @@ class OversizedImageError(InputError):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in `folder` and below it, by their names, sorted; hidden files and folders are passed over.
+    """The images in `folder` and below it, by their names, sorted; hidden files and folders are passed over, and
+    the runs of this project, with their figures.
 
     Links to files count as what they lead to; links to folders below `folder` are not followed.
 
@@ -73,7 +78,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         raise InputError(f"the folder {where} cannot be read ({error.strerror}): make it readable, or move it away")
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not (name.startswith(".") or is_marked(Path(place, name)))]
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eva_lightning.vision.data.datamodule import LabelledImages
-from eva_lightning.vision.data.own_tasks import Drawing, class_names
+from eva_lightning.vision.data.own_tasks import Drawing
 from eva_lightning.vision.data.splits import open_folder
 
 
@@ -19,7 +19,7 @@ class ImageFolderDataModule(LabelledImages):
     every epoch, ``test`` and ``predict`` read the test images.
 
     The folder is checked when the object is made: unreadable folders, missing images, links that lead nowhere, images
-    in two parts. Images are decoded in ``setup``: a damaged one is named; a JPEG that breaks off is filled in with
+    in two parts; copies of training images among those to test are warned of. Images are decoded in ``setup``: a damaged one is named; a JPEG that breaks off is filled in with
     grey, with a warning. Everything else: :class:`~eva_lightning.vision.data.datamodule.LabelledImages`.
 
     Example::
@@ -82,5 +82,4 @@ class ImageFolderDataModule(LabelledImages):
             seed=seed,
             progress=progress,
         )
-        names = class_names(self.data.train.folder, drawing)
-        self.class_names = names or tuple(map(str, range(self.num_classes)))
+        self.class_names = self.data.class_names or tuple(map(str, range(self.num_classes)))

@@ -45,8 +45,10 @@ def load_image(path: str | Path, size: int) -> npt.NDArray[np.uint8]:
         image = _decode(data)
     except Exception as error:
         # Pillow reports damaged files by OSError, SyntaxError, ValueError, EOFError or struct.error, by format
-        remedy = "make it smaller, or leave it out" if isinstance(error, OversizedImageError) else "copy it again"
-        broken = InputError(f"image {path} cannot be decoded ({in_short(error)}): {remedy}")
+        remedy = "copy it again"
+        if isinstance(error, InputError):  # it is whole, and too large or of another format
+            remedy = "make it smaller" if isinstance(error, OversizedImageError) else f"convert it, {remedy}"
+        broken = InputError(f"image {path} cannot be decoded ({in_short(error)}): {remedy}, or leave it out")
         if not data.startswith(JPEG_START):
             raise broken from None
         try:

@@ -6,8 +6,10 @@ Layouts, the first that fits:
   classes is that of the lines of ``classes.txt``, else the largest label and one;
 - a split file with classes by name: ``splits.csv``, or ``train.txt``, ``val.txt`` and ``test.txt``
   (:mod:`eva_lightning.vision.data.split_table`);
-- ``train/CLASS/``, ``test/CLASS/`` and perhaps ``val/CLASS/`` with images;
-- ``CLASS/`` with images, here or below ``images/``: a quarter of every class is test.
+- ``train/CLASS/``, ``test/CLASS/`` and perhaps ``val/CLASS/`` with images (``Train``, ``validation`` and the like too);
+- ``CLASS/`` with images: a quarter of every class is test.
+
+Both kinds of class folders may lie below ``images/``.
 
 Without ``val/``, a fifth of every class's training images validates. Images are drawn by the digest of their paths and a
 seed, so that the same folder gives the same splits everywhere; :class:`Drawing` has other shares.
@@ -16,6 +18,7 @@ seed, so that the same folder gives the same splits everywhere; :class:`Drawing`
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,11 +29,16 @@ from eva_lightning.names import check_name, check_path, shown
 from eva_lightning.reading import read_text
 from eva_lightning.vision.data.decoding import image_files
 from eva_lightning.vision.data.split_files import read_split
-from eva_lightning.vision.data.split_table import PARTS, Listed, find_split_file, read_split_file
+from eva_lightning.vision.data.split_table import PART_OF, Listed, find_split_file, read_split_file
 from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask
 
 #: Bound of the labels in split files, before the number of classes is known.
 _MOST_CLASSES = 100_000
+_LAYOUTS = (
+    "a folder for each class, train/CLASS and test/CLASS, train800.txt, val200.txt, train800val200.txt and test.txt with "
+    "lines 'relative_path int_label', or splits.csv with the columns path and label are read"
+)
+_TO = {"train": "train on", "val": "validate on", "test": "test on"}
 
 Labelled = tuple[str, int]
 """Path of an image relative to the task's folder, and its label."""
@@ -74,11 +82,18 @@ class OwnTask:
         classes: Names of the classes, in the order of their labels.
         splits: Split -> its images.
         source: The split file that lists them; empty where class folders do.
+        without_images: Folders beside those of classes that hold no image that is read.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, tuple[Labelled, ...]]
     source: str = ""
+    without_images: tuple[Path, ...] = ()
+
+    def as_task(self, folder: Path) -> VTABTask:
+        """What is known of it, as of VTAB-1K's tasks."""
+        sizes = {split: len(images) for split, images in self.splits.items()}
+        return VTABTask(_name_of(folder), "other", len(self.classes), sizes.pop("test"), sizes)
 
 
 def find_task(root: str | Path, name: str) -> VTABTask:
@@ -88,27 +103,29 @@ def find_task(root: str | Path, name: str) -> VTABTask:
         InputError: Neither; suggests the nearest name. Or it has less than two classes, or a class with too few images.
         MissingInputError: The folder holds no images in a layout that is known.
     """
-    if name in TASKS:
-        return TASKS[name]
+    return TASKS[name] if name in TASKS else folder_task(own_folder(root, name))
+
+
+def own_folder(root: str | Path, name: str) -> Path:
+    """The folder called `name` in `root`, which is none of VTAB-1K's tasks.
+
+    Raises:
+        InputError: It cannot be the name of a folder, or there is none; suggests the nearest task.
+    """
     check_name("task", name, setting="task")
     folder = Path(root) / name
     if not folder.is_dir():
         raise InputError(f"{unknown('VTAB-1K task', name, TASKS)} (nor is it a folder of images in {root})")
-    return folder_task(folder)
+    return folder
 
 
-def folder_task(folder: Path, drawing: Drawing | None = None) -> VTABTask:
+def folder_task(folder: Path) -> VTABTask:
     """The task that a folder of images is, whatever its name.
 
     Raises:
         MissingInputError, InputError: As :func:`find_task`.
     """
-    if uses_split_files(folder, drawing):
-        return _with_split_files(folder)
-    own = read_own_task(folder, drawing)
-    test = len(own.splits["test"])
-    sizes = {split: len(images) for split, images in own.splits.items() if split != "test"}
-    return VTABTask(_name_of(folder), "other", len(own.classes), test, sizes)
+    return listed_task(folder) if uses_split_files(folder) else read_own_task(folder).as_task(folder)
 
 
 def has_split_files(folder: Path) -> bool:
@@ -136,24 +153,58 @@ def read_own_task(folder: Path, drawing: Drawing | None = None) -> OwnTask:
         for part in listed.values():
             _refuse_alike(folder, part)
         return replace(_divided(folder, listed, drawing), source=str(file))
-    places = {part: [folder / name for name in names if (folder / name).is_dir()] for part, names in PARTS.items()}
-    parts = {part: found[0] for part, found in places.items() if found}
-    if "train" in parts and not parts.keys().isdisjoint({"test", "val"}):
-        return _divided(folder, {part: _images(folder, place) for part, place in parts.items()}, drawing)
-    base = folder / "images" if (folder / "images").is_dir() else folder
-    return _divided(folder, {"": _images(folder, base)}, drawing)
+    base, parts = _layout(folder)
+    found = {
+        part: _images(folder, place, f"sort its images as those in {parts['train']} are, or move it away")
+        for part, place in parts.items()
+    } or {"": _images(folder, base, _LAYOUTS)}
+    own = _divided(folder, {part: images for part, (images, _) in found.items()}, drawing)
+    return replace(own, without_images=tuple(place for _, empty in found.values() for place in empty))
 
 
-def class_names(folder: Path, drawing: Drawing | None = None) -> tuple[str, ...]:
-    """Names of the classes of a folder of images, in the order of their labels; empty where nothing names them.
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Names of the classes of a folder with VTAB-1K's split files, in the order of their labels; empty for unnamed ones.
 
-    With VTAB-1K's split files they are the last words of the lines of ``classes.txt``.
+    They are the lines of ``classes.txt``, without the label where each begins with it.
     """
-    if not uses_split_files(folder, drawing):
-        return read_own_task(folder, drawing).classes
-    listed = folder / "classes.txt"
-    lines = [line.split() for line in read_text(listed).splitlines() if line.strip()] if listed.is_file() else []
-    return tuple(words[-1] for words in lines)
+    file = folder / "classes.txt"
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()] if file.is_file() else []
+    words = [line.split(maxsplit=1) for line in lines]
+    numbered = all(len(pair) == 2 and pair[0] == str(label) for label, pair in enumerate(words))
+    return tuple(pair[1] for pair in words) if numbered else tuple(lines)
+
+
+def _layout(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Where the class folders lie: in the first, or in those of the parts, where there are some to train and others.
+
+    Raises:
+        InputError: A part is there under two names, or folders look like parts under a name that is not known.
+    """
+    bases = [folder, *([folder / "images"] if (folder / "images").is_dir() else [])]
+    for base in bases:
+        parts: dict[str, Path] = {}
+        for place in filter(Path.is_dir, _entries(base)):
+            part = PART_OF.get(place.name.casefold())
+            if part is not None and parts.setdefault(part, place) is not place:
+                raise InputError(f"{parts[part]} and {place} are both images to {_TO[part]}: put them together")
+        if "train" in parts and len(parts) > 1:
+            return base, parts
+    _refuse_unknown_parts(bases[-1])
+    return bases[-1], {}
+
+
+def _refuse_unknown_parts(base: Path) -> None:
+    """Refuse folders that hold the same folders, one of them with a name such as ``training_set``: they are no classes."""
+    places = [entry for entry in _entries(base) if entry.is_dir()]
+    suspects = [each for each in places if not PART_OF.keys().isdisjoint(re.findall(r"[a-z]+", each.name.casefold()))]
+    inner = {place: {each.name for each in _entries(place) if each.is_dir()} for place in (places if suspects else ())}
+    for place in suspects:
+        alike = next((other for other in places if other != place and len(inner[place] & inner[other]) > 1), None)
+        if alike is not None:
+            raise InputError(
+                f"{place} and {alike} hold folders of the same names, as parts do and classes do not: call the parts "
+                "train, val and test"
+            )
 
 
 def _divided(folder: Path, listed: Listed, drawing: Drawing) -> OwnTask:
@@ -223,14 +274,17 @@ def _task(
     return OwnTask(tuple(classes), ordered)
 
 
-def _with_split_files(folder: Path) -> VTABTask:
+def listed_task(folder: Path) -> VTABTask:
+    """The task of a folder with VTAB-1K's split files, whatever its name.
+
+    Raises:
+        InputError: A line is wrong, or there are less than two classes or names than classes.
+    """
     parts = {name: read_split(folder, name, _MOST_CLASSES) for name in SPLITS if (folder / f"{name}.txt").is_file()}
     classes = 1 + max(max(split.labels) for split in parts.values())
-    listed = folder / "classes.txt"
-    if listed.is_file():
-        named = len([line for line in read_text(listed).splitlines() if line.strip()])
+    if named := len(class_names(folder)):
         if classes > named:
-            raise InputError(f"{listed} names {named} classes, but a label is {classes - 1}")
+            raise InputError(f"{folder / 'classes.txt'} names {named} classes, but a label is {classes - 1}")
         classes = named
     if classes < 2:
         raise InputError(f"{folder} has one class: there is nothing to tell apart")
@@ -242,35 +296,39 @@ def _name_of(folder: Path) -> str:
     return folder.name if folder.name not in ("", "..") else folder.resolve().name
 
 
-def _images(folder: Path, base: Path) -> dict[str, list[str]]:
-    """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth."""
-    found = {}
-    for place in _class_folders(folder, base):
-        if paths := [path.relative_to(folder).as_posix() for path in image_files(place)]:
-            found[place.name] = sorted(paths)
+def _images(folder: Path, base: Path, remedy: str) -> tuple[dict[str, list[str]], list[Path]]:
+    """Class -> paths relative to `folder`, of the folders in `base` that hold images at any depth; the other folders."""
+    found, empty = {}, []
+    for place in _class_folders(base):
+        paths = [path.relative_to(folder).as_posix() for path in image_files(place)]
         for path in paths:
             check_path(f"image in {folder}: its path", path)
+        if paths:
+            found[place.name] = sorted(paths)
+        else:
+            empty.append(place)
     _refuse_alike(folder, found)
     if not found:
-        raise MissingInputError(
-            f"{folder} holds no images that are sorted by class: a folder for each class, train/CLASS and test/CLASS, "
-            "train800.txt, val200.txt, train800val200.txt and test.txt with lines 'relative_path int_label', or splits.csv "
-            "with the columns path and label are read"
-        )
-    return found
+        raise MissingInputError(f"{base} holds no images that are sorted by class: {remedy}")
+    return found, empty
 
 
-def _class_folders(folder: Path, base: Path) -> list[Path]:
+def _entries(base: Path) -> list[Path]:
+    """What is in a folder, sorted; hidden entries are passed over."""
+    try:
+        return sorted(entry for entry in base.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"the folder {base} cannot be read ({error.strerror}): make it readable") from None
+
+
+def _class_folders(base: Path) -> list[Path]:
     """The folders in `base`, sorted; hidden ones are passed over.
 
     Raises:
         InputError: `base` cannot be read, or a link leads to a folder around it or to one that is there already: its
             images would have two labels.
     """
-    try:
-        entries = sorted(entry for entry in base.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"the folder {base} cannot be read ({error.strerror}): make it readable") from None
+    entries = _entries(base)
     lost = next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None)
     if lost is not None:
         raise InputError(f"{lost} is a link that leads nowhere: put the folder itself there, or remove the link")
@@ -300,8 +358,7 @@ def _refuse_alike(folder: Path, classes: Iterable[str]) -> None:
 def _check_classes(folder: Path, images: Mapping[str, list[str]]) -> None:
     if len(images) < 2:
         only = next(iter(images))
-        part = next((part for part, names in PARTS.items() if only in names), None)
-        if part is not None:
+        if only.casefold() in PART_OF:
             raise InputError(
                 f"{folder} has the folder {only} alone: beside train/CLASS there must be test/CLASS or val/CLASS, or "
                 "folders of classes and nothing else"

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from eva_lightning.errors import InputError, unknown
+from eva_lightning.errors import InputError, MissingInputError, unknown
 from eva_lightning.names import check_path, shown
 from eva_lightning.reading import LARGEST_TEXT, read_bytes, reading
 
@@ -24,7 +24,7 @@ _COLUMNS = {
     "label": ("label", "class", "class_name", "category"),
     "split": ("split", "part", "subset"),
 }
-_PART_OF = {name: part for part, names in PARTS.items() for name in names}
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
 _EXPECTED = "a first line with the columns path and label, and perhaps split"
 
 Row = tuple[str, str, str, str]
@@ -60,6 +60,8 @@ def read_split_file(file: Path) -> Listed:
             raise InputError(
                 f"split file {file} must be a table (.csv, .tsv), or the list train.txt beside val.txt or test.txt"
             )
+        if not file.is_file():
+            raise MissingInputError(f"split file {file} does not exist")
         names = [(part, file.parent / f"{name}.txt") for part, names in PARTS.items() for name in names]
         rows: Iterator[Row] = (row for part, each in names if each.is_file() for row in _list_rows(each, part))
     else:
@@ -120,9 +122,9 @@ def _table_rows(file: Path) -> Iterator[Row]:
         if not (cells["path"] and cells["label"]):
             raise InputError(f"{where}: path and label are needed, got {shown(delimiter.join(row))}")
         part = cells.get("split", "").lower()
-        if part and part not in _PART_OF:
+        if part and part not in PART_OF:
             raise InputError(f"{where}: {unknown('split', part, PARTS)}")
-        yield where, cells["path"], cells["label"], _PART_OF.get(part, "")
+        yield where, cells["path"], cells["label"], PART_OF.get(part, "")
 
 
 def _columns(file: Path, headers: list[str]) -> dict[str, int]:

@@ -14,9 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eva_lightning.errors import InputError, MissingInputError, check_choice, check_number
-from eva_lightning.vision.data.own_tasks import Drawing, find_task, folder_task, read_own_task, uses_split_files
+from eva_lightning.files import file_digest
+from eva_lightning.reading import reading
+from eva_lightning.vision.data.own_tasks import (
+    Drawing,
+    class_names,
+    listed_task,
+    own_folder,
+    read_own_task,
+    uses_split_files,
+)
 from eva_lightning.vision.data.split_files import ARCHIVE, Split, read_split, whence
-from eva_lightning.vision.data.tasks import SPLITS, VTABTask, expected_size
+from eva_lightning.vision.data.tasks import SPLITS, TASKS, VTABTask, expected_size
 
 #: Training split -> the split it is judged on: the final protocol and the tuning protocol of the paper (section D.3).
 PROTOCOLS: dict[str, str] = {"train800val200": "test", "train800": "val200"}
@@ -32,6 +41,7 @@ class TaskData:
         comparable: The files have the official sizes and nothing is limited. Whether they hold the official
             images is not checked.
         validation: What is evaluated after every epoch; None for nothing. Never test images.
+        class_names: In the order of the labels; empty where nothing names them.
     """
 
     task: VTABTask
@@ -41,19 +51,32 @@ class TaskData:
     limited: bool
     comparable: bool
     validation: Split | None = None
+    class_names: tuple[str, ...] = ()
 
 
-def split_reader(task: VTABTask, folder: Path, drawing: Drawing | None = None) -> Callable[[str], Split]:
-    """What gives the splits of a task by name: of its files, or drawn where another folder has no such files."""
-    if task.is_official or uses_split_files(folder, drawing):
-        return lambda split: read_split(folder, split, task.classes)
+@dataclass(frozen=True)
+class _Opened:
+    """A folder of images, read: what task it is, what gives its splits by name, the names of its classes."""
+
+    task: VTABTask
+    read: Callable[[str], Split]
+    class_names: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def _opened(folder: Path, task: VTABTask | None = None, drawing: Drawing | None = None) -> _Opened:
+    """Of the official `task`, or of one that the folder itself tells."""
+    if task is not None or uses_split_files(folder, drawing):
+        found = task or listed_task(folder)
+        return _Opened(found, lambda split: read_split(folder, split, found.classes), class_names(folder))
     own = read_own_task(folder, drawing)
 
     def drawn(split: str) -> Split:
         paths, labels = zip(*own.splits[split], strict=True)
         return Split(split, folder, paths, labels, own.source)
 
-    return drawn
+    said = tuple(f"{place} holds no image that is read" for place in own.without_images)
+    return _Opened(own.as_task(folder), drawn, own.classes, said)
 
 
 def files_digest(folder: Path, paths: Iterable[str], first: str = "") -> str:
@@ -92,7 +115,8 @@ def open_task(
         InputError: Unknown task or split, bad line, label outside the range, label gap, limit below 1, or evaluation on
             images that are trained on.
     """
-    spec = find_task(root, task)
+    if task not in TASKS:
+        own_folder(root, task)
     check_choice("split", split, PROTOCOLS)
     evaluated_on = PROTOCOLS[split] if evaluation is None else evaluation
     check_choice("evaluation", evaluated_on, PROTOCOLS.values())
@@ -102,17 +126,21 @@ def open_task(
         if limit is not None:
             check_number(option, limit, at_least=1, whole=True)
     folder = _task_folder(Path(root), task)
-    read = split_reader(spec, folder)
+    opened = _opened(folder, TASKS.get(task))
+    spec, read = opened.task, opened.read
     complete = {name: read(name) for name in (split, evaluated_on)}
     warnings = _size_warnings(spec, complete.values())
     comparable = not warnings
+    warnings += opened.warnings
     warnings += _class_warnings(spec, folder, read, complete[split], complete[evaluated_on])
     train = complete[split].first(limit_train)
     evaluated = complete[evaluated_on].first(limit_test)
     _require_apart(train, evaluated)
     limited = len(train) < len(complete[split]) or len(evaluated) < len(complete[evaluated_on])
     validation = None if evaluated_on == "test" else evaluated
-    return TaskData(spec, train, evaluated, tuple(warnings), limited, comparable and not limited, validation)
+    return TaskData(
+        spec, train, evaluated, tuple(warnings), limited, comparable and not limited, validation, opened.class_names
+    )
 
 
 def open_folder(
@@ -139,19 +167,20 @@ def open_folder(
     check_choice("evaluation", evaluation, ("test", "val"))
     if evaluation == "val" and not hold_out:
         raise InputError("evaluation on val needs hold_out: otherwise the images that validate are trained on")
-    spec = folder_task(place, drawing)
-    read = split_reader(spec, place, drawing)
+    opened = _opened(place, drawing=drawing)
+    spec, read = opened.task, opened.read
     train, test = read("train800" if hold_out else "train800val200"), read("test")
     validation = read("val200") if hold_out else None
-    warnings = _class_warnings(spec, place, read, train, test)
+    warnings = [*opened.warnings, *_class_warnings(spec, place, read, train, test)]
     _require_apart(train, test)
     if validation is not None:
         _require_apart(train, validation)
         _require_apart(validation, test, "validated")
+    warnings += _copy_warnings(train, test)
     train = _called("train" if hold_out else "train+val", train)
     validation = None if validation is None else _called("val", validation)
     evaluated = _called("test", test) if validation is None or evaluation == "test" else validation
-    return TaskData(spec, train, evaluated, tuple(warnings), False, False, validation)
+    return TaskData(spec, train, evaluated, tuple(warnings), False, False, validation, opened.class_names)
 
 
 def _called(name: str, split: Split) -> Split:
@@ -226,6 +255,30 @@ def _require_apart(train: Split, evaluation: Split, used: str = "trained") -> No
             f"image {evaluation.folder / both[0]}, listed in {evaluation.name}, is also {used} on: {len(both)} of its "
             f"{len(evaluation)} images are in {train.name} too; an accuracy on them would say nothing, so list them once"
         )
+
+
+def _copy_warnings(train: Split, test: Split) -> list[str]:
+    """Whether images to test are copies of some to train on, under other names."""
+    sizes = {file: file.stat().st_size for file in (train.folder / path for path in train.paths)}
+    tested = {file: file.stat().st_size for file in (test.folder / path for path in test.paths)}
+    shared = {*sizes.values()} & {*tested.values()}
+    originals = {_content(file): file for file, size in sizes.items() if size in shared}
+    pairs = [
+        (file, originals[content])
+        for file, size in tested.items()
+        if size in shared and (content := _content(file)) in originals
+    ]
+    if not pairs:
+        return []
+    return [
+        f"{len(pairs)} of the {len(test)} images to test are copies of images to train on, such as {pairs[0][0]} of "
+        f"{pairs[0][1]}: an accuracy on them says nothing of new images"
+    ]
+
+
+def _content(file: Path) -> str:
+    with reading(file, what="image"):
+        return file_digest(file)
 
 
 def _found(split: Split) -> dict[str, tuple[int, int]]:

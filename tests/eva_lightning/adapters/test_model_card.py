@@ -54,6 +54,13 @@ def test_plain_lora_claims_no_eva_and_other_bases_no_timm(tmp_path: Path) -> Non
     assert "timm" not in card
 
 
+@pytest.mark.parametrize("name", ["/models/net", "./models/net", "~/net"], ids=["root", "here", "home"])
+def test_a_folder_is_no_base_model_of_the_hub(name: str, tmp_path: Path) -> None:
+    card = (save_pretrained(adapted(), tmp_path, base_model=name) / "README.md").read_text()
+    assert "base_model" not in yaml.safe_load(card.split("---")[1]), "the hub refuses such a card"
+    assert f"# Adapters for {name}" in card
+
+
 def test_an_edited_card_stays_and_without_a_base_model_there_is_none(tmp_path: Path) -> None:
     net = adapted()
     assert not (save_pretrained(net, tmp_path / "plain") / "README.md").exists()

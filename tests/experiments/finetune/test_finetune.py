@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from eva_lightning.sealed import read_sealed_json
 from eva_lightning.vision import ImageFolderDataModule
-from experiments.finetune import command_line, main, parse, run
+from eva_lightning.vision.data.splits import open_folder
+from experiments.finetune import command_line, main, page, parse, run
 from experiments.finetune.page import confusion
 from experiments.runner.run_folder import RunFolder
 from tests.experiments.finetune.fakes import CLASSES, photographs, weights
@@ -188,6 +190,28 @@ def test_the_rate_of_the_lowest_validation_loss_is_chosen_without_test_images(
     assert f"{tried[metrics['lr']]:.4g} *" in page
 
 
+def test_the_command_of_the_page_repeats_the_run() -> None:
+    words = "--data a/birds --lr 0.00123456789 --hold-out false --split-seed 3 --split-file 'my table.csv'"
+    words += " --target-modules conv1,conv2"
+    run = parse(shlex.split(words)).one_run(0.00123456789, "digest")
+    command = shlex.split(page._command(run))
+    assert command[:2] == ["eva-lightning", "finetune"]
+    assert parse(command[2:]).one_run(parse(command[2:]).lr, "digest") == run
+    assert run.as_vtab("birds").target_modules == ("conv1", "conv2")
+
+
+def test_a_damaged_validation_image_is_said_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = open_folder(photographs(tmp_path / "trees")).validation
+    assert validation is not None
+    (tmp_path / "trees" / validation.paths[-1]).write_bytes(b"\xff\xd8 no image")
+    weights(tmp_path / "weights.safetensors")
+    assert command_line(words(tmp_path, "--cache", "none")) == 2
+    assert f"{validation.paths[-1]} cannot be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "runs/run/metrics.csv").exists()
+
+
 def test_confusions_are_scikit_learns() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (60,), generator=generator).tolist()
@@ -216,6 +240,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a damaged image": (_broken, [], r"image .*oak/03\.jpg cannot be decoded"),
     "no model": (lambda f: None, ["--model", "dinov2_b15"], "unknown model 'dinov2_b15': did you mean dinov2_"),
     "no method": (lambda f: None, ["--method", "evo"], "--method.*did you mean|unknown method 'evo': did you mean eva"),
+    "no such accelerator": (lambda f: None, ["--accelerator", "gpuu"], "unknown accelerator 'gpuu': did you mean gpu"),
+    "no such device": (
+        lambda f: None,
+        ["--accelerator", "tpu"],
+        "--accelerator tpu is not on this machine",
+    ),
     "a share of 1": (lambda f: None, ["--test-share", "1"], "--test-share must be a number above 0 and below 1"),
     "a wrong size": (lambda f: None, ["--image-size", "33"], "must be a multiple of test_vit's patch size 16"),
 }
@@ -248,6 +278,7 @@ def test_defaults_are_those_of_the_document(tmp_path: Path) -> None:
     settings = parse(["--data", "birds"])
     assert (settings.method, settings.rho, settings.rank, settings.lr) == ("eva", 2.0, 8, 1e-3)
     assert settings.run_name == "birds-dinov2_s14-eva-r8-rho2-lr0.001-seed0"
+    assert parse(["--data", "birds#1?"]).run_name.startswith("birds_1_-"), "timm's local-dir: ends at # and ?"
     one = settings.one_run(1e-3, "digest")
     assert one.as_vtab("birds").pos_embed == "timm", "timm's own model must fit the adapter"
     moved = parse(["--data", "elsewhere/birds", "--workers", "3"]).one_run(1e-3, "digest")

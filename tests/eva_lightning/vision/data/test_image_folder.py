@@ -101,6 +101,8 @@ def test_split_files_of_vtab_name_their_classes(tmp_path: Path) -> None:
     (place / "classes.txt").write_text("0 ash\n1 birch\n2 oak\n")
     data = quiet(place)
     assert data.class_names == ("ash", "birch", "oak")
+    (place / "classes.txt").write_text("african elephant\nasian elephant\n2 oaks\n")
+    assert quiet(place).class_names == ("african elephant", "asian elephant", "2 oaks")
     assert [len(part) for part in (data.data.train, data.data.evaluation)] == [16, 12]
     # a folder of one's own may have the name of a VTAB-1K task
     assert quiet(make_task(tmp_path / "b", "kitti")).num_classes == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +14,23 @@ import pytest
 from PIL import Image
 
 from eva_lightning.errors import InputError, MissingInputError
+from eva_lightning.vision.data import own_tasks
 from eva_lightning.vision.data.datamodule import VTAB1K
+from eva_lightning.vision.data.decoding import image_files
+from eva_lightning.vision.data.image_folder import ImageFolderDataModule
 from eva_lightning.vision.data.own_tasks import find_task, read_own_task
-from eva_lightning.vision.data.splits import open_task
+from eva_lightning.vision.data.splits import open_folder, open_task
 from eva_lightning.vision.data.tasks import TASKS
+from experiments.finetune.settings import Settings
+from experiments.runner.run_folder import RunFolder
 from tests.eva_lightning.vision.fakes import make_task
 
 
-def images(folder: Path, count: int, suffix: str = ".png") -> None:
+def images(folder: Path, count: int, suffix: str = ".png", kind: str | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         pixels = np.full((8, 8, 3), (9 * index) % 256, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:03d}{suffix}")
+        Image.fromarray(pixels).save(folder / f"{index:03d}{suffix}", kind)
 
 
 def test_official_names_stay_official(tmp_path: Path) -> None:
@@ -77,6 +83,21 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path, with_val: bool) -
     )
     assert all(path.startswith("test/") for path, _ in own.splits["test"])
     assert not any(path.startswith("test/") for path, _ in own.splits["train800val200"])
+
+
+@pytest.mark.parametrize("below", [".", "images"], ids=["here", "images"])
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAINING", "valid")], ids="-".join)
+def test_parts_are_known_in_any_case_and_below_images(tmp_path: Path, names: tuple[str, str], below: str) -> None:
+    for part, count in zip(names, (10, 4), strict=True):
+        for name in ("x", "y"):
+            images(tmp_path / below / part / name, count)
+    (tmp_path / below / "latest").symlink_to("gone")  # beside parts, whatever else is there is nobody's business
+    own = read_own_task(tmp_path)
+    assert own.classes == ("x", "y")
+    assert {split: len(part) for split, part in own.splits.items()} == {
+        "train800": 16, "val200": 4, "train800val200": 20, "test": 8,
+    }  # fmt: skip
+    assert all(names[1] in Path(path).parts for path, _ in own.splits["test"])
 
 
 def test_split_files_and_the_classes_they_name(tmp_path: Path) -> None:
@@ -136,8 +157,8 @@ def test_what_cannot_be_a_task_is_one_sentence(tmp_path: Path) -> None:
         find_task(tmp_path, "strange")
 
 
-def two(folder: Path) -> Path:
-    for name in ("x", "y"):
+def two(folder: Path, names: tuple[str, str] = ("x", "y")) -> Path:
+    for name in names:
         images(folder / name, 8)
     return folder
 
@@ -146,6 +167,21 @@ def _bytes_that_are_no_text(folder: Path) -> None:
     source = (folder / "x" / "000.png").read_bytes()
     with open(os.fsencode(folder / "x") + b"/\xff.png", "wb") as file:
         file.write(source)
+
+
+def _parts(*names: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        for place in folder.iterdir():
+            shutil.rmtree(place)
+        for part in names:
+            two(folder / part)
+
+    return make
+
+
+def _unlabelled(folder: Path) -> None:
+    _parts("train", "val")(folder)
+    images(folder / "test", 3)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -159,8 +195,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda r: (r / "x/new.png").symlink_to("gone.png"), "the image .*new.png is a link that leads nowhere: copy"),
     "classes that differ by case": (lambda r: images(r / "X", 8), "the classes 'X' and 'x' of .*mine differ in case"),
     "classes that differ by spelling": (
-        lambda r: (images(r / "caf\u00e9", 8), images(r / "cafe\u0301", 8)), "the classes .* differ in case or spelling"),
+        lambda r: two(r, ("caf\u00e9", "cafe\u0301")), "the classes .* differ in case or spelling"),
     "a line end in a class": (lambda r: images(r / "a\nb", 8), r"got 'a\\nb/0.*control characters"),
+    "parts by names that are not known": (
+        _parts("training_set", "test_set"), "test_set and .*training_set hold folders of the same names.*train, val and"),
+    "train and dev": (_parts("train", "dev"), "train and .*dev hold folders of the same names"),
+    "a part twice": (_parts("train", "val", "valid"), "/val and .*/valid are both images to validate on"),
+    "test images without labels": (_unlabelled, r"mine/test holds no images .* sort its images as those in .*mine/train"),
+    "a format that is not read": (lambda r: images(r / "z", 4, ".jxl", "PNG"), r"000\.jxl is of a format that is not read"),
     "bytes that are no text": (_bytes_that_are_no_text, r"got 'x/\\udcff.png'.*control characters"),
     "an empty image": (lambda r: (r / "x/000.png").write_bytes(b""), "image .*x/000.png cannot be decoded"),
     "a text as an image": (lambda r: (r / "x/000.png").write_text("hello"), "x/000.png cannot be decoded .it is no JPEG"),
@@ -218,6 +260,47 @@ def test_hidden_and_other_files_and_links_into_a_class_change_nothing(tmp_path: 
     images(folder / "x/.thumbnails", 3)
     (folder / "x/up").symlink_to(folder)
     assert read_own_task(folder) == before
+
+
+def test_folders_without_images_are_said_and_figures_of_runs_are_none(tmp_path: Path) -> None:
+    folder = two(tmp_path / "mine")
+    images(folder / "z", 4, ".JFIF", "JPEG")
+    for file in folder.glob("*/*"):
+        file.write_bytes(file.read_bytes() + f"{file}".encode())  # behind the image: no two files are alike
+    assert (open_folder(folder).class_names, open_folder(folder).warnings) == (("x", "y", "z"), ())
+    RunFolder(folder / "runs/finetune/first", Settings(data=str(folder))).start()
+    images(folder / "runs/finetune/first/plots", 5)
+    (folder / "notes").mkdir()
+    (folder / "notes/a.txt").write_text("no image")
+    found = open_folder(folder)
+    assert found.class_names == ("x", "y", "z")
+    sentence = "holds no image that is read"
+    assert found.warnings == (f"{folder / 'notes'} {sentence}", f"{folder / 'runs'} {sentence}")
+    assert set(found.warnings) < set(open_task(tmp_path, "mine").warnings)
+
+
+def test_copies_of_training_images_among_those_to_test_are_said(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("x", "y"):
+            images(tmp_path / part / name, 6)
+            for file in (tmp_path / part / name).iterdir():
+                file.write_bytes(file.read_bytes() + f"{file}".encode())  # behind the image: no two files are alike
+    assert open_folder(tmp_path).warnings == ()
+    shutil.copy(tmp_path / "train/x/003.png", tmp_path / "test/x/new.png")
+    sentence = f"1 of the 13 images to test are copies of images to train on, such as {tmp_path}/test/x/new.png of"
+    assert [each.startswith(sentence) for each in open_folder(tmp_path, hold_out=False).warnings] == [True]
+
+
+def test_folders_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(folder: Path) -> list[Path]:
+        read.append(folder)
+        return image_files(folder)
+
+    monkeypatch.setattr(own_tasks, "image_files", counted)
+    assert ImageFolderDataModule(two(tmp_path)).class_names == ("x", "y")
+    assert read == [tmp_path / "x", tmp_path / "y"]
 
 
 def test_training_folders_alone_and_classes_without_test_images_are_said(tmp_path: Path) -> None:

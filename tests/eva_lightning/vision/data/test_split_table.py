@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from eva_lightning.errors import InputError, MissingInputError
-from eva_lightning.vision.data.own_tasks import Drawing, class_names, find_task, read_own_task
+from eva_lightning.vision.data.own_tasks import Drawing, find_task, read_own_task
 from eva_lightning.vision.data.split_table import read_split_file
 from eva_lightning.vision.data.splits import open_folder, open_task
 from tests.eva_lightning.vision.data.test_own_tasks import images
@@ -71,8 +71,8 @@ def test_a_table_that_is_asked_for_comes_before_the_files_of_vtab(tmp_path: Path
     ]
     pd.DataFrame(rows, columns=["path", "label", "split"]).to_csv(table, index=False)
     assert open_folder(folder).task.classes == 3
-    drawing = Drawing(split_file=table)
-    assert (open_folder(folder, drawing).task.classes, class_names(folder, drawing)) == (2, ("a", "b"))
+    found = open_folder(folder, Drawing(split_file=table))
+    assert (found.task.classes, found.class_names) == (2, ("a", "b"))
 
 
 BROKEN = {
@@ -81,6 +81,8 @@ BROKEN = {
     "unknown split": ("path,label,split\nx/000.png,a,tests\n", "line 2: unknown split 'tests': did you mean test"),
     "twice": ("path,label\nx/000.png,a\n./x/000.png,b\n", "line 3: 'x/000.png' is listed in .* line 2 already"),
     "outside": ("path,label\n../x.png,a\n", "line 2: the path must be a relative path inside its folder"),
+    "absolute": ("path,label\n/x/000.png,a\n", "got '/x/000.png': it is absolute"),
+    "from Windows": ("path,label\nx\\000.png,a\n", "it has a backslash, and / is what stands between the names"),
     "some without split": ("path,label,split\nx/000.png,a,train\nx/001.png,a,\n", "some images have no split"),
     "a label that is no word": ("path,label\nx/000.png,a\x1bb\n", "the label must be a word that can be printed"),
     "nothing": ("path,label\n", "lists no image"),
@@ -105,6 +107,8 @@ def test_what_cannot_be_a_table_is_one_sentence(folder: Path, case: str) -> None
 def test_missing_files_and_images_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"split file .*no\.csv does not exist"):
         read_own_task(folder, Drawing(split_file=tmp_path / "no.csv"))
+    with pytest.raises(MissingInputError, match=r"split file .*train\.txt does not exist"):
+        read_own_task(folder, Drawing(split_file=tmp_path / "train.txt"))
     (tmp_path / "bytes.csv").write_bytes(b"path,label\n\xff\xfe,a\n")
     with pytest.raises(InputError, match="is not a text in UTF-8"):
         read_split_file(tmp_path / "bytes.csv")
