@@ -197,7 +197,11 @@ def _refuse_unknown_parts(base: Path) -> None:
     """Refuse folders that hold the same folders, one of them with a name such as ``training_set``: they are no classes."""
     places = [entry for entry in _entries(base) if entry.is_dir()]
     suspects = [each for each in places if not PART_OF.keys().isdisjoint(re.findall(r"[a-z]+", each.name.casefold()))]
-    inner = {place: {each.name for each in _entries(place) if each.is_dir()} for place in (places if suspects else ())}
+    # archives often hold a part twice over: seg_train/seg_train/CLASS
+    inner = {
+        place: {each.name for below in ("*", "*/*") for each in place.glob(below) if each.is_dir()}
+        for place in (places if suspects else ())
+    }
     for place in suspects:
         alike = next((other for other in places if other != place and len(inner[place] & inner[other]) > 1), None)
         if alike is not None:

@@ -199,6 +199,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a line end in a class": (lambda r: images(r / "a\nb", 8), r"got 'a\\nb/0.*control characters"),
     "parts by names that are not known": (
         _parts("training_set", "test_set"), "test_set and .*training_set hold folders of the same names.*train, val and"),
+    "parts twice over": (_parts("seg_train/seg_train", "seg_test/seg_test"), "seg_test and .*seg_train hold folders of the"),
     "train and dev": (_parts("train", "dev"), "train and .*dev hold folders of the same names"),
     "a part twice": (_parts("train", "val", "valid"), "/val and .*/valid are both images to validate on"),
     "test images without labels": (_unlabelled, r"mine/test holds no images .* sort its images as those in .*mine/train"),
