@@ -22,7 +22,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "method": (
         "method", "methods", "rank", "ranks", "rho", "rhos", "r", "alpha", "bias", "target_modules", "protocol",
         "metric", "tau", "delta", "algorithm", "max_batches", "eva_state", "knowledge", "keep_function",
-        "lora_plus_ratio", "engine", "stopping", "components", "state_components", "zero_shot",
+        "lora_plus_ratio", "engine", "stopping", "components", "map_rank", "orders",
+        "state_components", "zero_shot",
     ),
     "training": (
         "lr", "epochs", "max_steps", "steps", "updates", "batch_size", "accumulate", "seed", "seeds", "first_seed",
@@ -58,7 +59,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
 #: What most calls need; whatever is required is common too.
 COMMON = frozenset(
     ("root", "task", "tasks", "data", "model", "weights", "method", "methods", "rank", "ranks", "rho", "lr", "lrs",
-     "epochs", "max_steps", "batch_size", "seed", "seeds", "final_seeds", "output", "out", "plan", "report",
+     "tune", "epochs", "max_steps", "batch_size", "seed", "seeds", "final_seeds", "output", "out", "plan", "report",
      "overwrite", "workers", "accelerator", "backend")
 )  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_the_headline_of_robots_has_the_criterion_the_difference_and_the_episode
     difference = np.subtract(left["eva"], left["lora"])
     assert f"{difference.mean():+.3f} ± " in against
     assert losses.index("EVA 0.410") < losses.index("FFT 0.500") < losses.index("LoRA 0.600")
-    assert solved == "Episodes solved at any step: pre-trained 0 of 2, FFT 2 of 4, LoRA 2 of 4, EVA 2 of 4."
+    assert solved == "push, episodes solved at any step: pre-trained 0 of 2, FFT 2 of 4, LoRA 2 of 4, EVA 2 of 4."
 
 
 @pytest.mark.parametrize(
