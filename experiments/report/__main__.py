@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.report.of_runs import command_line
+from experiments.report import command_line
 from experiments.runner.ending import leave
 
 if __name__ == "__main__":
