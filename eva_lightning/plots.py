@@ -85,7 +85,8 @@ def _logarithmic(axes: Axes) -> None:
     """A logarithmic vertical axis with several numbers at it, however small its range."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(MaxNLocator(5) if high < 10 * low else LogLocator(subs=(1.0, 2.0, 5.0)))
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if high < 10 * low else LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
 
 

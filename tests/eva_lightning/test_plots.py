@@ -108,7 +108,7 @@ def test_the_legend_of_many_lines_hides_none_of_them() -> None:
     figure = plots.learning_curves(
         {f"EVA, lr 0.00{i}, split train800val200": np.ones((2, 3)) for i in range(6)}, "loss"
     )
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     assert figure.axes[0].get_legend() is None
     axes, below = figure.axes[0].get_window_extent(), legend.get_window_extent()
