@@ -42,8 +42,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "rollout_video", "environments", "video", "video_episodes", "video_size", "film_size",
     ),
     "which runs": (
-        "plan", "report", "parts", "repeats", "no_peft", "overwrite", "fresh", "retry_failed", "skip_failed", "vision_config",
-        "digits_config", "rl_config",
+        "plan", "report", "parts", "repeats", "no_peft", "overwrite", "fresh", "retry_failed", "skip_failed",
+        "vision_config", "digits_config", "rl_config",
     ),
     "output": (
         "output", "out", "name", "title", "maps", "save", "save_adapter", "export", "plots", "layout", "groups",
