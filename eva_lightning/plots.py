@@ -31,7 +31,7 @@ from eva_lightning.files import replacing
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
 #: Of more lines than this the legend stands below, where it hides none of them.
-_FEW_LINES = 4
+_FEW_LINES = 3
 #: Inches of the widest figure: maps of large models.
 _WIDEST = 24.0
 _DARK, _GRID = "#20262b", "#e3e6e8"
