@@ -31,6 +31,8 @@ from eva_lightning.errors import InputError
 from eva_lightning.files import replacing
 
 PALETTE = ("#5b6770", "#d1603d", "#2f7fc1", "#2a9d6f", "#8e63b0", "#c9a227")
+#: Of more lines than this the legend stands below, where it hides none of them.
+_FEW_LINES = 3
 #: Inches of the widest figure: maps of large models.
 _WIDEST = 24.0
 _DARK, _GRID = "#20262b", "#e3e6e8"
@@ -76,16 +78,30 @@ def _legend_outside(axes: Axes, title: str) -> None:
     _legend(axes, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), title_fontsize="small")
 
 
+def _legend_below(figure: Figure, columns: int = 2) -> None:
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic vertical axis with several numbers at it, however small its range."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if high < 10 * low else LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _line(axes: Axes, x: Any, y: Any, label: str, color: str) -> None:
     axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=color, label=label)
 
 
 def _lines_by_kind(axes: Axes, curves: Mapping[str, tuple[Any, Any]]) -> None:
-    """One thin line per layer, coloured and labelled by the kind of layer."""
-    kinds = list(dict.fromkeys(split_layer_name(name)[1] for name in curves))
+    """One thin line per layer, coloured and labelled by the kind of layer: alike in all figures of a model."""
+    kind_of = {name: split_layer_name(name)[1] for name in curves}
+    kinds = sorted(set(kind_of.values()))
     labelled: set[str] = set()
-    for name, (x, y) in curves.items():
-        kind = split_layer_name(name)[1]
+    for name in sorted(curves, key=kind_of.__getitem__):
+        (x, y), kind = curves[name], kind_of[name]
         axes.plot(
             x,
             y,
@@ -194,7 +210,7 @@ def rank_bars(ranks: Mapping[str, float], uniform_rank: float | None = None, tit
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if uniform_rank is not None:
         axes.axvline(uniform_rank, label=f"without redistribution: {uniform_rank:g}", **_DASHED)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    _legend_below(figure)
     _label(axes, "rank", "", title)
     return figure
 
@@ -214,9 +230,7 @@ def spectra(ratios: Mapping[str, Sequence[float]], title: str | None = None) -> 
         curves[name] = (np.arange(1, len(shares) + 1), np.where(shares > 0, shares, np.nan))
     _lines_by_kind(axes, curves)
     if any(np.any(y > 0) for _, y in curves.values()):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_outside(axes, "inputs of")
@@ -271,7 +285,8 @@ def learning_curves(
         InputError: ``curves`` is empty or a value is not of shape ``(runs, epochs)``.
     """
     _require(curves, "curves")
-    figure, axes = _axes()
+    crowded = len(curves) > _FEW_LINES
+    figure, axes = _axes(height=3.4 + 0.2 * len(curves) * crowded)
     colours = list(dict.fromkeys([*order, *curves]))
     for label, values in curves.items():
         i = colours.index(label)
@@ -288,7 +303,10 @@ def learning_curves(
     if percent:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    if crowded:
+        _legend_below(figure, 2 if max(map(len, curves)) <= 24 else 1)
+    else:
+        _legend(axes)
     _label(axes, xlabel, f"{ylabel} (%)" if percent else ylabel, title)
     return figure
 
@@ -317,12 +335,10 @@ def rate_sensitivity(
         best = min(rates, key=row.__getitem__)
         axes.plot([best], [row[best]], marker="o", markersize=10, fillstyle="none", color=color)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     ticks = sorted({rate for row in scores.values() for rate in row})
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], fontsize="small")
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     _legend(axes)
     _label(axes, xlabel, ylabel, title)

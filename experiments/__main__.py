@@ -15,6 +15,7 @@ COMMANDS: dict[str, Command] = {
     "vtab": Command("experiments.vtab.__main__", "VTAB-1K: single runs, the whole benchmark, its tables", "main"),
     "metaworld": Command("experiments.metaworld.__main__", "Meta-World: demonstrations, training, rollouts", "main"),
     "analysis": Command("experiments.analysis.__main__", "components and ranks of a model's adapters", "main"),
+    "report": Command("experiments.report", "a page on any finished runs: report RUN..."),
     "demo": Command("experiments.demo", "two comparisons on bundled data, with a report page", "main"),
 }
 

@@ -50,6 +50,8 @@ PARTS = {
     "digits": ("experiments.comparisons.digits", "Digits"),
     "rl": ("experiments.comparisons.robots", "Robots"),
 }
+#: Parts -> their settings, below configs/ of the project.
+_CONFIGS = {"vision": "demo.yaml", "digits": "digits.yaml", "rl": "demo_rl.yaml"}
 #: Parts -> the options of the demo that are settings of theirs.
 _OPTIONS_OF = {
     "vision": ("seeds", "epochs"),
@@ -69,9 +71,15 @@ class Settings:
     pretrain_epochs: int | None = option(None, "digits: pre-training epochs; 30", Role.RESULT, at_least=1)
     workers: int = option(min(2, os.cpu_count() or 1), "processes; 0: none besides this one", Role.PLACE, at_least=0)
     out: str = option("runs/demo", "folder of everything", Role.PLACE)
-    vision_config: str = option(str(ROOT / "configs" / "demo.yaml"), "settings of the first part", Role.SELECTION)
-    digits_config: str = option(str(ROOT / "configs" / "digits.yaml"), "settings of the digits part", Role.SELECTION)
-    rl_config: str = option(str(ROOT / "configs" / "demo_rl.yaml"), "settings of the second part", Role.SELECTION)
+    vision_config: str | None = option(
+        None, "settings of the first part; configs/demo.yaml if not given", Role.SELECTION
+    )
+    digits_config: str | None = option(
+        None, "settings of the digits part; configs/digits.yaml if not given", Role.SELECTION
+    )
+    rl_config: str | None = option(
+        None, "settings of the second part; configs/demo_rl.yaml if not given", Role.SELECTION
+    )
     fresh: bool = option(False, "delete finished runs and the cached model first", Role.SELECTION)
     tune: bool = option(False, "choose the learning rates and write them to the configurations", Role.SELECTION)
     rates: tuple[float, ...] | None = option(None, "the learning rates that --tune tries", Role.SELECTION, above=0)
@@ -177,7 +185,7 @@ def _part(settings: Settings, name: str) -> TunedComparison:
         changes = {"model": found.model, "weights": found.weights, "origin": found.description}
     module_name, class_name = PARTS[name]
     module = importlib.import_module(module_name)
-    config = getattr(settings, f"{name}_config")
+    config = getattr(settings, f"{name}_config") or str(ROOT / "configs" / _CONFIGS[name])
     if not Path(config).is_file() and not settings.tune:
         raise MissingInputError(f"no configuration at {config}: choose learning rates with --tune, or give another")
     words = ["--config", config] if Path(config).is_file() else []

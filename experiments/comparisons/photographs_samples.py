@@ -59,7 +59,7 @@ def samples(split: Split, before: Sequence[int], after: Sequence[int], names: tu
 def _figure(split: Split, place: int, said: Sequence[str], names: tuple[str, str]) -> Figure:
     truth, before, after = said
     marks = ["✓" if name == truth else "✗" for name in (before, after)]
-    alt = f"Photograph of {truth}. {names[0]}: {before}; {names[1]}: {after}"
+    alt = f"Photograph of {truth}; {names[0]}: {before}; {names[1]}: {after}"
     return photograph(
         split.folder / split.paths[place], alt, f"{truth}\n{marks[0]} before: {before}\n{marks[1]} after: {after}"
     )

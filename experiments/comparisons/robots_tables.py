@@ -12,7 +12,7 @@ from experiments.comparisons.robots_settings import Settings
 from experiments.metaworld.measures import EPISODE_BRACKETS, success_range
 from experiments.metaworld.success import HEADLINE, PAPER_NOTE, definitions
 from experiments.report import page
-from experiments.report.epochs import in_order, label, methods_of, verdict
+from experiments.report.epochs import COLOURED, by_mean, in_order, label, methods_of, verdict
 from experiments.runner.statistics import PLUS_MINUS, Interval
 from experiments.runner.tables import NOTHING
 
@@ -67,7 +67,7 @@ def headlines(options: Settings, task: str, before: pd.DataFrame, after: pd.Data
     """The criterion of every method, the best first, and how many episodes were solved before and after."""
     start, runs = before[before["task"] == task], after[after["task"] == task]
     left = {m: [loss_left(losses) for losses in runs.loc[runs["method"] == m, "val_loss"]] for m in methods_of(runs)}
-    ordered = sorted(left, key=lambda method: float(np.mean(left[method])))
+    ordered = by_mean({method: float(np.mean(values)) for method, values in left.items()})
     losses = ", ".join(f"{label(method)} {Interval.of(left[method]).text(3)}" for method in ordered)
     groups = {"pre-trained": start} | {label(method): runs[runs["method"] == method] for method in left}
     solved = ", ".join(f"{name} {_solved(group)}" for name, group in groups.items())
@@ -75,7 +75,7 @@ def headlines(options: Settings, task: str, before: pd.DataFrame, after: pd.Data
     return [
         *(_against(short(task), runs, left, *pair) for pair in pairs),
         f"{short(task)}, {CRITERION} ({options.updates} steps): {losses}.",
-        f"Episodes solved {HEADLINE.phrase}: {solved}.",
+        f"{short(task)}, episodes solved {HEADLINE.phrase}: {solved}.",
     ]
 
 
@@ -127,7 +127,7 @@ def curve_figure(options: Settings, task: str, runs: pd.DataFrame) -> page.Figur
     lines = {label(method): losses_of(here, method) for method in methods_of(here)}
     last = in_order({name: float(values[:, -1].mean()) for name, values in lines.items()}, ".4f")
     figure = plots.learning_curves(
-        lines, "squared error of the actions", xlabel="step", title=short(task), x=options.noted_updates
+        lines, "squared error of the actions", xlabel="step", title=short(task), order=COLOURED, x=options.noted_updates
     )
     alt = f"Validation loss on {short(task)}; after {options.updates} steps, the lowest first: {last}"
     return page.drawn(figure, alt, "Line: mean over seeds; band: 95% interval.")

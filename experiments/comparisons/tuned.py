@@ -16,6 +16,7 @@ from eva_lightning.files import write_json
 from experiments.report import learning_rates as rates
 from experiments.report import page
 from experiments.report.terminal import say, show
+from experiments.runner.calling import as_called
 from experiments.runner.cells import Cell
 from experiments.runner.comparison import Comparison, Results
 from experiments.runner.jobs import Job, Phase, Point
@@ -65,6 +66,7 @@ class TunedComparison(Comparison):
         self.section: page.Section | None = None
         self.first_look: Callable[[page.Section], None] | None = None
         self.command = command
+        self.tune_command = as_called(self.tune_command)
         self.started = time.time()
         self.rates = {} if options.tune else rates.check_rates(options.learning_rates, self.methods)
         if not options.tune:

@@ -28,9 +28,7 @@ COMMANDS = {
         "experiments.comparisons.metaworld",
         "methods on several tasks and seeds: tuned learning rates, intervals, report",
     ),
-    "report": Command(
-        "experiments.report.of_runs", "a page on any finished runs: report RUN...; curves, rank maps, data"
-    ),
+    "report": Command("experiments.report", "a page on any finished runs: report RUN...; curves, rank maps, data"),
     "benchmark": Command("benchmarks.metaworld", "speed of collection, data pipeline and rollouts"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,8 @@ def shown_epochs(evaluations: Sequence[int]) -> list[int]:
 
 def verdict(difference: Interval) -> str:
     """A difference of losses in words: clear means that its 95% interval excludes 0."""
+    if not math.isfinite(difference.mean):
+        return "undecided (a run diverged)"
     if difference.half is None:
         return "undecided (one seed)"
     if not difference.excludes_zero:
@@ -137,16 +140,20 @@ def headline(runs: pd.DataFrame) -> str:
     accuracies = {method: (100 * curves(group, "accuracy")[:, -1]).tolist() for method, group in groups.items()}
     parts = [
         f"{label(method)} {Interval.of(last[method]).text(3)} ({Interval.of(accuracies[method]).text(1)} %)"
-        for method in sorted(groups, key=lambda method: float(np.mean(last[method])))
+        for method in by_mean({method: float(np.mean(values)) for method, values in last.items()})
     ]
     return f"Held-out {CRITERION}, with the accuracy: {', '.join(parts)}."
 
 
+def by_mean(values: Mapping[str, float], largest: bool = False) -> list[str]:
+    """The names of `values`, the best first, the smallest or the `largest`; NaN, of runs that diverged, at the end."""
+    sign = -1 if largest else 1
+    return sorted(values, key=lambda name: (math.isnan(values[name]), sign * values[name]))
+
+
 def in_order(values: Mapping[str, float], form: str = ".3g", largest: bool = False) -> str:
     """``EVA 0.641, LoRA 0.789``: the best first, the smallest or the `largest`."""
-    return ", ".join(
-        f"{name} {values[name]:{form}}" for name in sorted(values, key=values.__getitem__, reverse=largest)
-    )
+    return ", ".join(f"{name} {values[name]:{form}}" for name in by_mean(values, largest))
 
 
 def results_table(runs: pd.DataFrame) -> Table:
@@ -155,7 +162,8 @@ def results_table(runs: pd.DataFrame) -> Table:
     groups = {method: runs[runs["method"] == method] for method in methods_of(runs)}
     losses = {method: _per_epoch(group, curves(group, "loss")) for method, group in groups.items()}
     shown = sorted({epoch for row in losses.values() for epoch in row})
-    best = {epoch: min(row[epoch].mean for row in losses.values() if epoch in row) for epoch in shown}
+    means = {epoch: [row[epoch].mean for row in losses.values() if epoch in row] for epoch in shown}
+    best = {epoch: min((mean for mean in found if math.isfinite(mean)), default=None) for epoch, found in means.items()}
     for method, loss in losses.items():
         group = groups[method]
         accuracy = _per_epoch(group, 100 * curves(group, "accuracy"))

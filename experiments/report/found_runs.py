@@ -31,7 +31,8 @@ _PLACES = {
     if role_of(item) in (Role.PLACE, Role.SELECTION)
 }
 #: Settings that are columns of their own, or the seed.
-_APART = {"task", "tasks", "method", "rho", "seed", "seeds", "first_seed", "evaluated", "val_at", "noted_updates"}
+_APART = {"task", "tasks", "method", "rho", "seed", "seeds", "first_seed", "evaluated", "evaluate_on", "val_at",
+          "noted_updates"}  # fmt: skip
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -43,6 +44,7 @@ class FoundRun:
     Attributes:
         folder: Where it is.
         task: What it was trained on.
+        judged_on: The part of the task's images that its accuracy and loss are of; empty where none is named.
         method: Key of the method; a word of its own where it is none of the registry's.
         seed: Its seed.
         settings: What may tell it from runs of the same method, task and seed.
@@ -56,6 +58,7 @@ class FoundRun:
 
     folder: Path
     task: str
+    judged_on: str
     method: str
     seed: int
     settings: Mapping[str, Any]
@@ -77,6 +80,13 @@ class FoundRun:
     def is_of_images(self) -> bool:
         """Else it is of robots."""
         return "accuracy" in self.values
+
+    @property
+    def weights(self) -> str:
+        """What the weights were when it ran, as its identity has it, else as its settings do; empty where none do."""
+        noted = self.metrics.get("experiment")
+        known = noted if isinstance(noted, Mapping) and noted.get("weights") else self.settings
+        return str(known.get("weights") or "")
 
     @property
     def has_diverged(self) -> bool:
@@ -134,7 +144,8 @@ def read_run(folder: Path) -> FoundRun:
     if not values.keys() & {"accuracy", "val_loss", "success_rate"}:
         raise InputError(f"{folder} is a run of another kind: it has no accuracy, validation loss or success")
     curves = curves or dict(_curves_of(folder / "metrics.csv"))
-    return FoundRun(folder, task, method, seed, told_apart, values, curves, ranks,
+    judged_on = str(metrics.get("evaluation_split") or settings.get("evaluate_on") or "")
+    return FoundRun(folder, task, judged_on, method, seed, told_apart, values, curves, ranks,
                     tuple(_notes(metrics)), metrics)  # fmt: skip
 
 
@@ -225,7 +236,8 @@ def _told_apart(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     except InputError:
         adapts = True
     ignored = {*_PLACES, *_APART, *(() if adapts else ("rank", "alpha"))}
-    found = {str(name): value for name, value in settings.items() if name not in ignored}
+    # what is fitted without a learning rate notes 0
+    found = {str(name): value for name, value in settings.items() if name not in ignored and (name != "lr" or value)}
     # as JSON has it, whatever somebody has written into the file
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str, skipkeys=True))
     return plain

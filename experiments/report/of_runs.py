@@ -1,4 +1,4 @@
-"""A page on any finished runs: ``python -m experiments.vtab report RUN...``, and of ``experiments.metaworld`` alike.
+"""A page on any finished runs: ``python -m experiments.report RUN...``; ``vtab report`` and ``metaworld report`` alike.
 
 Each RUN is the folder of a run, or one that holds such folders at any depth, as a sweep leaves it. Runs of images and
 of robots may stand on one page, a section for each task. Reading and drawing are in ``runs_page``.
@@ -29,7 +29,7 @@ class Settings:
 
 COMMAND = SettingsCommand(
     Settings,
-    "python -m experiments.vtab report",
+    "python -m experiments.report",
     "A page on any finished runs: methods, settings that differ, measures with intervals, loss curves, rank maps.",
     "experiments.report.runs_page:report",
 )

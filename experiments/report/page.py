@@ -40,13 +40,23 @@ class Table:
     Attributes:
         caption: What it shows.
         cells: Texts. The index holds the headers of rows, its name the header above them. Further lines of a cell are
-            details; a cell that has an asterisk is marked as the best of its kind.
+            details; a cell whose first line ends in an asterisk is marked as the best of its kind.
         notes: Sentences below it: units, what ± and * mean.
     """
 
     caption: str
     cells: pd.DataFrame
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_many_columns(self) -> bool:
+        """Whether it takes small letters for all of it to stand on a sheet of paper."""
+        return len(self.cells.columns) > _MANY_COLUMNS
+
+    def is_loose(self, text: str) -> bool:
+        """Whether a word of a cell is too long for its share of a sheet of paper, where it has to break."""
+        room = (_SMALL_LETTERS if self.has_many_columns else _LETTERS) // (1 + len(self.cells.columns))
+        return max(map(len, re.split(r"[\s-]+", text))) > room
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,10 @@ class _Entry:
 
 #: More pixels than this, and a figure takes a row of its own, or the height of two.
 _WIDE = 640
+#: More columns than this, and a table is printed in small letters.
+_MANY_COLUMNS = 8
+#: Letters of a printed row without its margins, and of one of small letters.
+_LETTERS, _SMALL_LETTERS = 100, 130
 #: Numbers of the longest list in a cell of a CSV file.
 _LONGEST_CELL = 100
 _HEADING = re.compile(r"<h3>(.*?)</h3>", re.DOTALL)

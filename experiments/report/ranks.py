@@ -27,7 +27,7 @@ def described(state: EVAState) -> dict[str, Any]:
     }
 
 
-def rank_figure(runs: Sequence[Mapping[str, int]], uniform: float, title: str) -> Figure:
+def rank_figure(runs: Sequence[Mapping[str, float]], uniform: float, title: str) -> Figure:
     """Mean ranks over runs as a heat map.
 
     Args:

@@ -91,10 +91,10 @@ class Group:
 
 @dataclass(frozen=True)
 class OfTask:
-    """The runs of a task.
+    """The runs of a task that can be compared: all are judged on the same part of its images.
 
     Attributes:
-        task: Its name.
+        task: Its name, with that part where runs of the task are judged on several.
         groups: In the order of the method registry.
         common: Settings in which all runs agree.
         repeated: Folders of runs that others repeat: same method, settings and seed.
@@ -116,18 +116,28 @@ class OfTask:
         return [run for group in self.groups for run in group.runs]
 
     @property
+    def judged_on(self) -> str:
+        """The part of the images, the same for all; empty where no run names it."""
+        return self.runs[0].judged_on
+
+    @property
     def weights(self) -> str:
         """What the weights are, in words; empty where no setting says so."""
-        given = dict.fromkeys(str(run.settings["weights"]) for run in self.runs if run.settings.get("weights"))
+        given = dict.fromkeys(run.weights for run in self.runs if run.weights)
         return "; ".join(dict.fromkeys(weights_in_words(each).removeprefix("weights of ") for each in given))
 
 
 def by_task(runs: Sequence[FoundRun]) -> list[OfTask]:
-    """The runs of every task: those of images apart from those of robots, should both have one of a name."""
-    places: dict[tuple[bool, str], list[FoundRun]] = {}
+    """The runs of every task: those of images apart from those of robots, should both have one of a name, and those
+    judged on the test images before those of a tuning, which are judged on others."""
+    tasks: dict[tuple[bool, str], dict[str, list[FoundRun]]] = {}
     for run in runs:
-        places.setdefault((run.is_of_images, run.task), []).append(run)
-    return [_of_task(task, found) for (_, task), found in places.items()]
+        tasks.setdefault((run.is_of_images, run.task), {}).setdefault(run.judged_on, []).append(run)
+    return [
+        _of_task(f"{task}, on {part or 'a part not named'}" if len(parts) > 1 else task, parts[part])
+        for (_, task), parts in tasks.items()
+        for part in sorted(parts, key=lambda part: part != "test")
+    ]
 
 
 def _of_task(task: str, runs: Sequence[FoundRun]) -> OfTask:
@@ -244,14 +254,10 @@ def _cell(group: Group, measure: Measure, best: float | None) -> str:
 
 
 def verdicts(of_task: OfTask) -> list[str]:
-    """The best by the first measure, and what is ahead of LoRA, behind it, or neither."""
+    """The best by the first measure; what is ahead of LoRA, behind it, or neither; what has diverged."""
     measure = of_task.measures[0]
-    known = [(found, group) for group in of_task.groups if (found := group.interval(measure.name)) is not None]
-    if not known:
-        return ["Every run has diverged."]
-    found, group = max(known, key=lambda pair: measure.sign * pair[0].mean)
     what = f"{measure.title[0].lower()}{measure.title[1:]}"
-    text = f"Best {what} of {counted(len(known), 'row')}: {group.name}, {found.text(measure.digits)}"
+    known = [(found, group) for group in of_task.groups if (found := group.interval(measure.name)) is not None]
     said: dict[str, list[str]] = {}
     for each in of_task.groups:
         baseline = baseline_of(each, of_task.groups)
@@ -260,4 +266,24 @@ def verdicts(of_task: OfTask) -> list[str]:
             better = Interval(-measure.sign * interval.mean, interval.half, interval.n)  # lower is better there
             said.setdefault(verdict(better), []).append(each.name)
     parts = [f"Against LoRA by it, seed by seed, {words}: {'; '.join(names)}." for words, names in said.items()]
-    return [f"{text} ({counted(found.n, 'seed')}).", *parts]
+    lost = [f"{each.name} ({len(each.runs) - len(each.whole)} of {counted(len(each.runs), 'run')})"
+            for each in of_task.groups if len(each.whole) < len(each.runs)]  # fmt: skip
+    return [
+        _best_of(known, measure, what) if known else f"No run has a finite {what}.",
+        *parts,
+        *([f"Diverged, and not in the means: {'; '.join(lost)}."] if lost else []),
+    ]
+
+
+def _best_of(known: Sequence[tuple[Interval, Group]], measure: Measure, what: str) -> str:
+    """The group with the best mean, or all that share it."""
+    if len(known) == 1:
+        found, group = known[0]
+        return f"{group.name}: {what} {found.text(measure.digits)} ({counted(found.n, 'seed')})."
+    mean = max((found.mean for found, _ in known), key=lambda mean: measure.sign * mean)
+    first = [
+        f"{group.name}, {found.text(measure.digits)} ({counted(found.n, 'seed')})"
+        for found, group in known
+        if found.mean == mean
+    ]
+    return f"Best {what} of {len(known)} rows: {'; '.join(first)}."

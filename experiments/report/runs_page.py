@@ -78,6 +78,7 @@ def _facts(of_task: OfTask) -> dict[str, str]:
     return {
         "Runs": f"{len(folders)}, in {', '.join(list(places)[:3])}" + (" and others" if len(places) > 3 else ""),
         **({"Device": page.enumerated(devices)} if devices else {}),
+        **({"Judged on": of_task.judged_on} if of_task.judged_on else {}),
         **({"Settings of all": common} if common else {}),
     }
 
@@ -123,14 +124,26 @@ def _curve_figure(of_task: OfTask, what: str, times: tuple[float, ...], lines: M
 
 
 def _rank_maps(of_task: OfTask, most: int) -> tuple[list[page.Figure], int]:
-    """Maps of the groups whose ranks differ between layers, and how many are not drawn."""
+    """Maps of the groups whose ranks differ between layers, one for all that have the same, and how many are not
+    drawn: ranks depend on model and data, and runs at other learning rates have them too."""
     uneven = [group for group in of_task.groups if any(len(set(run.ranks.values())) > 1 for run in group.runs)]
+    alike: dict[tuple[tuple[str, float], ...], list[Group]] = {}
+    for group in uneven:
+        alike.setdefault(tuple(_mean_ranks(group).items()), []).append(group)
     figures = []
-    for group in uneven[:most]:
-        runs = [run.ranks for run in group.runs if run.ranks]
-        mean = sum(runs[0].values()) / len(runs[0])
-        figures.append(rank_figure(runs, round(mean, 2), f"{of_task.task}: ranks of {group.name}"))
-    return figures, len(uneven) - len(figures)
+    for means, groups in list(alike.items())[:most]:
+        ranks = dict(means)
+        others = f" and {page.counted(len(groups) - 1, 'other row')}" if len(groups) > 1 else ""
+        title = f"{of_task.task}: ranks of {groups[0].name}{others}"
+        figures.append(rank_figure([ranks], round(sum(ranks.values()) / len(ranks), 2), title))
+    return figures, len(alike) - len(figures)
+
+
+def _mean_ranks(group: Group) -> dict[str, float]:
+    """Layer -> mean over runs, as far as a map shows it."""
+    runs = [run.ranks for run in group.runs if run.ranks]
+    names = dict.fromkeys(name for ranks in runs for name in ranks)
+    return {name: round(float(np.mean([ranks.get(name, 0) for ranks in runs])), 2) for name in names}
 
 
 def _data(of_task: OfTask) -> tuple[page.Data, ...]:

@@ -10,5 +10,11 @@ _IN_A_WHEEL = Path(__file__).resolve().parts[-5:-3] == ("eva_lightning", "checko
 
 
 def as_called(text: str) -> str:
-    """`text` with each ``python -m experiments.NAME`` written as it can be called here."""
-    return re.sub(r"python -m experiments\.(?=\w)", "eva-lightning ", text) if _IN_A_WHEEL else text
+    """`text` with each ``python -m experiments.NAME`` written as it can be called here.
+
+    Of the benchmarks a wheel's commands start two: ``eva-lightning vtab benchmark``, and metaworld's.
+    """
+    if not _IN_A_WHEEL:
+        return text
+    text = re.sub(r"python -m benchmarks (vtab|metaworld)\b", r"eva-lightning \1 benchmark", text)
+    return re.sub(r"python -m experiments\.(?=\w)", "eva-lightning ", text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from eva_lightning.files import is_disk_full
 from eva_lightning.names import shown
 from experiments.runner.calling import as_called
 from experiments.runner.ending import Ending, asked_to_end
+from experiments.runner.help import help_width
 from experiments.runner.settings import flag
 
 #: Errors of the system that are about a path that was given, not a fault of the program.
@@ -95,11 +97,8 @@ def dispatch(
         The exit status.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if not words or words[0] in ("-h", "--help"):
-        lines = [f"usage: {prog} COMMAND [options]", *usage, ""]
-        width = max(10, *(len(name) + 2 for name in commands))
-        lines += [f"  {name:<{width}}{command.text}" for name, command in commands.items()]
-        print(as_called("\n".join([*lines, "", f"{prog} COMMAND --help says more"])))
+    if not words or words[0] in ("-h", "--help", "--help-all"):
+        print("\n".join(_usage(prog, commands, usage)))
         return 0 if words else 2
     try:
         name = implied(words) if implied is not None and words[0].startswith("-") else words.pop(0)
@@ -115,3 +114,16 @@ def dispatch(
         statuses.append(getattr(importlib.import_module(command.module), command.function)(words))
 
     return in_terminal(call, words) or statuses[0]
+
+
+def _usage(prog: str, commands: Mapping[str, Command], more: Sequence[str]) -> Iterator[str]:
+    """The lines of ``--help``, as wide as the terminal."""
+    yield from map(as_called, (f"usage: {prog} COMMAND [options]", *more, ""))
+    column = 2 + max(10, *(len(name) + 2 for name in commands))
+    for name, command in commands.items():
+        head = f"  {name}".ljust(column)
+        yield from textwrap.wrap(
+            command.text, help_width(), initial_indent=head, subsequent_indent=" " * column, break_on_hyphens=False
+        )
+    yield ""
+    yield as_called(f"{prog} COMMAND --help says more")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, Literal, get_args, get_origin
 
+from experiments.runner.calling import as_called
 from experiments.runner.topics import COMMON, TOPICS, place_of, topic_of
 
 #: A command with no more options than this shows all of them at once.
@@ -27,6 +28,11 @@ _MARGIN = 6  # of a text below its option
 Asked = Literal["--help", "--help-all"]
 
 
+def help_width() -> int:
+    """Columns of a help text: those of the terminal, within bounds."""
+    return min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+
+
 def help_text(
     prog: str, description: str, items: Mapping[str, Field[Any]], hints: Mapping[str, Any], asked: Asked = "--help"
 ) -> str:
@@ -39,12 +45,12 @@ def help_text(
         hints: The types of their values, by the same names.
         asked: For what.
     """
-    width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+    width = help_width()
     loose = [
         name.removeprefix("--").removesuffix("s").upper() for name, item in items.items() if item.metadata["positional"]
     ]
-    words = " ".join([prog, *(f"{name}..." for name in loose), "[options]"])
-    head = [f"usage: {words}", "", *textwrap.wrap(description.replace("``", ""), width), ""]
+    words = " ".join([as_called(prog), *(f"{name}..." for name in loose), "[options]"])
+    head = [f"usage: {words}", "", *textwrap.wrap(as_called(description).replace("``", ""), width), ""]
     if asked == "--help-all" or len(items) <= _FEW:
         return "\n".join([*head, *_all(items, hints, width)])
     common = {name: item for name, item in items.items() if item.name in COMMON or item.default is MISSING}
@@ -123,7 +129,7 @@ def _holds(hint: Any, kind: type) -> bool:
 
 def _text(item: Field[Any], hint: Any, most: int) -> str:
     """What an option is for, with its choices where they are too long to stand behind it."""
-    text, choices = str(item.metadata["help"]), item.metadata["choices"]
+    text, choices = as_called(str(item.metadata["help"])), item.metadata["choices"]
     if choices is None or len(",".join(choices)) <= most or all(choice in text for choice in choices):
         return text
     return f"{text}: {', '.join(choices)}"

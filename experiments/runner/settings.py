@@ -247,15 +247,7 @@ def _answer_help(
     if asked is not None:
         by_flag = {flag(name): item for name, item in items.items()}
         types_of = {flag(name): hints[name] for name in items}
-        print(
-            help_text(
-                as_called(prog),
-                as_called(description),
-                by_flag,
-                types_of,
-                "--help-all" if asked == "--help-all" else "--help",
-            )
-        )
+        print(help_text(prog, description, by_flag, types_of, "--help-all" if asked == "--help-all" else "--help"))
         sys.exit(0)
 
 

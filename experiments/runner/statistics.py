@@ -53,8 +53,11 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of `values`, at least one."""
-        mean, n = statistics.fmean(values), len(values)
+        """The interval of `values`, at least one; NaN where one of them is NaN or infinite."""
+        n = len(values)
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan if n > 1 else None, n)
+        mean = statistics.fmean(values)
         return cls(mean, t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None, n)
 
     @property
@@ -73,7 +76,9 @@ class Interval:
         return self.mean + (self.half or 0.0)
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
-        """``0.123 ± 0.004``."""
+        """``0.123 ± 0.004``; ``not finite`` where a value is NaN or infinite."""
+        if not math.isfinite(self.mean):
+            return "not finite"
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if self.half is None else f"{mean} ± {self.half:.{digits}f}"
 

@@ -1,7 +1,7 @@
 """Topics of options, the same for all commands, and which options are common: what ``--help`` shows in which order.
 
 A name means one topic everywhere; where a command means something else by it, its ``option`` says its own ``topic``.
-Options that are not listed, because they are new or rare, stand under the last topic.
+Options that are not listed, which a test wants of none, stand under the last topic.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "train_images", "validation_images", "test_images", "labels", "normalization", "limit_train", "limit_test",
         "train_episodes", "val_episodes", "held_out", "heldout", "target", "noise", "archive", "from_",
         "from_originals", "check", "source", "downloads", "revision", "minari", "minari_path", "keep_archive",
+        "n", "batches",
     ),
     "model": (
         "model", "models", "weights", "init", "checkpoint", "ckpt", "split_fused", "pos_embed", "head", "width",
@@ -22,7 +23,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "method": (
         "method", "methods", "rank", "ranks", "rho", "rhos", "r", "alpha", "bias", "target_modules", "protocol",
         "metric", "tau", "delta", "algorithm", "max_batches", "eva_state", "knowledge", "keep_function",
-        "lora_plus_ratio", "engine", "stopping", "components", "state_components", "zero_shot",
+        "lora_plus_ratio", "engine", "stopping", "components", "map_rank", "orders",
+        "state_components", "zero_shot",
     ),
     "training": (
         "lr", "epochs", "max_steps", "steps", "updates", "batch_size", "accumulate", "seed", "seeds", "first_seed",
@@ -40,8 +42,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "rollout_video", "environments", "video", "video_episodes", "video_size", "film_size",
     ),
     "which runs": (
-        "plan", "report", "parts", "overwrite", "fresh", "retry_failed", "skip_failed", "vision_config",
-        "digits_config", "rl_config",
+        "plan", "report", "parts", "repeats", "no_peft", "overwrite", "fresh", "retry_failed", "skip_failed",
+        "vision_config", "digits_config", "rl_config",
     ),
     "output": (
         "output", "out", "name", "title", "maps", "save", "save_adapter", "export", "plots", "layout", "groups",
@@ -58,8 +60,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
 #: What most calls need; whatever is required is common too.
 COMMON = frozenset(
     ("root", "task", "tasks", "data", "model", "weights", "method", "methods", "rank", "ranks", "rho", "lr", "lrs",
-     "epochs", "max_steps", "batch_size", "seed", "seeds", "final_seeds", "output", "out", "plan", "report",
-     "overwrite", "workers", "accelerator", "backend", "tune")
+     "tune", "epochs", "max_steps", "batch_size", "seed", "seeds", "final_seeds", "output", "out", "plan", "report",
+     "overwrite", "workers", "accelerator", "backend")
 )  # fmt: skip
 
 _TOPIC_OF = {name: topic for topic, names in TOPICS.items() for name in names}

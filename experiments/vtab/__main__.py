@@ -30,15 +30,13 @@ COMMANDS: dict[str, Command] = {
         "experiments.comparisons.transfer",
         "all methods on real images without downloaded weights: half of Caltech101 to the other half",
     ),
-    "report": Command(
-        "experiments.report.of_runs", "a page on any finished runs: report RUN...; curves, rank maps, data"
-    ),
+    "report": Command("experiments.report", "a page on any finished runs: report RUN...; curves, rank maps, data"),
     "benchmark": Command("benchmarks.vtab", "speed of data and training beside a bare PyTorch loop"),
 }
 
 _USAGE = (
-    "       python -m experiments.vtab --task TASK [options]    the same as run",
-    "       python -m experiments.vtab [options]                the same as sweep: the whole benchmark",
+    "       python -m experiments.vtab --task TASK [options]  as run",
+    "       python -m experiments.vtab [options]              as sweep: everything",
 )
 
 

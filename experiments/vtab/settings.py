@@ -332,7 +332,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 COMMAND = SettingsCommand(
     Settings,
     "python -m experiments.vtab run",
-    (__doc__ or "").splitlines()[0],
+    "Fine-tune on one task by one method, and test.",
     "experiments.vtab.single_run:run",
 )
 parse, main, command_line = COMMAND.parse, COMMAND.main, COMMAND.command_line

@@ -97,6 +97,41 @@ def test_rate_sensitivity_rings_the_lowest_point() -> None:
     figure.canvas.draw()
 
 
+@pytest.mark.parametrize("scores", [(0.66, 0.79, 1.43), (1.9, 2.4), (1e-4, 3e-4), (0.5, 80.0, 3e6)], ids=str)
+def test_a_logarithmic_axis_of_any_range_can_be_read(scores: tuple[float, ...]) -> None:
+    figure = plots.rate_sensitivity({"LoRA": {10.0**-i: score for i, score in enumerate(scores)}}, "loss")
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 12
+
+
+def test_kinds_of_layers_have_the_same_colours_in_all_figures_of_a_model() -> None:
+    spectra = plots.spectra({name: [0.5, 0.25] for name in RANKS})
+    convergence = plots.convergence({name: [(2, 0.9), (4, 0.99)] for name in reversed(RANKS)})
+    looks = [
+        [
+            (text.get_text(), handle.get_color())
+            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+        ]
+        for legend in (figure.axes[0].get_legend() for figure in (spectra, convergence))
+    ]
+    assert looks[0] == looks[1]
+    assert len({colour for _, colour in looks[0]}) == 2
+
+
+def test_the_legend_of_many_lines_hides_none_of_them() -> None:
+    figure = plots.learning_curves(
+        {f"EVA, lr 0.00{i}, split train800val200": np.ones((2, 3)) for i in range(6)}, "loss"
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert figure.axes[0].get_legend() is None
+    axes, below = figure.axes[0].get_window_extent(), legend.get_window_extent()
+    assert below.y1 <= axes.y0
+    assert figure.bbox.x0 <= below.x0 < below.x1 <= figure.bbox.x1
+
+
 def test_image_grid_draws_every_image() -> None:
     images = np.arange(3 * 4).reshape(3, 2, 2)
     figure = plots.image_grid(images, ["5", "6", "7"], columns=2, title="digits")

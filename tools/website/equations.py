@@ -28,4 +28,4 @@ def _mathml(tex: str, display: bool) -> str:
     if "\\" in re.sub(r"<[^>]*>", "", made):
         raise ValueError(f"this equation has a command that is not known: {tex}")
     # a wide equation scrolls, alone and by keyboard
-    return f'<div class="equation" tabindex="0">{made}</div>' if display else made
+    return f'<div class="equation" role="group" aria-label="equation" tabindex="0">{made}</div>' if display else made

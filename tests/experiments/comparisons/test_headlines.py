@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from eva_lightning import plots
 from experiments.comparisons import robots_tables
 from experiments.comparisons.digits import Digits
 from experiments.comparisons.photographs import Photographs
@@ -17,7 +20,7 @@ from experiments.comparisons.robots import Robots
 from experiments.comparisons.robots_settings import Settings as RobotSettings
 from experiments.comparisons.tuned import TunedComparison
 from experiments.demo import Settings
-from experiments.report import epochs
+from experiments.report import epochs, page
 from tests.paths import CONFIGS
 
 PARTS: dict[str, tuple[type[TunedComparison], str, Callable[[dict[str, Any]], tuple[float, ...]]]] = {
@@ -63,7 +66,28 @@ def test_the_headline_of_robots_has_the_criterion_the_difference_and_the_episode
     difference = np.subtract(left["eva"], left["lora"])
     assert f"{difference.mean():+.3f} ± " in against
     assert losses.index("EVA 0.410") < losses.index("FFT 0.500") < losses.index("LoRA 0.600")
-    assert solved == "Episodes solved at any step: pre-trained 0 of 2, FFT 2 of 4, LoRA 2 of 4, EVA 2 of 4."
+    assert solved == "push, episodes solved at any step: pre-trained 0 of 2, FFT 2 of 4, LoRA 2 of 4, EVA 2 of 4."
+
+
+def _strokes(figure: page.Figure) -> set[str]:
+    svg = base64.b64decode(figure.source.partition(",")[2]).decode()
+    return set(re.findall(r"stroke: (#[0-9a-f]{6})", svg)) & set(plots.PALETTE)
+
+
+def test_a_method_has_the_same_colour_in_all_parts_of_a_page() -> None:
+    steps = RobotSettings().noted_updates
+    robots = pd.DataFrame(
+        {"task": "push-v3", "method": method, "seed": 0, "val_loss": [{"updates": n, "val_loss": 0.1} for n in steps]}
+        for method in ("lora", "eva")
+    )
+    photographs = pd.DataFrame(
+        {"method": method, "seed": 0, "lr": 1e-3, "trainable_parameters": 1, "setup_seconds": 1.0,
+         "loss": [2.0, 1.0], "accuracy": [0.1, 0.5]}
+        for method in ("lora", "eva")
+    )  # fmt: skip
+    expected = {plots.PALETTE[epochs.COLOURED.index(label)] for label in ("LoRA", "EVA")}
+    assert _strokes(robots_tables.curve_figure(RobotSettings(), "push-v3", robots)) == expected
+    assert _strokes(epochs.compare(photographs).figures[0]) == expected
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,13 @@ def test_equal_rates_are_counted_where_both_methods_have_them() -> None:
     (sentence,) = rates.equal_rate_sentences(scores, columns)
     assert "EVA has a lower mean loss than LoRA at 1 of 2 rates after epoch 3 and at 1 of 2 rates after" in sentence
     assert rates.equal_rate_sentences(rates.scores_of(None), columns) == []
+
+
+def test_a_run_that_diverged_is_neither_the_best_nor_without_a_difference() -> None:
+    comparison = compare(_runs(lora=[[1.0, 0.6], [1.2, 0.5]], eva_1=[[0.8, float("nan")], [1.0, 0.4]]))
+    table = comparison.results.cells
+    assert table.loc["EVA (ρ = 1)", "Epoch 2"].startswith("not finite")
+    assert table.loc["LoRA", "Epoch 2"].split("\n")[0].endswith("*")
+    assert comparison.verdicts[0].endswith("after epoch 1; undecided (a run diverged) after epoch 2.")
+    assert comparison.headline.index("LoRA 0.550") < comparison.headline.index("EVA (ρ = 1) not finite")
+    assert verdict(Interval.of([float("inf"), 1.0])) == "undecided (a run diverged)"

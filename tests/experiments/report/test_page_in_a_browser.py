@@ -165,3 +165,35 @@ def test_print_has_whole_tables_on_few_light_pages(shown: Browser, written: Path
 
 def _dark() -> list[dict[str, Any]]:
     return [{"name": "prefers-color-scheme", "value": "dark"}]
+
+
+#: Words of printed cells that stand on two lines, in tables that leave all of them room.
+BROKEN = """[...document.querySelectorAll("th, td")].flatMap(cell => {
+    const found = [], walk = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT)
+    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/[^\\s-]+/g)) {
+        const range = document.createRange()
+        range.setStart(walk.currentNode, word.index)
+        range.setEnd(walk.currentNode, word.index + word[0].length)
+        if (new Set([...range.getClientRects()].map(it => it.top)).size > 1) found.push(word[0])
+    }
+    return found })"""
+
+
+def test_print_breaks_no_number_and_cuts_no_name(shown: Browser, tmp_path: Path) -> None:
+    titles = ("lr", "Seeds", "Validation loss", "Success, any step", "Success, last step", "Return", "Trained",
+              "Training (s)", "Validation loss minus LoRA")  # fmt: skip
+    row = ("0.001", "3", "0.0294 ± 0.0038", "0.90 ± 0.43*", "0.83 ± 0.38*", "1459 ± 202*", "607,236", "8.8 ± 1.3",
+           "-0.0038 ± 0.0057")  # fmt: skip
+    usual = pd.DataFrame([row, row], index=pd.Index(["pre-trained", "FFT"], name="Method"), columns=list(titles))
+    names = pd.DataFrame([["a_very_long_name_of_a_file_without_any_space.safetensors"] * 9], index=["row"])
+    template = page.TEMPLATES.from_string('{% import "pieces.html" as pieces %}{{ pieces.table(it) }}')
+    bodies = [Markup(template.render(it=page.Table(name, it))) for name, it in (("usual", usual), ("names", names))]
+    file = tmp_path / "report.html"
+    page.write_page(file, "In print", [page.Section(str(i), body) for i, body in enumerate(bodies)])
+    shown.open(file, 703)
+    shown.ask("Emulation.setEmulatedMedia", media="print", features=[])
+    broken = shown.value(BROKEN)
+    right = "Math.max(...[...document.querySelectorAll('table')].map(it => it.getBoundingClientRect().right))"
+    assert shown.value(right) <= 704
+    shown.ask("Emulation.setEmulatedMedia", media="", features=[])
+    assert set(broken) == set(names.iloc[0])

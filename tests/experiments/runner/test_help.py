@@ -11,11 +11,15 @@ import pytest
 
 from eva_lightning.initialization import INITS
 from eva_lightning.ranks import METRICS
+from experiments import demo
+from experiments.runner import calling
 from experiments.runner.command import SettingsCommand
-from experiments.runner.settings import flag
-from experiments.runner.topics import COMMON, TOPICS
+from experiments.runner.help import help_text
+from experiments.runner.settings import Role, flag, option
+from experiments.runner.topics import COMMON, TOPICS, topic_of
 from experiments.vtab import settings as vtab
 from tests.experiments.runner.test_settings import settings_classes, settings_modules
+from tests.paths import ROOT
 
 COMMANDS = {
     value.prog: value
@@ -87,6 +91,66 @@ def test_help_is_answered_wherever_it_stands(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit):
             vtab.parse(words)
         assert capsys.readouterr().out.startswith("usage: python -m experiments.vtab run [options]\n")
+
+
+@pytest.mark.parametrize("package", ["", ".vtab", ".metaworld"])
+def test_groups_list_their_commands_in_eighty_columns(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    main = importlib.import_module(f"experiments{package}.__main__").main
+    texts = []
+    for word in ("--help", "--help-all"):
+        assert main([word]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    for text in texts:
+        assert text.startswith("usage: ")
+        assert len(text.splitlines()) <= 23
+        assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("package", ["vtab", "metaworld"])
+def test_the_report_is_called_by_one_name(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"experiments.{package}.__main__").main(["report", "--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m experiments.report RUN... [options]\n")
+
+
+def test_every_option_has_a_topic() -> None:
+    unlisted = {
+        f"{kind.__module__}: {item.name}"
+        for prog, kind in ((command.prog, command.settings) for command in COMMANDS.values())
+        for item in fields(kind)
+        if not item.metadata["topic"] and topic_of(item.name) == "other"
+    }
+    assert unlisted == set()
+
+
+def test_the_demos_help_names_no_folder_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--help-all"])
+    assert str(ROOT) not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "called"),
+    [
+        ("python -m experiments.vtab table", "eva-lightning vtab table"),
+        ("python -m benchmarks metaworld", "eva-lightning metaworld benchmark"),
+        ("python -m benchmarks costs", "python -m benchmarks costs"),  # a wheel has no way to it
+    ],
+    ids=["experiments", "benchmark", "checkout-only"],
+)
+def test_texts_of_a_wheel_name_what_can_be_called_there(
+    text: str, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calling.as_called(text) == text
+    monkeypatch.setattr(calling, "_IN_A_WHEEL", True)
+    assert calling.as_called(text) == called
+    item = option(None, f"as {text} has it", Role.RESULT)
+    item.name = "an_option"
+    assert called in help_text(text, text, {"--an-option": item}, {"--an-option": str}).replace("\n", " ")
 
 
 def test_topics_name_options_that_exist_each_once() -> None:
