@@ -218,7 +218,7 @@ class Photographs(EpochsCompared):
             return None
         before, after = (first.loc[method, "predicted"] for method in (PROBE, best))
         names = ("logistic regression on the frozen features", f"fine-tuned by {label(best)}")
-        return samples(self._data.evaluation, before, after, names)
+        return samples(self._data, before, after, names)
 
     def _facts(self, runs: pd.DataFrame) -> dict[str, str]:
         options, data = self.options, self._data

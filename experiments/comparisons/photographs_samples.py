@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eva_lightning.vision.data.own_tasks import class_names
 from eva_lightning.vision.data.split_files import Split
+from eva_lightning.vision.data.splits import TaskData
 from experiments.report.page import Figure, photograph
 
 #: How many are shown of those on which the prediction changed, and of the others.
@@ -26,15 +26,15 @@ class Samples:
     sentence: str
 
 
-def samples(split: Split, before: Sequence[int], after: Sequence[int], names: tuple[str, str]) -> Samples:
+def samples(data: TaskData, before: Sequence[int], after: Sequence[int], names: tuple[str, str]) -> Samples:
     """The first images whose prediction changed, and the first of the others.
 
     Args:
-        split: The test images.
+        data: The test images are those it evaluates on.
         before, after: Labels that were predicted for them, one each.
         names: Who predicted them.
     """
-    classes = class_names(split.folder)
+    split, classes = data.evaluation, data.class_names
     counts = {"corrected": 0, "spoiled": 0}
     changed: list[int] = []
     same: list[int] = []

@@ -82,4 +82,4 @@ class ImageFolderDataModule(LabelledImages):
             seed=seed,
             progress=progress,
         )
-        self.class_names = self.data.class_names or tuple(map(str, range(self.num_classes)))
+        self.class_names = self.data.class_names

@@ -41,7 +41,7 @@ class TaskData:
         comparable: The files have the official sizes and nothing is limited. Whether they hold the official
             images is not checked.
         validation: What is evaluated after every epoch; None for nothing. Never test images.
-        class_names: In the order of the labels; empty where nothing names them.
+        class_names: In the order of the labels; the labels themselves where nothing names them.
     """
 
     task: VTABTask
@@ -68,7 +68,10 @@ def _opened(folder: Path, task: VTABTask | None = None, drawing: Drawing | None 
     """Of the official `task`, or of one that the folder itself tells."""
     if task is not None or uses_split_files(folder, drawing):
         found = task or listed_task(folder)
-        return _Opened(found, lambda split: read_split(folder, split, found.classes), class_names(folder))
+        names = class_names(folder)
+        if len(names) < found.classes:
+            names = tuple(map(str, range(found.classes)))
+        return _Opened(found, lambda split: read_split(folder, split, found.classes), names)
     own = read_own_task(folder, drawing)
 
     def drawn(split: str) -> Split:

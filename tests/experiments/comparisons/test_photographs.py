@@ -27,7 +27,7 @@ from eva_lightning.vision.data.splits import open_task
 from experiments import demo
 from experiments.comparisons import digits, photographs_run
 from experiments.comparisons.photographs import Photographs
-from experiments.comparisons.photographs_samples import class_names, samples
+from experiments.comparisons.photographs_samples import samples
 from experiments.comparisons.photographs_settings import OneRun, Settings
 from experiments.report import page
 from experiments.runner import comparison as runner
@@ -179,15 +179,14 @@ def test_the_first_picture_comes_with_the_first_complete_set_of_methods(finished
 
 
 def test_samples_are_chosen_by_their_rule(root: Path) -> None:
-    split = open_task(root, "colours", "train800", evaluation="test").evaluation
-    truth = list(split.labels)
+    data = open_task(root, "colours", "train800", evaluation="test")
+    truth = list(data.evaluation.labels)
     before = [(label + 1) % 3 if place < 8 else label for place, label in enumerate(truth)]
     after = [label if place < 7 else (label + 1) % 3 if place in (7, 9) else label for place, label in enumerate(truth)]
-    found = samples(split, before, after, ("frozen", "tuned"))
+    found = samples(data, before, after, ("frozen", "tuned"))
     assert "Of 15 test images 7 were wrong before and are right after, 1 the other way round" in found.sentence
     assert len(found.figures) == 12
-    names = class_names(split.folder)
-    assert names == CLASSES
+    names = CLASSES
     first = found.figures[0]
     assert first.caption == f"{names[truth[0]]}\n✗ before: {names[before[0]]}\n✓ after: {names[truth[0]]}"
     assert f"Photograph of {names[truth[0]]}" in first.alt
