@@ -3,10 +3,12 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 
 from experiments.runner import loggers
@@ -16,12 +18,14 @@ from tests.eva_lightning.vision.fakes import make_task
 
 
 @pytest.fixture
-def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where nobody has logged in to wandb, whatever this one has."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    yield
+    wandb.teardown()  # which keeps for the process what it read from these
 
 
 @pytest.mark.parametrize(
