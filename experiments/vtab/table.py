@@ -4,8 +4,8 @@ Folders that are not the official draws of VTAB-1K's tasks have tables of their 
 ``own*.tex``, ``own.csv`` and ``own_*.png``.
 
 Reads the finished runs of a sweep's folder, also while the sweep is running, or of any other folders. Prints the tables
-and writes ``table.md``, ``table.csv`` (unrounded, one value a line), ``table.tex`` with one file per table, and one
-figure per group of tasks. The paper's numbers are in ``paper_tables.csv``.
+and writes ``table.md``, ``table.csv`` (unrounded, one value a line), ``runs.csv`` (one run a line), ``table.tex`` with
+one file per table, and one figure per group of tasks. The paper's numbers are in ``paper_tables.csv``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from experiments.vtab.table_own import own_csv, own_sheets
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
 from experiments.vtab.table_rho import rho_figures
-from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets
+from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets, runs_csv
 
 _FORMER = (
-    *("table.md", "table.csv", "table.tex", "own.tex", "table18.tex", "table20.tex", "table21.tex", "table25.tex"),
+    *("table.md", "table.csv", "runs.csv", "table.tex", "own.tex"),
+    *(f"table{number}.tex" for number in (18, 20, 21, 25)),
     *("differences.tex", "natural.png", "specialized.png", "structured.png", "average.png", "rho.png"),
     *(f"own-{name}.tex" for name in ("differences", "ranks", "rates", "seconds", "folders")),
     *(f"own-{loss}-{rates}.tex" for loss in ("train", "val") for rates in ("equal", "tuned")),
@@ -53,7 +54,9 @@ class Settings:
     runs: tuple[str, ...] = option(
         ("runs/vtab",), "folders of finished runs: OUTPUT of the sweep command, or of the run command", Role.SELECTION
     )
-    output: str = option("runs/vtab/table", "folder for table.md, table.csv, table.tex and figures", Role.PLACE)
+    output: str = option(
+        "runs/vtab/table", "folder for table.md, table.csv, runs.csv, table.tex and figures", Role.PLACE
+    )
     layout: str = option(
         "all", "18 (EVA-raw, EVA-max), 20 (accuracy and differences), 21 (deviations), 25 (ablations), own (folders "
         "that are not VTAB-1K's official draws) or all",
@@ -121,7 +124,7 @@ def run(settings: Settings) -> Tables:
         console = Console(highlight=False, width=WIDTH)
     print_sheets(console, tables.sheets, tables.notes)
     with only_process(writable_folder(folder) / ".lock", f"another process is writing tables to {folder}"):
-        files = _write(tables, folder, rho_figures(runs))
+        files = _write(tables, folder, rho_figures(runs), runs_csv(runs, tables.histories))
     count = sum(sample.n for entry in tables.ours for sample in entry.samples.values())
     print(f"{count} runs, {len(tables.ours)} methods -> {settings.output}: {', '.join(files)}")
     return tables
@@ -153,7 +156,7 @@ def make_tables(
     return Tables(tuple(ours), tuple(sheets), tuple(found), tuple(notes.sentences), own, histories, beside)
 
 
-def _write(tables: Tables, folder: Path, more: Mapping[str, Figure]) -> list[str]:
+def _write(tables: Tables, folder: Path, more: Mapping[str, Figure], each_run: str) -> list[str]:
     """Write all files into `folder`, in place of those of before; returns their names."""
     figures = {
         **(own_figures(tables.own, tables.histories) if tables.own is not None else {}),
@@ -163,6 +166,7 @@ def _write(tables: Tables, folder: Path, more: Mapping[str, Figure]) -> list[str
     texts = {
         "table.md": as_markdown(tables.sheets, tables.notes, list(figures)),
         "table.csv": as_csv(tables.ours, tables.differences),
+        "runs.csv": each_run,
         **({"own.csv": own_csv(tables.own)} if tables.own is not None else {}),
         **as_latex(tables.sheets, tables.notes),
     }

@@ -34,6 +34,10 @@ _CSV_COLUMNS = [
     "kind", "source", "method", "rho", "experiment", "column", "value", "std", "seeds", "low", "high", "tasks",
     "tasks_of_column", "comparable", "notes",
 ]  # fmt: skip
+_RUN_COLUMNS = [
+    "experiment", "task", "method", "phase", "lr", "seed", "rank", "model", "weights", "epochs", "image_size",
+    "train_images", "test_images", "accuracy", "loss", "seconds",
+]  # fmt: skip
 
 
 def as_markdown(sheets: Sequence[Sheet], notes: Sequence[str], figures: Sequence[str]) -> str:
@@ -130,6 +134,23 @@ def as_csv(ours: Sequence[Ours], differences: Sequence[Difference]) -> str:
     frame = pd.DataFrame(rows, columns=_CSV_COLUMNS).round(6)
     counts = ["seeds", "tasks", "tasks_of_column"]
     return frame.astype(dict.fromkeys(counts, "Int64")).to_csv(index=False, lineterminator="\n")
+
+
+def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
+    """Every finished run unrounded, one a line: to compute what no table has, or to keep what tables were made of.
+
+    Args:
+        runs: As :func:`~experiments.vtab.table_results.read_runs` gives them.
+        histories: Their losses by epoch, as :func:`~experiments.vtab.own_curves.read_histories` gives them; become
+            ``train_losses``, in the order of epochs with spaces between them.
+    """
+    frame = runs.assign(rank=[point.get("rank") for point in runs["point"]])[_RUN_COLUMNS]
+    frame = frame.astype({"rank": "Int64"}).sort_values(_RUN_COLUMNS[:6], kind="stable")
+    if len(histories):
+        by_run = histories.sort_values("epoch").groupby(_RUN_COLUMNS[:6])["train_loss"]
+        losses = by_run.agg(lambda values: " ".join(f"{value:.4f}" for value in values))
+        frame = frame.join(losses.rename("train_losses"), on=_RUN_COLUMNS[:6])
+    return frame.round(6).to_csv(index=False, lineterminator="\n")
 
 
 def _paper_rows() -> Iterator[dict[str, Any]]:
