@@ -103,8 +103,9 @@ def differences_figure(evidence: Evidence, quantities: Sequence[Quantity], metho
 
 
 def explained(figure: Figure, marks: Sequence[Any], meanings: Sequence[str]) -> None:
-    """A legend below all panels, for what marks mean in all of them."""
-    figure.legend(marks, meanings, loc="outside lower center", ncols=len(marks), frameon=False, fontsize="small")
+    """A legend above all panels, for what marks mean in all of them: below, it would cover the figure's own label."""
+    columns = min(4, len(marks))
+    figure.legend(marks, meanings, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -43,8 +43,7 @@ def looks_figure(looks: Sequence[Any], tasks: Sequence[str], definition: Definit
         for panel, task in zip(panels, tasks, strict=False):
             _task_panel(panel, of_number, task, definition)
             panel.set_title(f"{task.removesuffix('-v3')}, {number} demonstrations", fontsize="x-small", loc="left")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    explained(figure, *axes[0][0].get_legend_handles_labels())
     figure.supxlabel("step", fontsize="small")
     figure.supylabel(f"success {definition.phrase} (share of episodes)", fontsize="small")
     return figure

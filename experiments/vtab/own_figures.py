@@ -71,8 +71,8 @@ def differences_figure(results: OwnResults) -> Figure | None:
 def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
     """A row per folder: training loss over epochs at each learning rate of the grid, and at the tuned ones."""
     tuning, final = (histories[histories["phase"] == phase] for phase in ("tune", "final"))
-    rates = sorted(tuning["lr"].unique())
     methods = [m for m in ordered(histories["method"], results.baseline) if m in (results.baseline, *_SHOWN)]
+    rates = sorted(tuning.loc[tuning["method"].isin(methods), "lr"].unique())
     size = (1.0 + 2.2 * (len(rates) + 1), 0.9 + 1.8 * len(results.folders))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(results.folders), len(rates) + 1, squeeze=False, sharex=True, sharey="row")
