@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from matplotlib.figure import Figure
@@ -24,7 +23,6 @@ def _checked(figure: Figure, file: str | os.PathLike[str], dpi: int = 120) -> No
 
 
 @pytest.fixture(autouse=True)
-def legends_cover_no_labels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def legends_cover_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """matplotlib's layout keeps legends outside of axes apart from axes only, not from the figure's own labels."""
     monkeypatch.setattr(plots, "save", _checked)
-    yield
