@@ -139,8 +139,8 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
 
     Returns:
         ``table``: one line per method, the learning rate chosen in bold; ``edges``: labels of methods whose choice is
-        the lowest or the highest that was tried; ``given``: methods whose learning rate was given; ``runs``,
-        ``first_seed``.
+        the lowest or the highest that was tried; ``given``: methods whose learning rate was given; ``runs``: how many;
+        ``seeds``: which, in words.
     """
     named = {part.name: settings.labels[part.method] for part in settings.parts}
     tuned = {name: c for name in named if (c := results.choices.get(name)) is not None and c.candidates}
@@ -156,7 +156,8 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
     text = table("", [f"{lr:g}" for lr in tried], rows) if rows else ""
     rates = settings.given_rates
     given = [f"{label}: {rates[key]:g}" for key, label in settings.labels.items() if key in rates]
-    return {"table": text, "edges": edges, "given": given, "runs": len(results.tuning), "first_seed": FIRST_TUNING_SEED}
+    seeds = f"{settings.tune_seeds} seeds from {FIRST_TUNING_SEED}" if settings.tune_seeds > 1 else "one seed"
+    return {"table": text, "edges": edges, "given": given, "runs": len(results.tuning), "seeds": seeds}
 
 
 def _by_rate(choice: Choice) -> dict[float, float]:
