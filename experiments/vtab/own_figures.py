@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from eva_lightning.plots import PALETTE
 from experiments.runner.statistics import Interval
@@ -69,7 +69,7 @@ def differences_figure(results: OwnResults) -> Figure | None:
 
 
 def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
-    """A row per folder: training loss over epochs at each learning rate of the grid, and at the tuned ones."""
+    """A row per folder: loss over epochs at each learning rate of the grid, and at the tuned ones."""
     tuning, final = (histories[histories["phase"] == phase] for phase in ("tune", "final"))
     methods = [m for m in ordered(histories["method"], results.baseline) if m in (results.baseline, *_SHOWN)]
     rates = sorted(tuning.loc[tuning["method"].isin(methods), "lr"].unique())
@@ -85,8 +85,9 @@ def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
         row[0].set_ylabel(f"{folder}{MARK}", fontsize="small")
     lines = [grid[0][0].plot([], [], color=_colour(m, methods), label=full_label(m))[0] for m in methods]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize="small")
+    held_out = "; dashed: of the validation images" if histories["val_loss"].notna().any() else ""
     figure.supxlabel(
-        "epoch (lines: training cross-entropy in nats, mean over seeds; bands: 95% interval)\n"
+        f"epoch (lines: training cross-entropy in nats, mean over seeds; bands: 95% interval{held_out})\n"
         f"{MARK} not VTAB-1K's official draw",
         fontsize="small",
     )
@@ -99,20 +100,27 @@ def _colour(method: str, methods: Sequence[str]) -> str:
 
 def _panel(axes: Axes, runs: pd.DataFrame, methods: Sequence[str]) -> None:
     for method in methods:
-        found = runs[runs["method"] == method].groupby("epoch")["train_loss"]
-        if not len(found):
-            continue
-        epochs, intervals = zip(*((epoch, Interval.of(list(values))) for epoch, values in found), strict=True)
-        axes.plot(epochs, [i.mean for i in intervals], color=_colour(method, methods), marker="o", markersize=2.5)
-        if all(i.half is not None for i in intervals):
-            low, high = np.array([[max(i.low, 1e-6) for i in intervals], [i.high for i in intervals]])
-            axes.fill_between(epochs, low, high, color=_colour(method, methods), alpha=0.15, linewidth=0)
+        of_method = runs[runs["method"] == method]
+        _curve(axes, of_method, "train_loss", color=_colour(method, methods), marker="o", markersize=2.5)
+        _curve(axes, of_method, "val_loss", color=_colour(method, methods), linestyle="--", linewidth=1)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))  # numbers between decades if few fit
     axes.tick_params(axis="y", which="both", labelsize="x-small")
     _tidy(axes)
+
+
+def _curve(axes: Axes, runs: pd.DataFrame, loss: str, color: str, **style: Any) -> None:
+    """Means and intervals of logarithms, as the tables have them."""
+    found = np.log(runs.set_index("epoch")[loss].dropna()).groupby("epoch")
+    if not len(found):
+        return
+    epochs, intervals = zip(*((epoch, Interval.of(list(values))) for epoch, values in found), strict=True)
+    axes.plot(epochs, np.exp([i.mean for i in intervals]), color=color, **style)
+    if all(i.half is not None for i in intervals):
+        low, high = np.exp([[i.low for i in intervals], [i.high for i in intervals]])
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _tidy(axes: Axes) -> None:
