@@ -15,7 +15,7 @@ from experiments.vtab.table_layout import Sheet, SheetLine
 
 #: Column of metrics.csv -> what it is called.
 LOSSES = {"train_loss": "training loss", "val_loss": "held-out loss"}
-_KEYS = ("experiment", "method", "task", "phase", "seed", "lr", "epoch")
+_KEYS = ("place", "experiment", "method", "task", "phase", "seed", "lr")
 
 _RELATIVE = (
     "Cells: the method's {loss} against {baseline}'s, in percent (difference of logarithms; negative: lower), run by "
@@ -34,11 +34,11 @@ def read_histories(results: OwnResults) -> pd.DataFrame:
         InputError: A ``metrics.csv`` is damaged.
     """
     parts = [
-        read_history(Path(str(place)) / "metrics.csv").assign(**{name: run[name] for name in _KEYS if name != "epoch"})
-        for place, run in results.runs.set_index("place").iterrows()
-        if (Path(str(place)) / "metrics.csv").is_file()
+        read_history(Path(run["place"]) / "metrics.csv").assign(**{name: run[name] for name in _KEYS})
+        for _, run in results.runs.iterrows()
+        if (Path(run["place"]) / "metrics.csv").is_file()
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*_KEYS, *LOSSES])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*_KEYS, "epoch", *LOSSES])
 
 
 def read_history(file: Path) -> pd.DataFrame:
@@ -71,21 +71,15 @@ def curve_sheets(results: OwnResults, histories: pd.DataFrame) -> list[Sheet]:
 
 
 def _of_entries(results: OwnResults, finals: pd.DataFrame) -> pd.DataFrame:
-    """The final runs that count; a method of a chosen ρ goes by the one that was."""
-    counted = set()
-    for runs in (entry.runs for entry in results.entries):
-        for run in runs.itertuples(index=False):
-            key = MethodKey(run.family, None if run.rho != run.rho else run.rho).key
-            counted.add((run.experiment, key, run.task, run.seed))
-    keys = ["experiment", "method", "task", "seed"]
-    counts = pd.Series([tuple(row) in counted for row in finals[keys].to_numpy().tolist()], finals.index, dtype=bool)
-    return finals[counts].drop_duplicates([*keys, "epoch"])
+    """The final runs that count: of several learning rates, ranks and ρ those that were chosen."""
+    counted = {place for entry in results.entries for place in entry.runs["place"]}
+    return finals[finals["place"].isin(counted)]
 
 
 def _sheet(
     results: OwnResults, loss: str, title: str, caption: str, places: dict[str, pd.DataFrame], kind: str
 ) -> Sheet:
-    everything = pd.concat(list(places.values())) if places else pd.DataFrame(columns=[*_KEYS, *LOSSES])
+    everything = pd.concat(list(places.values())) if places else pd.DataFrame(columns=[*_KEYS, "epoch", *LOSSES])
     baseline, lines = results.baseline, []
     for epoch in shown_epochs(everything["epoch"]):
         for method in ordered(everything["method"], baseline):

@@ -144,12 +144,13 @@ def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
         histories: Their losses by epoch, as :func:`~experiments.vtab.own_curves.read_histories` gives them; become
             ``train_losses``, in the order of epochs with spaces between them.
     """
-    frame = runs.assign(rank=[point.get("rank") for point in runs["point"]])[_RUN_COLUMNS]
-    frame = frame.astype({"rank": "Int64"}).sort_values(_RUN_COLUMNS[:6], kind="stable")
+    frame = runs.assign(rank=[point.get("rank") for point in runs["point"]]).astype({"rank": "Int64"})
+    columns = list(_RUN_COLUMNS)
     if len(histories):
-        by_run = histories.sort_values("epoch").groupby(_RUN_COLUMNS[:6])["train_loss"]
+        by_run = histories.sort_values("epoch").groupby("place")["train_loss"]
         losses = by_run.agg(lambda values: " ".join(f"{value:.4f}" for value in values))
-        frame = frame.join(losses.rename("train_losses"), on=_RUN_COLUMNS[:6])
+        frame, columns = frame.join(losses.rename("train_losses"), on="place"), [*columns, "train_losses"]
+    frame = frame.sort_values(columns[:7], kind="stable")[columns]
     return frame.round(6).to_csv(index=False, lineterminator="\n")
 
 

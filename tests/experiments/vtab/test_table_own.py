@@ -209,6 +209,19 @@ def test_losses_by_epoch_at_equal_and_at_tuned_rates(tmp_path: Path) -> None:
     assert cells(with_val)["epoch 1: EVA (ρ = 1)"]["lr 0.001"] == f"−{-100 * np.log(2.8 / 3.0):.1f}% (1/1)"
 
 
+def test_losses_at_tuned_rates_are_of_the_runs_that_count(tmp_path: Path) -> None:
+    written(tmp_path)
+    # final runs of another rate, which tuning does not prefer, as after a sweep with another --select
+    made = [
+        (run, metrics(run, 0.1, **OWN))
+        for run in [job("lora", "mine", s, Point.of(lr=3e-3, rank=8), "final") for s in range(3)]
+    ]
+    for folder in write(tmp_path, made):
+        (folder / "metrics.csv").write_text("epoch,train_loss,val_loss\n1,90,\n2,90,\n3,90,\n")
+    tuned = sheets(make_tables(read_runs([tmp_path])))["own-train-tuned"]
+    assert cells(tuned)["epoch 1: LoRA"]["mine°"].startswith("2.100 ")
+
+
 def test_the_command_writes_them_with_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path / "runs")
     words = [
