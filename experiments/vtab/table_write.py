@@ -149,7 +149,7 @@ def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
     if len(histories):
         by_run = histories.sort_values("epoch").groupby("place")["train_loss"]
         losses = by_run.agg(lambda values: " ".join(f"{value:.4f}" for value in values))
-        frame, columns = frame.join(losses.rename("train_losses"), on="place"), [*columns, "train_losses"]
+        frame["train_losses"], columns = frame["place"].map(losses), [*columns, "train_losses"]
     frame = frame.sort_values(columns[:7], kind="stable")[columns]
     return frame.round(6).to_csv(index=False, lineterminator="\n")
 
