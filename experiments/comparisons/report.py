@@ -156,7 +156,8 @@ def tuning(settings: MethodSettings, results: Results, shown: Callable[[float], 
     text = table("", [f"{lr:g}" for lr in tried], rows) if rows else ""
     rates = settings.given_rates
     given = [f"{label}: {rates[key]:g}" for key, label in settings.labels.items() if key in rates]
-    seeds = f"{settings.tune_seeds} seeds from {FIRST_TUNING_SEED}" if settings.tune_seeds > 1 else "one seed"
+    first, many = FIRST_TUNING_SEED, settings.tune_seeds > 1
+    seeds = f"{settings.tune_seeds} seeds from {first}" if many else f"seed {first}"
     return {"table": text, "edges": edges, "given": given, "runs": len(results.tuning), "seeds": seeds}
 
 

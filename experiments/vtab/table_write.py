@@ -137,18 +137,19 @@ def as_csv(ours: Sequence[Ours], differences: Sequence[Difference]) -> str:
 
 
 def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
-    """Every finished run unrounded, one a line: to compute what no table has, or to keep what tables were made of.
+    """Every finished run, one a line: to compute what no table has, or to keep what tables were made of.
 
     Args:
         runs: As :func:`~experiments.vtab.table_results.read_runs` gives them.
-        histories: Their losses by epoch, as :func:`~experiments.vtab.own_curves.read_histories` gives them; become
-            ``train_losses``, in the order of epochs with spaces between them.
+        histories: Losses by epoch of those on folders of one's own, as
+            :func:`~experiments.vtab.own_curves.read_histories` gives them; become ``train_losses``, in the order of
+            epochs with spaces between them.
     """
     frame = runs.assign(rank=[point.get("rank") for point in runs["point"]]).astype({"rank": "Int64"})
     columns = list(_RUN_COLUMNS)
     if len(histories):
         by_run = histories.sort_values("epoch").groupby("place")["train_loss"]
-        losses = by_run.agg(lambda values: " ".join(f"{value:.4f}" for value in values))
+        losses = by_run.agg(lambda values: " ".join(f"{value:.6g}" for value in values))
         frame["train_losses"], columns = frame["place"].map(losses), [*columns, "train_losses"]
     frame = frame.sort_values(columns[:7], kind="stable")[columns]
     return frame.round(6).to_csv(index=False, lineterminator="\n")
