@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pandas as pd
 from eva_lightning.errors import InputError
 from eva_lightning.methods.registry import METHODS, MethodKey
 from eva_lightning.reading import reading
-from experiments.runner.statistics import Interval, paired_values
+from experiments.runner.statistics import Interval, Range, paired_values
 from experiments.vtab.own_results import MARK, MEAN, OwnResults, full_label
 from experiments.vtab.table_layout import Sheet, SheetLine
 
@@ -18,9 +19,9 @@ LOSSES = {"train_loss": "training loss", "val_loss": "held-out loss"}
 _KEYS = ("place", "experiment", "method", "task", "phase", "seed", "lr")
 
 _RELATIVE = (
-    "Cells: the method's {loss} against {baseline}'s, in percent (difference of logarithms; negative: lower), run by "
-    "run over equal seeds, averaged over folders, ± half a 95% interval over seeds where there are two or more, and in "
-    "how many folders it is lower. Lines of {baseline}: its own loss in nats. "
+    "Cells: the method's {loss} against {baseline}'s, in percent (negative: lower): the geometric mean of ratios, run "
+    "by run over equal seeds and folders, in square brackets its 95% interval over seeds (Student's t of logarithms) "
+    "where there are two or more, and in how many folders it is lower. Lines of {baseline}: its own loss in nats. "
 )
 _TRAINING = "A training loss is the mean over the minibatches of its epoch, while the weights change. "
 _EQUAL = "At each learning rate of the grid, the same for both methods: from the tuning runs (800 + 200 protocol). "
@@ -61,7 +62,7 @@ def curve_sheets(results: OwnResults, histories: pd.DataFrame) -> list[Sheet]:
     for loss, name in LOSSES.items():
         known = histories[histories[loss].notna()]
         rates = {f"lr {rate:g}": found for rate, found in known[known["phase"] == "tune"].groupby("lr")}
-        tuned = _of_entries(results, known[known["phase"] == "final"])
+        tuned = of_entries(results, known[known["phase"] == "final"])
         places = {f"{folder}{MARK}": tuned[tuned["task"] == folder] for folder in results.folders}
         places |= {MEAN: tuned} if len(places) > 1 else {}
         title = f"{name.capitalize()} by epoch at {{}} learning rates"
@@ -70,7 +71,7 @@ def curve_sheets(results: OwnResults, histories: pd.DataFrame) -> list[Sheet]:
     return [sheet for sheet in sheets if sheet.lines]
 
 
-def _of_entries(results: OwnResults, finals: pd.DataFrame) -> pd.DataFrame:
+def of_entries(results: OwnResults, finals: pd.DataFrame) -> pd.DataFrame:
     """The final runs that count: of several learning rates, ranks and ρ those that were chosen."""
     counted = {place for entry in results.entries for place in entry.runs["place"]}
     return finals[finals["place"].isin(counted)]
@@ -131,8 +132,19 @@ def _against(at: pd.DataFrame, method: str, baseline: str, loss: str) -> str:
         for _, runs in shared.groupby("experiment")
         for value in paired_values(runs, method, baseline, loss, relative=True)
     ]
-    text = Interval.of(values).text(1, sign=True).replace("-", "−") + "%" if values else "–"
-    return f"{text} ({lower}/{len(folders)})"
+    return f"{_percent(values)} ({lower}/{len(folders)})"
+
+
+def _percent(log_ratios: list[float]) -> str:
+    """The geometric mean of ratios minus 1, from 100 times their logarithms; its interval where there are several."""
+    if not log_ratios:
+        return "–"
+    logs = Interval.of(log_ratios)
+    if not math.isfinite(logs.mean):
+        return logs.text()
+    mean, low, high = (100 * math.expm1(value / 100) for value in (logs.mean, logs.low, logs.high))
+    text = f"{mean:+.1f}" if logs.half is None else Range(mean, low, high, logs.n).text(1, sign=True)
+    return text.replace("-", "−") + "%"
 
 
 def _lower(of_folder: pd.DataFrame, method: str, baseline: str, loss: str) -> bool:

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from eva_lightning.plots import PALETTE
 from experiments.runner.statistics import Interval
-from experiments.vtab.own_curves import ordered
+from experiments.vtab.own_curves import of_entries, ordered
 from experiments.vtab.own_pairs import paired_cells
 from experiments.vtab.own_results import MARK, OwnResults, full_label
 
@@ -70,7 +70,8 @@ def differences_figure(results: OwnResults) -> Figure | None:
 
 def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
     """A row per folder: loss over epochs at each learning rate of the grid, and at the tuned ones."""
-    tuning, final = (histories[histories["phase"] == phase] for phase in ("tune", "final"))
+    tuning = histories[histories["phase"] == "tune"]
+    final = of_entries(results, histories[histories["phase"] == "final"])
     methods = [m for m in ordered(histories["method"], results.baseline) if m in (results.baseline, *_SHOWN)]
     rates = sorted(tuning.loc[tuning["method"].isin(methods), "lr"].unique())
     size = (1.0 + 2.2 * (len(rates) + 1), 0.9 + 1.8 * len(results.folders))

@@ -18,7 +18,7 @@ class Cell:
 
     Attributes:
         interval: Of the difference in percent points, over seeds.
-        p: Of a paired t test; None for a single seed.
+        p: Of a paired t test; None for a single seed, and for a mean over some of its folders.
         corrected: The same by Holm's procedure over its family.
         folders: How many folders it is over.
     """
@@ -41,7 +41,8 @@ Pairs = dict[tuple[str, str], Cell]
 def paired_cells(results: OwnResults) -> Pairs:
     """Differences run by run: both runs of a pair have the same seed, and so the same images in the same order.
 
-    The single folders are one family of tests, all methods together; every column of means is one of its own.
+    The single folders are one family of tests, all methods together; every column of means is one of its own, of the
+    methods that have all its folders.
     """
     found = {}
     for entry in results.entries:
@@ -53,7 +54,8 @@ def paired_cells(results: OwnResults) -> Pairs:
             shared = [folder for folder in folders if folder in entry.samples and folder in reference.samples]
             values = paired_values(both[both["task"].isin(shared)], "first", "second", "accuracy") if shared else []
             if values:
-                found[entry.label, column] = (Interval.of(values), t_test(values), len(shared))
+                p = t_test(values) if len(shared) == len(folders) else None
+                found[entry.label, column] = (Interval.of(values), p, len(shared))
     corrected = _corrected({key: p for key, (_, p, _) in found.items() if p is not None}, results)
     return {key: Cell(interval, p, corrected.get(key), n) for key, (interval, p, n) in found.items()}
 

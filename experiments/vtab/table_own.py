@@ -19,7 +19,8 @@ _ACCURACY = (
 _DIFFERENCES = (
     "Differences of accuracies in percent points, run by run over equal seeds (same images in the same order), ± half "
     "a 95% interval (Student's t), and in brackets the p-value of a paired t test, corrected by Holm's procedure: "
-    "single folders are one family of {tests} tests, each column of means is one of its own. *: corrected p below 0.05."
+    "single folders are one family of {tests} tests, each column of means is one of its own, of the methods that have "
+    "all its folders. *: corrected p below 0.05."
 )
 _RANKS = (
     "Rank of each method by its mean accuracy on a folder (1: best), averaged over folders, in brackets a 95% "

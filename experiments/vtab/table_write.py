@@ -12,6 +12,7 @@ from rich.text import Text
 
 from experiments.runner.statistics import Interval
 from experiments.runner.tables import NOTHING, latex
+from experiments.vtab.own_curves import LOSSES
 from experiments.vtab.table_layout import (
     TASK_COLUMNS,
     Difference,
@@ -142,15 +143,17 @@ def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
     Args:
         runs: As :func:`~experiments.vtab.table_results.read_runs` gives them.
         histories: Losses by epoch of those on folders of one's own, as
-            :func:`~experiments.vtab.own_curves.read_histories` gives them; become ``train_losses``, in the order of
-            epochs with spaces between them.
+            :func:`~experiments.vtab.own_curves.read_histories` gives them; become ``train_losses`` and, where some run
+            noted them, ``val_losses``, in the order of epochs with spaces between them.
     """
     frame = runs.assign(rank=[point.get("rank") for point in runs["point"]]).astype({"rank": "Int64"})
     columns = list(_RUN_COLUMNS)
-    if len(histories):
-        by_run = histories.sort_values("epoch").groupby("place")["train_loss"]
-        losses = by_run.agg(lambda values: " ".join(f"{value:.6g}" for value in values))
-        frame["train_losses"], columns = frame["place"].map(losses), [*columns, "train_losses"]
+    for loss in (loss for loss in LOSSES if loss in histories):
+        known = histories[histories[loss].notna()]
+        if len(known):
+            by_run = known.sort_values("epoch").groupby("place")[loss]
+            losses = by_run.agg(lambda values: " ".join(f"{value:.6g}" for value in values))
+            frame[f"{loss}es"], columns = frame["place"].map(losses), [*columns, f"{loss}es"]
     frame = frame.sort_values(columns[:7], kind="stable")[columns]
     return frame.round(6).to_csv(index=False, lineterminator="\n")
 

@@ -18,6 +18,7 @@ from statsmodels.stats.multitest import multipletests  # type: ignore[import-unt
 from experiments.runner.jobs import Phase, Point
 from experiments.vtab import table
 from experiments.vtab.own_curves import read_histories
+from experiments.vtab.own_figures import curves_figure
 from experiments.vtab.own_results import own_results
 from experiments.vtab.table import make_tables
 from experiments.vtab.table_layout import Sheet
@@ -83,6 +84,15 @@ def test_differences_are_paired_and_corrected_over_all_folders() -> None:
     alone = multipletests([p["dora"], p["eva:1"]], method="holm")[1]
     assert f"({alone[1]:.3f})" in shown["EVA (ρ = 1) − LoRA"]["mean"]
     assert "one family of 4 tests" in sheets(make_tables(frame(runs("mine", "yours"))))["own-differences"].caption
+
+
+def test_a_mean_over_some_of_its_folders_is_in_no_family_of_tests() -> None:
+    some = [*runs("mine", "yours", methods=("lora", "eva:1")), *runs("mine", methods=("dora",))]
+    shown = cells(sheets(make_tables(frame(some)))["own-differences"])
+    p = stats.ttest_rel(ACCURACIES["eva:1"], ACCURACIES["lora"]).pvalue
+    assert shown["EVA (ρ = 1) − LoRA"]["mean"].endswith(f"({p:.3f})")  # the only one, so as it is
+    assert shown["DoRA − LoRA"]["mean"].endswith(" (1/2)")
+    assert shown["DoRA − LoRA"]["mean"].count("(") == 1
 
 
 def test_a_star_needs_the_corrected_p(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,14 +209,23 @@ def test_losses_by_epoch_at_equal_and_at_tuned_rates(tmp_path: Path) -> None:
     equal, tuned = found["own-train-equal"], found["own-train-tuned"]
     assert equal.columns == ("lr 0.001", "lr 0.003")
     assert cells(equal)["epoch 1: LoRA"] == {"lr 0.001": "2.000", "lr 0.003": "1.000"}
-    assert cells(equal)["epoch 2: EVA (ρ = 1)"]["lr 0.003"] == f"−{-100 * np.log(0.8):.1f}% (1/1)"
+    assert cells(equal)["epoch 2: EVA (ρ = 1)"]["lr 0.003"] == "−20.0% (1/1)"
     assert cells(equal)["epoch 3: EVA (ρ = 1)"]["lr 0.001"] == "+0.0% (0/1)"
-    logs = [100 * np.log(LOSSES["eva:1", seed][1] / LOSSES["lora", seed][1]) for seed in range(3)]
-    half = stats.sem(logs) * stats.t.ppf(0.975, 2)
-    assert cells(tuned)["epoch 2: EVA (ρ = 1)"]["mine°"] == f"−{-np.mean(logs):.1f} ± {half:.1f}% (1/1)"
+    ratios = [LOSSES["eva:1", seed][1] / LOSSES["lora", seed][1] for seed in range(3)]
+    low, high = np.exp(stats.t.interval(0.95, 2, np.log(ratios).mean(), stats.sem(np.log(ratios))))
+    mean, low, high = (f"{100 * ratio - 100:+.1f}".replace("-", "−") for ratio in (stats.gmean(ratios), low, high))
+    assert cells(tuned)["epoch 2: EVA (ρ = 1)"]["mine°"] == f"{mean} [{low}, {high}]% (1/1)"
     assert "own-val-equal" not in found
     with_val = sheets(make_tables(written(tmp_path / "more", held_out=True)))["own-val-equal"]
-    assert cells(with_val)["epoch 1: EVA (ρ = 1)"]["lr 0.001"] == f"−{-100 * np.log(2.8 / 3.0):.1f}% (1/1)"
+    assert cells(with_val)["epoch 1: EVA (ρ = 1)"]["lr 0.001"] == "−6.7% (1/1)"
+
+
+def test_a_loss_that_diverged_has_no_percentage(tmp_path: Path) -> None:
+    found = written(tmp_path)
+    (run,) = found[(found["method"] == "eva:1") & (found["phase"] == "final") & (found["seed"] == 0)]["place"]
+    (Path(run) / "metrics.csv").write_text("epoch,train_loss,val_loss\n1,1.8,\n2,inf,\n3,inf,\n")
+    tuned = cells(sheets(make_tables(read_runs([tmp_path])))["own-train-tuned"])
+    assert tuned["epoch 2: EVA (ρ = 1)"]["mine°"].startswith("not finite (")
 
 
 def test_losses_at_tuned_rates_are_of_the_runs_that_count(tmp_path: Path) -> None:
@@ -220,6 +239,10 @@ def test_losses_at_tuned_rates_are_of_the_runs_that_count(tmp_path: Path) -> Non
         (folder / "metrics.csv").write_text("epoch,train_loss,val_loss\n1,90,\n2,90,\n3,90,\n")
     tuned = sheets(make_tables(read_runs([tmp_path])))["own-train-tuned"]
     assert cells(tuned)["epoch 1: LoRA"]["mine°"].startswith("2.100 ")
+    own = own_results(read_runs([tmp_path]))
+    assert own is not None
+    *_, final = curves_figure(own, read_histories(own)).axes
+    assert final.get_lines()[0].get_ydata()[0] == pytest.approx(stats.gmean([2.0, 2.2, 2.1]))
 
 
 def test_the_command_writes_them_with_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +269,12 @@ def test_the_command_writes_them_with_figures(tmp_path: Path, capsys: pytest.Cap
     assert [float(loss) for loss in run["train_losses"].split()] == LOSSES["lora", 1]
     assert run["accuracy"] == pytest.approx(100 * ACCURACIES["lora"][1])
     assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 120
+    assert "val_losses" not in each
+    written(tmp_path / "validated", held_out=True)
+    table.main(["--runs", str(tmp_path / "validated"), "--output", str(tmp_path / "out")])
+    each = pd.read_csv(tmp_path / "out/runs.csv")
+    assert set(each[each["method"] == "lora"]["val_losses"].dropna()) == {"3 2 1.5", "2 1.5 1.25"}
+    assert each[each["phase"] == "final"]["val_losses"].isna().all()
 
 
 @pytest.mark.parametrize(
