@@ -34,11 +34,12 @@ def read_histories(results: OwnResults) -> pd.DataFrame:
     Raises:
         InputError: A ``metrics.csv`` is damaged.
     """
-    parts = [
-        read_history(Path(run["place"]) / "metrics.csv").assign(**{name: run[name] for name in _KEYS})
-        for _, run in results.runs.iterrows()
-        if (Path(run["place"]) / "metrics.csv").is_file()
-    ]
+    parts = []
+    for _, run in results.runs.iterrows():
+        file = Path(run["place"]) / "metrics.csv"
+        history = read_history(file) if run["losses"] is None and file.is_file() else run["losses"]
+        if history is not None:
+            parts.append(history.assign(**{name: run[name] for name in _KEYS}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*_KEYS, "epoch", *LOSSES])
 
 

@@ -4,8 +4,9 @@ Folders that are not the official draws of VTAB-1K's tasks have tables of their 
 ``own*.tex``, ``own.csv`` and ``own_*.png``.
 
 Reads the finished runs of a sweep's folder, also while the sweep is running, or of any other folders. Prints the tables
-and writes ``table.md``, ``table.csv`` (unrounded, one value a line), ``runs.csv`` (one run a line), ``table.tex`` with
-one file per table, and one figure per group of tasks. The paper's numbers are in ``paper_tables.csv``.
+and writes ``table.md``, ``table.csv`` (unrounded, one value a line), ``runs.csv`` (one run a line, which can be read in
+place of the folders), ``table.tex`` with one file per table, and one figure per group of tasks. The paper's numbers are
+in ``paper_tables.csv``.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from experiments.vtab.grid import SELECTED_BY
 from experiments.vtab.own_curves import curve_sheets, read_histories
 from experiments.vtab.own_figures import own_figures
 from experiments.vtab.own_results import OwnResults, own_folders, own_results, parse_groups
+from experiments.vtab.run_list import as_list
 from experiments.vtab.table18 import is_asked_for, table18_sheet
 from experiments.vtab.table_layout import LAYOUTS, Difference, Notes, Sheet, differences, differences_sheet
 from experiments.vtab.table_own import own_csv, own_sheets
 from experiments.vtab.table_plots import group_figures
 from experiments.vtab.table_results import Ours, gather, read_runs
 from experiments.vtab.table_rho import rho_figures
-from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets, runs_csv
+from experiments.vtab.table_write import WIDTH, as_csv, as_latex, as_markdown, print_sheets
 
 _FORMER = (
     *("table.md", "table.csv", "runs.csv", "table.tex", "own.tex"),
@@ -52,8 +54,9 @@ class Settings:
     """Which results, and how to show them."""
 
     runs: tuple[str, ...] = option(
-        ("runs/vtab",), "folders of finished runs: OUTPUT of the sweep command, or of the run command", Role.SELECTION
-    )
+        ("runs/vtab",), "folders of finished runs: OUTPUT of the sweep command, or of the run command; or the runs.csv "
+        "that this command has written of them", Role.SELECTION,
+    )  # fmt: skip
     output: str = option(
         "runs/vtab/table", "folder for table.md, table.csv, runs.csv, table.tex and figures", Role.PLACE
     )
@@ -124,7 +127,7 @@ def run(settings: Settings) -> Tables:
         console = Console(highlight=False, width=WIDTH)
     print_sheets(console, tables.sheets, tables.notes)
     with only_process(writable_folder(folder) / ".lock", f"another process is writing tables to {folder}"):
-        files = _write(tables, folder, rho_figures(runs), runs_csv(runs, tables.histories))
+        files = _write(tables, folder, rho_figures(runs), as_list(runs, tables.histories))
     count = sum(sample.n for entry in tables.ours for sample in entry.samples.values())
     print(f"{count} runs, {len(tables.ours)} methods -> {settings.output}: {', '.join(files)}")
     return tables

@@ -21,6 +21,7 @@ from experiments.runner.settings import Role, identity, role_of
 from experiments.runner.statistics import Sample
 from experiments.runner.tuning import choose
 from experiments.vtab.grid import PAPER, score
+from experiments.vtab.run_list import read_list
 from experiments.vtab.settings import Settings, weights_in_words
 from experiments.vtab.table_paper import HEADINGS, SEEDS
 
@@ -68,8 +69,10 @@ class Ours:
 def read_runs(folders: Iterable[str | Path], select: str = "accuracy") -> pd.DataFrame:
     """The finished runs below `folders`, also while a sweep writes them: one row per run, in order of their paths.
 
+    A run that is found twice is one.
+
     Args:
-        folders: Outputs of sweeps and runs.
+        folders: Outputs of sweeps and runs, or lists of runs (:mod:`experiments.vtab.run_list`).
         select: What tuning was judged by, as the sweep's option.
 
     Returns:
@@ -77,15 +80,19 @@ def read_runs(folders: Iterable[str | Path], select: str = "accuracy") -> pd.Dat
         ``family`` (without), ``rho``, ``task``, ``phase`` (``"tune"`` or ``"final"``), ``seed``, ``point`` (learning
         rate and rank), ``lr``, ``accuracy`` (in percent), ``loss``, ``score`` (in tuning, lower is better), ``notes``
         (why it cannot be compared with the paper's), ``place`` (the folder), ``official`` (all images, of the official
-        sizes), ``group`` (of tasks), ``train_images``, ``test_images``, ``epochs``, ``image_size``, ``weights`` and
-        ``seconds`` (of training and evaluation).
+        sizes), ``group`` (of tasks), ``train_images``, ``test_images``, ``epochs``, ``image_size``, ``weights``,
+        ``seconds`` (of training and evaluation) and ``losses`` (by epoch, of the runs of a list; None where they are in
+        the folder).
 
     Raises:
         MissingInputError: One of `folders` is none, or no final run is finished; says what to run.
         InputError: A file is damaged.
     """
-    rows, folders = [], [*map(Path, folders)]
-    for folder in map(Path, folders):
+    rows, places = [], [*map(Path, folders)]
+    for folder in places:
+        if folder.is_file():
+            rows += read_list(folder, select)
+            continue
         if not folder.is_dir():
             raise MissingInputError(
                 f"the folder of runs {folder} does not exist: python -m experiments.vtab sweep --root DIR makes "
@@ -96,10 +103,11 @@ def read_runs(folders: Iterable[str | Path], select: str = "accuracy") -> pd.Dat
     if runs.empty or "final" not in set(runs["phase"]):
         progress = f" ({len(runs)} tuning runs are)" if len(runs) else ""
         raise MissingInputError(
-            f"no final run is finished below {', '.join(map(str, folders))}{progress}: python -m experiments.vtab "
+            f"no final run is finished below {', '.join(map(str, places))}{progress}: python -m experiments.vtab "
             "sweep --root DIR makes and continues them"
         )
-    return runs
+    # one that is in two of the places, or listed and in its folder
+    return runs.drop_duplicates([*_PLACE, "phase", "seed", "point", "accuracy", "loss"], ignore_index=True)
 
 
 def _is_ours(metrics: Mapping[str, Any]) -> bool:
@@ -134,6 +142,7 @@ def run_row(metrics: Mapping[str, Any], place: str, select: str = "accuracy") ->
         "test_images": metrics.get("evaluation_images"),
         **{name: metrics["experiment"].get(name) for name in ("epochs", "image_size", "weights")},
         "seconds": sum(float(metrics.get(f"{part}_seconds", math.nan)) for part in ("train", "evaluation")),
+        "losses": None,
     }
 
 

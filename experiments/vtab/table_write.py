@@ -12,7 +12,6 @@ from rich.text import Text
 
 from experiments.runner.statistics import Interval
 from experiments.runner.tables import NOTHING, latex
-from experiments.vtab.own_curves import LOSSES
 from experiments.vtab.table_layout import (
     TASK_COLUMNS,
     Difference,
@@ -34,10 +33,6 @@ WIDTH = 120
 _CSV_COLUMNS = [
     "kind", "source", "method", "rho", "experiment", "column", "value", "std", "seeds", "low", "high", "tasks",
     "tasks_of_column", "comparable", "notes",
-]  # fmt: skip
-_RUN_COLUMNS = [
-    "experiment", "task", "method", "phase", "lr", "seed", "rank", "model", "weights", "epochs", "image_size",
-    "train_images", "test_images", "accuracy", "loss", "seconds",
 ]  # fmt: skip
 
 
@@ -135,27 +130,6 @@ def as_csv(ours: Sequence[Ours], differences: Sequence[Difference]) -> str:
     frame = pd.DataFrame(rows, columns=_CSV_COLUMNS).round(6)
     counts = ["seeds", "tasks", "tasks_of_column"]
     return frame.astype(dict.fromkeys(counts, "Int64")).to_csv(index=False, lineterminator="\n")
-
-
-def runs_csv(runs: pd.DataFrame, histories: pd.DataFrame) -> str:
-    """Every finished run, one a line: to compute what no table has, or to keep what tables were made of.
-
-    Args:
-        runs: As :func:`~experiments.vtab.table_results.read_runs` gives them.
-        histories: Losses by epoch of those on folders of one's own, as
-            :func:`~experiments.vtab.own_curves.read_histories` gives them; become ``train_losses`` and, where some run
-            noted them, ``val_losses``, in the order of epochs with spaces between them.
-    """
-    frame = runs.assign(rank=[point.get("rank") for point in runs["point"]]).astype({"rank": "Int64"})
-    columns = list(_RUN_COLUMNS)
-    for loss in (loss for loss in LOSSES if loss in histories):
-        known = histories[histories[loss].notna()]
-        if len(known):
-            by_run = known.sort_values("epoch").groupby("place")[loss]
-            losses = by_run.agg(lambda values: " ".join(f"{value:.6g}" for value in values))
-            frame[f"{loss}es"], columns = frame["place"].map(losses), [*columns, f"{loss}es"]
-    frame = frame.sort_values(columns[:7], kind="stable")[columns]
-    return frame.round(6).to_csv(index=False, lineterminator="\n")
 
 
 def _paper_rows() -> Iterator[dict[str, Any]]:

@@ -263,18 +263,7 @@ def test_the_command_writes_them_with_figures(tmp_path: Path, capsys: pytest.Cap
         assert min(Image.open(tmp_path / "out" / name).size) > 150
         assert (tmp_path / "out" / name).stat().st_size < 300_000
     assert "Weights of somebody else." in (tmp_path / "out/table.md").read_text()
-    each = pd.read_csv(tmp_path / "out/runs.csv")
-    assert len(each) == 2 * 3 + 2 * 2
-    (run,) = each[(each["method"] == "lora") & (each["phase"] == "final") & (each["seed"] == 1)].to_dict("records")
-    assert [float(loss) for loss in run["train_losses"].split()] == LOSSES["lora", 1]
-    assert run["accuracy"] == pytest.approx(100 * ACCURACIES["lora"][1])
     assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 120
-    assert "val_losses" not in each
-    written(tmp_path / "validated", held_out=True)
-    table.main(["--runs", str(tmp_path / "validated"), "--output", str(tmp_path / "out")])
-    each = pd.read_csv(tmp_path / "out/runs.csv")
-    assert set(each[each["method"] == "lora"]["val_losses"].dropna()) == {"3 2 1.5", "2 1.5 1.25"}
-    assert each[each["phase"] == "final"]["val_losses"].isna().all()
 
 
 @pytest.mark.parametrize(
