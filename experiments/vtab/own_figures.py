@@ -53,10 +53,11 @@ def differences_figure(results: OwnResults) -> Figure | None:
                 )  # fmt: skip
         axes.axvline(0, color="#20262b", linewidth=0.8)
         axes.set_title(column, fontsize="small", loc="left")
+        axes.tick_params(axis="y", labelsize="small")
         _tidy(axes)
     for axes in grid.flat[len(columns) :]:
         axes.set_visible(False)
-    grid.flat[0].set_yticks(range(len(labels)), labels, fontsize="small")
+    grid.flat[0].set_yticks(range(len(labels)), labels)
     grid.flat[0].set_ylim(len(labels) - 0.5, -0.5)
     baseline = full_label(results.baseline)
     text = f"accuracy minus that of {baseline} (percent points)\n"
