@@ -47,7 +47,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS, SCRIPTS = set(PROJECT["optional-dependencies"]), set(PROJECT.get("scripts", ()))
 
 #: Folders of images that pages call by name, in the folder that they call DIR.
-READERS_FOLDERS = ("dtd10", "ucmerced_landuse", "eth80_azimuth", "my_folder")
+READERS_FOLDERS = ("dtd10", "ucmerced_landuse", "eth80_azimuth", "cifar10", "gtsrb32", "my_folder")
 
 LINES = {page: list(command_lines(page)) for page in PAGES}
 
