@@ -96,6 +96,13 @@ def curves_figure(results: OwnResults, histories: pd.DataFrame) -> Figure:
     return figure
 
 
+class _BetweenDecades(LogFormatter):
+    """Numbers between decades where few of these fit, written as those of decades are."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _colour(method: str, methods: Sequence[str]) -> str:
     return PALETTE[methods.index(method) % len(PALETTE)]
 
@@ -108,7 +115,7 @@ def _panel(axes: Axes, runs: pd.DataFrame, methods: Sequence[str]) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))  # numbers between decades if few fit
+    axes.yaxis.set_minor_formatter(_BetweenDecades(minor_thresholds=(1.2, 0.5)))
     axes.tick_params(axis="y", which="both", labelsize="x-small")
     _tidy(axes)
 

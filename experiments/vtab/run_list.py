@@ -24,6 +24,7 @@ _COLUMNS = [
     "train_images", "test_images", "accuracy", "loss", "seconds", "group", "official", "notes",
 ]  # fmt: skip
 _TEXTS = ("experiment", "task", "method", "phase", "model", "weights", "group", "notes")
+_NUMBERS = ("lr", "seed", "rank", "epochs", "image_size", "train_images", "test_images", "accuracy", "loss", "seconds")
 _BETWEEN_NOTES = " | "
 _REMEDY = "it must be a runs.csv that python -m experiments.vtab table has written"
 
@@ -69,14 +70,15 @@ def read_list(file: Path, select: str = "accuracy") -> list[dict[str, Any]]:
         )
         if lacking := [column for column in _COLUMNS if column not in frame]:
             raise InputError(f"no column {lacking[0]}")
-        frame = frame.astype({"seed": int, "lr": float, "accuracy": float})
+        frame = frame.assign(**{name: pd.to_numeric(frame[name]) for name in _NUMBERS}).astype({"seed": int})
         keys = [MethodKey.parse(method) for method in frame["method"]]
         losses = [_losses(run) for run in frame.to_dict("records")]
     for column, is_right, expected in (
         ("phase", frame["phase"].isin(("tune", "final")), "tune or final"),
         ("lr", frame["lr"].between(0, math.inf, inclusive="neither"), "a number above 0"),
         ("accuracy", frame["accuracy"].between(0, 100), "a percentage"),
-        ("task", frame["task"].notna(), "a name"),
+        ("rank", frame["rank"].isna() | frame["rank"].between(1, 2**31), "a number of at least 1"),
+        *((name, frame[name].notna(), "a name") for name in ("experiment", "task", "model", "group")),
         ("official", frame["official"].isin((True, False)), "True or False"),
     ):
         for index in frame.index[~is_right][:1]:

@@ -128,8 +128,9 @@ def run(settings: Settings) -> Tables:
     print_sheets(console, tables.sheets, tables.notes)
     with only_process(writable_folder(folder) / ".lock", f"another process is writing tables to {folder}"):
         files = _write(tables, folder, rho_figures(runs), as_list(runs, tables.histories))
-    count = sum(sample.n for entry in tables.ours for sample in entry.samples.values())
-    print(f"{count} runs, {len(tables.ours)} methods -> {settings.output}: {', '.join(files)}")
+    shown = tables.ours if tables.own is None or tables.beside else tables.own.entries
+    count = sum(sample.n for entry in shown for sample in entry.samples.values())
+    print(f"{count} runs, {len(shown)} methods -> {settings.output}: {', '.join(files)}")
     return tables
 
 
